@@ -1,0 +1,5 @@
+"""``python -m tempo_mlx``."""
+
+from .cli import main
+
+main()

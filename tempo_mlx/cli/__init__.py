@@ -1,0 +1,57 @@
+"""The command line: ``tempo-mlx``, also ``python -m tempo_mlx``."""
+
+import importlib
+import os
+import sys
+
+import typer
+
+#: Commands, each a module of this package.
+COMMANDS = ("generate", "models", "doctor", "bench")
+
+# Typer keeps its own copy of click; its public error leads to the classes of that copy.
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+CommandError: type[Exception] = typer.BadParameter.__mro__[2]
+
+app = typer.Typer(
+    name="tempo-mlx",
+    help="TEMPO on MLX: generate with parallel token sets that share one position and one cache.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+
+
+def build() -> typer.Typer:
+    """The application with all its commands."""
+    if not app.registered_commands and not app.registered_groups:
+        for name in COMMANDS:
+            importlib.import_module(f"{__name__}.{name}").register(app)
+    return app
+
+
+def fail(message: str, code: int = 2) -> None:
+    """One line on standard error, then the exit code."""
+    print(f"tempo-mlx: error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def main() -> None:
+    """Run the command line; bad input ends in one line and exit code 2, Ctrl-C in 130."""
+    try:
+        code = build()(standalone_mode=False)
+    except typer.Exit as exit:
+        code = exit.exit_code
+    except (typer.Abort, KeyboardInterrupt):
+        fail("interrupted", 130)
+    except CommandError as error:
+        fail(error.format_message())  # type: ignore[attr-defined]
+    except BrokenPipeError:
+        # The reader of our output is gone (`| head`); there is nobody to tell.
+        sys.stdout = open(os.devnull, "w")
+        code = 0
+    except (ValueError, OSError, ImportError) as error:
+        if os.environ.get("TEMPO_MLX_DEBUG"):
+            raise
+        fail(str(error) or type(error).__name__)
+    raise SystemExit(code or 0)

@@ -1,0 +1,137 @@
+"""Slots, steps and parallel sets: what a run computed and what it offers to read."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+#: ``pruned_at`` of a slot that lives.
+NEVER = np.iinfo(np.int64).max
+
+
+@dataclass(frozen=True)
+class Slots:
+    """What visibility needs to know of S slots; every array is [S], integers.
+
+    Args:
+        index: number of the slot, in order of appending.
+        step: step of its set; prompt tokens count down to -1 before step 0.
+        set_size: tokens in its set.
+        pruned_at: step after whose forward pass it was pruned, or :data:`NEVER`.
+    """
+
+    index: np.ndarray
+    step: np.ndarray
+    set_size: np.ndarray
+    pruned_at: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, chosen: slice | np.ndarray) -> "Slots":
+        return Slots(
+            self.index[chosen], self.step[chosen], self.set_size[chosen], self.pruned_at[chosen]
+        )
+
+
+@dataclass
+class Token:
+    """One token of a parallel set.
+
+    Args:
+        id: token id.
+        text: its text.
+        probability: in the combined distribution that it was selected from, (0, 1].
+        slot: number of its slot; counts appended slots, the prompt's first.
+        parent: slot that it continues, where a rule has parents.
+        pruned_at: step after whose forward pass it was pruned; None while it lives.
+    """
+
+    id: int
+    text: str
+    probability: float
+    slot: int
+    parent: int | None = None
+    pruned_at: int | None = None
+
+
+@dataclass(frozen=True)
+class Ending:
+    """An end-of-text token that qualified at a step, with its probability."""
+
+    id: int
+    probability: float
+
+
+@dataclass
+class Step:
+    """One logical step: its parallel set and the endings that were possible there.
+
+    ``tokens`` is empty only where the generation ended; ``threshold`` is the selection's.
+    """
+
+    step: int
+    position: int
+    threshold: float
+    tokens: list[Token]
+    endings: list[Ending] = field(default_factory=list)
+
+    @property
+    def live(self) -> list[Token]:
+        """The tokens that have not been pruned."""
+        return [token for token in self.tokens if token.pruned_at is None]
+
+
+class Lattice:
+    """Prompt and steps of one run, with the table of their slots.
+
+    Args:
+        prompt_tokens: ids, at least one.
+    """
+
+    def __init__(self, prompt_tokens: list[int]):
+        self.prompt_tokens = list(prompt_tokens)
+        self.steps: list[Step] = []
+        length = len(prompt_tokens)
+        # Columns grow by doubling: a step appends in amortised constant time.
+        self._step = np.arange(-length, 0)
+        self._set_size = np.ones(length, np.int64)
+        self._pruned_at = np.full(length, NEVER)
+        self.n_slots = length
+
+    def reserve(self, n: int, step: int) -> Slots:
+        """Append n slots, the set of ``step``; returns them."""
+        end = self.n_slots + n
+        if end > len(self._step):
+            grow = max(end, 2 * len(self._step)) - len(self._step)
+            self._step = np.concatenate([self._step, np.zeros(grow, np.int64)])
+            self._set_size = np.concatenate([self._set_size, np.ones(grow, np.int64)])
+            self._pruned_at = np.concatenate([self._pruned_at, np.full(grow, NEVER)])
+        self._step[self.n_slots : end] = step
+        self._set_size[self.n_slots : end] = n
+        self.n_slots = end
+        return self.slots[end - n : end]
+
+    @property
+    def slots(self) -> Slots:
+        """All slots, in order of appending."""
+        n = self.n_slots
+        return Slots(np.arange(n), self._step[:n], self._set_size[:n], self._pruned_at[:n])
+
+    def __len__(self) -> int:
+        """Steps with tokens."""
+        return sum(bool(step.tokens) for step in self.steps)
+
+    @property
+    def sets(self) -> list[list[Token]]:
+        """The live tokens of each step that has any, most probable first."""
+        return [step.live for step in self.steps if step.tokens]
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens in all sets."""
+        return sum(len(step.tokens) for step in self.steps)
+
+    def steps_to_dict(self) -> list[dict[str, Any]]:
+        """The ``steps`` of the result's schema, version 1."""
+        return [asdict(step) for step in self.steps]

@@ -1,0 +1,7 @@
+"""Makes mlx-lm's architectures take positions and masks."""
+
+from .attention import Capture
+from .cache import BatchedKVCache
+from .model import PositionedModel, UnsupportedModelError
+
+__all__ = ["BatchedKVCache", "Capture", "PositionedModel", "UnsupportedModelError"]

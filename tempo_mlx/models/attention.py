@@ -1,0 +1,129 @@
+"""Attention that can also report its weights, where asked.
+
+The fused kernel returns no weights. mlx-lm's model files import ``scaled_dot_product_attention``
+by name, so a replacement in the model file's namespace sees the queries, keys, mask and cache of
+the real call. It recomputes softmax(q k^T) for what a :class:`Capture` asks for and leaves the
+output to the original; without a capture, and for any other cache, it is the original.
+"""
+
+import functools
+import sys
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+
+
+@dataclass(frozen=True)
+class Capture:
+    """What attention to report of one forward pass.
+
+    Args:
+        layers: attention layers by order of execution, from 0; None means all.
+        heads: query heads; None means all.
+        rows: query rows, indices into the T new tokens; None means all.
+        full: report matrices [B, H, T, S + T] instead of the attention that each slot
+            received, averaged over the chosen heads and rows, [B, S + T].
+    """
+
+    layers: tuple[int, ...] | None = None
+    heads: tuple[int, ...] | None = None
+    rows: tuple[int, ...] | None = None
+    full: bool = False
+
+
+class AttentionRecorder:
+    """Collects what a :class:`Capture` asks for during one forward pass.
+
+    ``calls`` counts attention calls; ``weights`` maps the layer to its captured array, fp32.
+    """
+
+    def __init__(self, capture: Capture | None):
+        self.capture = capture
+        self.calls = 0
+        self.weights: dict[int, mx.array] = {}
+
+    def record(self, queries, keys, scale, mask, sinks) -> None:
+        layer = self.calls
+        self.calls += 1
+        capture = self.capture
+        if capture is None or (capture.layers is not None and layer not in capture.layers):
+            return
+        weights = attention_weights(queries, keys, scale, mask, sinks, capture.heads, capture.rows)
+        self.weights[layer] = weights if capture.full else weights.mean(axis=(1, 2))
+
+
+def attention_weights(
+    queries: mx.array,
+    keys: mx.array,
+    scale: float,
+    mask: mx.array | str | None,
+    sinks: mx.array | None = None,
+    heads: tuple[int, ...] | None = None,
+    rows: tuple[int, ...] | None = None,
+) -> mx.array:
+    """softmax(scale q k^T + mask) in fp32.
+
+    Args:
+        queries: [B, H, T, D]. keys: [B, H_kv, S, D] with H a multiple of H_kv.
+        scale: factor on the scores.
+        mask: None, "causal", boolean (True = may attend) or additive, broadcast to [B, H, T, S].
+        sinks: [H], logits of a slot that takes attention and gives nothing.
+        heads, rows: the query heads and query rows wanted; None means all.
+
+    Returns:
+        [B, len(heads), len(rows), S]; rows sum to 1 (to less than 1 with sinks).
+    """
+    B, H, T, _ = queries.shape
+    H_kv, S = keys.shape[1], keys.shape[2]
+    chosen_heads = mx.array(range(H) if heads is None else heads)
+    if isinstance(mask, str):
+        mask = mx.arange(S - T, S)[:, None] >= mx.arange(S)[None]
+    if mask is not None and mask.ndim == 4 and mask.shape[1] > 1:
+        mask = mask[:, chosen_heads]
+    if rows is not None:
+        queries = queries[:, :, mx.array(rows)]
+        if mask is not None and mask.ndim >= 2 and mask.shape[-2] == T:
+            mask = mask[..., mx.array(rows), :]
+    queries = queries[:, chosen_heads].astype(mx.float32) * scale
+    keys = keys[:, chosen_heads // (H // H_kv)].astype(mx.float32)
+    scores = queries @ keys.swapaxes(-1, -2)
+    if mask is not None:
+        if mask.dtype == mx.bool_:
+            scores = mx.where(mask, scores, -mx.inf)
+        else:
+            scores = scores + mask.astype(mx.float32)
+    if sinks is None:
+        return mx.softmax(scores, axis=-1)
+    sink = mx.broadcast_to(
+        sinks.astype(mx.float32)[chosen_heads][None, :, None, None], (*scores.shape[:3], 1)
+    )
+    return mx.softmax(mx.concatenate([scores, sink], axis=-1), axis=-1)[..., :-1]
+
+
+def _recording(original):
+    @functools.wraps(original)
+    def scaled_dot_product_attention(
+        queries, keys, values, cache, scale, mask, sinks=None, **kwargs
+    ):
+        recorder = getattr(cache, "attention_recorder", None)
+        if recorder is not None:
+            recorder.record(queries, keys, scale, mask, sinks)
+        if sinks is not None:
+            kwargs["sinks"] = sinks
+        return original(queries, keys, values, cache=cache, scale=scale, mask=mask, **kwargs)
+
+    scaled_dot_product_attention.records_attention = True  # type: ignore[attr-defined]
+    return scaled_dot_product_attention
+
+
+def install(model: nn.Module) -> None:
+    """Replace ``scaled_dot_product_attention`` in the files that the model's modules come from.
+
+    Once for each file; installing twice changes nothing.
+    """
+    for name in {type(module).__module__ for module in model.modules()}:
+        namespace = sys.modules[name].__dict__
+        original = namespace.get("scaled_dot_product_attention")
+        if original is not None and not hasattr(original, "records_attention"):
+            namespace["scaled_dot_product_attention"] = _recording(original)

@@ -1,0 +1,191 @@
+"""An mlx-lm model that takes tokens at explicit positions under an explicit mask."""
+
+from typing import overload
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx_lm.models import cache as mlx_cache
+
+from . import attention, positions
+from .architectures import refusal
+from .attention import AttentionRecorder, Capture
+from .cache import BatchedKVCache
+
+
+class UnsupportedModelError(ValueError):
+    """The model cannot do what was asked exactly; says what, why, and what to do instead."""
+
+
+class PositionedModel:
+    """Wraps an mlx-lm model so that tokens may share positions in one sequence state.
+
+    The wrapped model still works with mlx-lm's own caches and functions.
+
+    Args:
+        model: a language model as ``mlx_lm.load`` returns it.
+
+    Raises:
+        UnsupportedModelError: if the architecture cannot hold parallel tokens exactly.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.architecture = type(model).__module__.removeprefix("mlx_lm.models.")
+        if reason := refusal(model):
+            raise UnsupportedModelError(f"{self.architecture}: {reason}")
+        self._windows = _layer_windows(self.architecture, model)
+        positions.install(model)
+        attention.install(model)
+        self.captures_attention = self._trace()
+        #: positions that the model was made for, or None where its configuration does not say
+        self.context_length = _context_length(model)
+        #: what the model was loaded as, if :func:`tempo_mlx.load` loaded it
+        self.name: str | None = getattr(model, "loaded_as", None)
+
+    @classmethod
+    def of(cls, model: "nn.Module | PositionedModel") -> "PositionedModel":
+        """The model itself if it is positioned already, else wrapped."""
+        return model if isinstance(model, PositionedModel) else cls(model)
+
+    def make_cache(self, batch_size: int = 1) -> BatchedKVCache:
+        """An empty cache for ``batch_size`` rows."""
+        return BatchedKVCache(batch_size, self._windows)
+
+    @overload
+    def __call__(
+        self,
+        tokens: mx.array,
+        positions: np.ndarray,
+        mask: mx.array | str,
+        cache: BatchedKVCache,
+    ) -> mx.array: ...
+
+    @overload
+    def __call__(
+        self,
+        tokens: mx.array,
+        positions: np.ndarray,
+        mask: mx.array | str,
+        cache: BatchedKVCache,
+        capture: Capture,
+    ) -> tuple[mx.array, dict[int, mx.array]]: ...
+
+    def __call__(self, tokens, positions, mask, cache, capture=None):
+        """One forward pass over T new tokens for each row, which become slots of the cache.
+
+        Args:
+            tokens: ids, [B, T].
+            positions: logical positions, integers [B, T], on the host.
+            mask: "causal" (each token sees all slots and the new tokens up to itself; no array is
+                built), or an array [B, 1, T, S + T] over the S slots and the T new tokens: boolean
+                (True = may attend) or additive in the model's dtype. No row may be masked
+                everywhere. Sliding windows are applied on top, by logical distance.
+            cache: from :meth:`make_cache`; extended by T slots.
+            capture: what attention to report.
+
+        Returns:
+            logits [B, T, V]; with ``capture`` also a dict from layer to its attention, fp32.
+            Both are lazy: evaluate them together with ``cache.state``.
+
+        Raises:
+            UnsupportedModelError: if ``capture`` is given and the model's attention cannot report.
+        """
+        if capture is not None and not self.captures_attention:
+            raise UnsupportedModelError(
+                f"{self.architecture}: attention cannot be captured, the model computes its scores "
+                "outside mlx-lm's attention call; use a rule that needs no attention"
+            )
+        recorder = AttentionRecorder(capture) if capture is not None else None
+        logits = self._forward(tokens, positions, mask, cache, recorder)
+        return logits if recorder is None else (logits, recorder.weights)
+
+    def _forward(self, tokens, positions, mask, cache, recorder):
+        cache.begin(np.asarray(positions), mask, recorder)
+        try:
+            logits = self.model(tokens, cache=cache.layers)
+        except BaseException:
+            cache.abandon()
+            raise
+        cache.end()
+        return logits
+
+    def _trace(self) -> bool:
+        """Check on an unevaluated pass that positions and masks reach the model's attention.
+
+        Returns whether attention can be captured: every layer goes through mlx-lm's call.
+        """
+        cache = self.make_cache(1)
+        recorder = AttentionRecorder(None)
+        tokens = mx.zeros((1, 3), mx.int32)
+        mask = mx.array(np.array([[1, 0, 0], [1, 1, 0], [1, 0, 1]], bool))[None, None]
+        shared = np.array([[0, 1, 1]])
+        seen = []
+        cache.mask_within = _spying(cache.mask_within, seen)  # type: ignore[method-assign]
+        cache.begin(shared, mask, recorder)
+        traced = cache.positions
+        assert traced is not None
+        try:
+            logits = self.model(tokens, cache=cache.layers)
+        except Exception as error:
+            raise UnsupportedModelError(
+                f"{self.architecture}: cannot place tokens at shared positions "
+                f"({type(error).__name__}: {error})"
+            ) from error
+        if any(layer.n_slots != 3 for layer in cache.layers):
+            raise UnsupportedModelError(
+                f"{self.architecture}: not every layer appends its keys to the cache once"
+            )
+        if not seen:
+            raise UnsupportedModelError(f"{self.architecture}: builds its own attention mask")
+        if traced.uses == 0:
+            raise UnsupportedModelError(
+                f"{self.architecture}: no rotary embedding takes the positions"
+            )
+        if logits.shape[:2] != (1, 3):
+            raise UnsupportedModelError(f"{self.architecture}: returns logits {logits.shape}")
+        return recorder.calls >= len(cache.layers)
+
+
+def _spying(function, calls: list):
+    def spy(*args):
+        calls.append(args)
+        return function(*args)
+
+    return spy
+
+
+def _context_length(model: nn.Module) -> int | None:
+    for holder in (model, getattr(model, "language_model", None)):
+        args = getattr(holder, "args", None)
+        for source in (args, getattr(args, "text_config", None)):
+            length = (
+                source.get("max_position_embeddings")
+                if isinstance(source, dict)
+                else getattr(source, "max_position_embeddings", None)
+            )
+            if isinstance(length, int) and length > 0:
+                return length
+    return None
+
+
+def _layer_windows(architecture: str, model: nn.Module) -> list[int | None]:
+    """Sliding window of each layer, from the caches that mlx-lm itself would use."""
+    windows: list[int | None] = []
+    for layer, stock in enumerate(mlx_cache.make_prompt_cache(model)):
+        kind = type(stock)
+        if kind in (mlx_cache.KVCache, mlx_cache.ConcatenateKVCache):
+            windows.append(None)
+        elif kind is mlx_cache.RotatingKVCache and stock.keep == 0:
+            windows.append(stock.max_size)
+        elif kind is mlx_cache.ArraysCache:
+            raise UnsupportedModelError(
+                f"{architecture}: layer {layer} has recurrent state, which cannot hold parallel "
+                "tokens in one sequence; replicate the rows of a batch instead (`replicate`)"
+            )
+        else:
+            raise UnsupportedModelError(
+                f"{architecture}: layer {layer} keeps a {kind.__name__}, "
+                "which cannot hold parallel tokens"
+            )
+    return windows

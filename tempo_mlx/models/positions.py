@@ -1,0 +1,86 @@
+"""Rotary embedding at explicit logical positions.
+
+mlx-lm's attention modules call ``self.rope(x, offset=cache.offset)``. Here ``cache.offset`` is a
+:class:`Positions`, and every rotary module of the model understands it. A model that does
+arithmetic with the offset instead of handing it to its rotary module (learned positions, attention
+temperature) meets an object without arithmetic and fails loudly rather than rotate wrongly.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+
+class Positions:
+    """Logical positions of the T new tokens of each of B rows.
+
+    Args:
+        values: integers [B, T], at least 0; shared positions are equal entries of a row.
+    """
+
+    __slots__ = ("_flat", "_offset", "shape", "uses")
+
+    def __init__(self, values: np.ndarray):
+        self.shape = values.shape
+        #: how often a rotary module consumed these positions
+        self.uses = 0
+        B, T = values.shape
+        starts = values[:, 0]
+        self._flat: mx.array | None = None
+        self._offset: int | mx.array | None = None
+        if T == 1 or np.array_equal(values, starts[:, None] + np.arange(T)):
+            # Consecutive positions are what the rotary kernels do natively: no reshaping.
+            one_start = bool((starts == starts[0]).all())
+            self._offset = int(starts[0]) if one_start else mx.array(starts.astype(np.int32))
+        else:
+            self._flat = mx.array(values.reshape(-1).astype(np.int32))  # [B * T]
+
+    def rotate(self, rope: Callable[..., mx.array], x: mx.array) -> mx.array:
+        """Rotate x [B, H, T, D] by ``rope(x, offset=...)``, each token at its own position."""
+        B, H, T, D = x.shape
+        if (B, T) != self.shape:
+            raise ValueError(f"rotary input is {x.shape}, positions are {self.shape} as [B, T]")
+        self.uses += 1
+        if self._flat is None:
+            return rope(x, offset=self._offset)
+        # One batch row per token: the kernels take one offset per batch row.
+        rows = x.transpose(0, 2, 1, 3).reshape(B * T, H, 1, D)
+        return rope(rows, offset=self._flat).reshape(B, T, H, D).transpose(0, 2, 1, 3)
+
+
+@functools.cache
+def _positioned(rope_class: type) -> type:
+    """The rotary class, accepting a :class:`Positions` as its offset."""
+
+    class PositionedRope(rope_class):  # type: ignore[misc, valid-type]
+        def __call__(self, x, offset=0, **kwargs):
+            rope = super().__call__
+            if isinstance(offset, Positions):
+                return offset.rotate(functools.partial(rope, **kwargs), x)
+            return rope(x, offset=offset, **kwargs)
+
+    PositionedRope.__name__ = f"Positioned{rope_class.__name__}"
+    return PositionedRope
+
+
+def is_rotary(module: nn.Module) -> bool:
+    """Whether the module rotates: its call takes an input and an ``offset``."""
+    parameters = list(inspect.signature(type(module).__call__).parameters)
+    return len(parameters) >= 3 and "offset" in parameters and "rope" in type(module).__name__.lower()
+
+
+def install(model: nn.Module) -> list[nn.Module]:
+    """Make every rotary module of the model accept :class:`Positions`; returns those modules.
+
+    The modules keep their identity and their behaviour for plain offsets; installing twice changes
+    nothing.
+    """
+    ropes = [m for _, m in model.named_modules() if is_rotary(m)]
+    for rope in ropes:
+        if not type(rope).__name__.startswith("Positioned"):
+            rope.__class__ = _positioned(type(rope))
+    return ropes

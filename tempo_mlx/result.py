@@ -1,0 +1,117 @@
+"""What a run returns: its lattice, its text, its paths, and one schema for JSON."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from .lattice import Lattice
+from .models import PositionedModel
+from .paths import Path, best_paths
+from .settings import Settings
+from .tokens import Vocabulary
+from .verification import Verification
+
+#: Version of the dictionary that :meth:`GenerationResult.to_dict` returns.
+SCHEMA = 1
+
+#: Hypotheses that the search for the best paths keeps at each step, at least.
+BEAM = 8
+
+
+@dataclass
+class Statistics:
+    """Times of a run, in seconds, and its peak memory, in 10^9 bytes."""
+
+    prompt_seconds: float = 0.0
+    generation_seconds: float = 0.0
+    peak_memory_gb: float = 0.0
+
+
+@dataclass
+class GenerationResult:
+    """One run of :func:`tempo_mlx.generate`.
+
+    Args:
+        model, vocabulary: what made it; used to rescore paths.
+        model_name: recipe, folder or Hub id of the model.
+        prompt: the prompt as text.
+        lattice: every step with its set.
+        settings: how it was made.
+        finish_reason: "stop", "length" or "context"; None while it runs or if it was interrupted.
+        verification: what the oracle found, if it was asked.
+    """
+
+    model: PositionedModel
+    vocabulary: Vocabulary
+    model_name: str
+    prompt: str
+    lattice: Lattice
+    settings: Settings
+    stats: Statistics = field(default_factory=Statistics)
+    finish_reason: str | None = None
+    verification: Verification | None = None
+    _paths: tuple[tuple[int, int], list[Path]] | None = field(default=None, repr=False)
+
+    @property
+    def text(self) -> str:
+        """The best path through the lattice, rescored exactly; see :meth:`paths`."""
+        sets = self.lattice.sets
+        if all(len(tokens) == 1 for tokens in sets):
+            return self.vocabulary.decode([tokens[0].id for tokens in sets])
+        return self.paths(1)[0].text
+
+    def paths(self, k: int = 1, beam: int = BEAM) -> list[Path]:
+        """The k best paths through the lattice's sets, best first.
+
+        A path takes one live token of each set. Its log-probability is the model's for exactly
+        that text after the prompt, at temperature 1; no path contains a token that the model
+        conditioned on anything else. The search is a beam over the sets: with a beam as wide as the
+        number of paths it is exhaustive, with a narrower one a better path may be missed.
+
+        Args:
+            k: paths wanted, at least 1.
+            beam: hypotheses kept at each step; raised to k.
+
+        Returns:
+            at most k paths; computed when first asked for, and kept.
+        """
+        if k < 1:
+            raise ValueError(f"k must be at least 1, got {k}")
+        if beam < 1:
+            raise ValueError(f"beam must be at least 1, got {beam}")
+        beam = max(k, beam)
+        made = (beam, self.lattice.n_slots)
+        if self._paths is None or self._paths[0] != made:
+            sets = [[token.id for token in tokens] for tokens in self.lattice.sets]
+            found = best_paths(self.model, self.lattice.prompt_tokens, sets, beam)
+            paths = [Path(self.vocabulary.decode(ids), ids, logprob) for ids, logprob in found]
+            self._paths = (made, paths)
+        return self._paths[1][:k]
+
+    def to_dict(self, n_paths: int = 5) -> dict[str, Any]:
+        """The result as JSON-ready data, schema version 1; rescores ``n_paths`` paths."""
+        data: dict[str, Any] = {
+            "schema": SCHEMA,
+            "model": self.model_name,
+            "prompt": self.prompt,
+            "prompt_tokens": self.lattice.prompt_tokens,
+            "settings": self.settings.to_dict(),
+            "steps": self.lattice.steps_to_dict(),
+            "text": self.text,
+            "paths": [asdict(path) for path in self.paths(n_paths)] if n_paths else [],
+            "finish_reason": self.finish_reason,
+            "stats": self.rates(),
+        }
+        if self.verification is not None:
+            data["verification"] = asdict(self.verification)
+        return data
+
+    def rates(self) -> dict[str, float]:
+        """The schema's ``stats``: tokens and steps per second, peak memory in GB."""
+        stats, lattice = self.stats, self.lattice
+        seconds = stats.generation_seconds or float("inf")
+        return {
+            "prompt_tps": len(lattice.prompt_tokens) / (stats.prompt_seconds or float("inf")),
+            "steps_per_second": len(lattice) / seconds,
+            "tokens_per_second": lattice.n_tokens / seconds,
+            "peak_memory_gb": stats.peak_memory_gb,
+        }

@@ -1,0 +1,128 @@
+"""Settings of a run: frozen, validated when they are made, with errors that name the argument."""
+
+import secrets
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
+
+from .combining import COMBINE
+from .schedules import Constant, Schedule, check_range
+from .visibility import VISIBILITY
+
+#: How the candidates of a set are found.
+SAMPLING = ("deterministic", "gumbel")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a run selects, sees and combines.
+
+    Args:
+        max_tokens: logical steps at most, at least 1.
+        threshold: tokens with p >= threshold form the set, (0, 1]; 1 is greedy decoding.
+        final_threshold: where the schedule takes the threshold by the last step, (0, 1];
+            None keeps it.
+        schedule: how the threshold moves from the one to the other.
+        max_parallel: tokens of a set at most, at least 1.
+        temp: temperature of the softmax that the threshold is compared with, above 0.
+        sampling: "deterministic", or "gumbel" to draw without replacement before the threshold.
+        seed: of the draws; None picks one and records it. Without sampling it changes nothing.
+        visibility: a key of :data:`tempo_mlx.visibility.VISIBILITY`.
+        combine: a key of :data:`tempo_mlx.combining.COMBINE`.
+        stop: texts that end the generation once the most probable tokens spell them.
+        prefill_step_size: prompt tokens in one forward pass, at least 1.
+
+    Raises:
+        ValueError: naming the argument, its value and the allowed range.
+    """
+
+    max_tokens: int = 100
+    threshold: float = 0.1
+    final_threshold: float | None = None
+    schedule: Schedule = field(default_factory=Constant)
+    max_parallel: int = 16
+    temp: float = 1.0
+    sampling: str = "deterministic"
+    seed: int | None = None
+    visibility: str = "isolated"
+    combine: str = "mixture"
+    stop: tuple[str, ...] = ()
+    prefill_step_size: int = 2048
+
+    def __post_init__(self) -> None:
+        for name in ("max_tokens", "max_parallel", "prefill_step_size"):
+            _check_count(name, getattr(self, name))
+        check_range("threshold", self.threshold, 0.0, 1.0, low_open=True)
+        if self.final_threshold is not None:
+            check_range("final_threshold", self.final_threshold, 0.0, 1.0, low_open=True)
+            if isinstance(self.schedule, Constant):
+                raise ValueError(
+                    "final_threshold needs a schedule that moves: bezier(p1,p2) or relu(activation)"
+                )
+        elif not isinstance(self.schedule, Constant):
+            raise ValueError(f"schedule {self.schedule} needs a final_threshold to move towards")
+        if not 0.0 < self.temp < float("inf"):
+            raise ValueError(
+                f"temp must be above 0, got {self.temp}; for greedy decoding use threshold 1"
+            )
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be in [0, 2^63), got {self.seed}")
+        _check_choice("sampling", self.sampling, SAMPLING)
+        _check_choice("visibility", self.visibility, VISIBILITY)
+        _check_choice("combine", self.combine, COMBINE)
+        if isinstance(self.stop, str) or not all(self.stop):
+            raise ValueError(f"stop must be a tuple of texts that are not empty, got {self.stop!r}")
+
+    @property
+    def samples(self) -> bool:
+        """Whether the run draws at random, so that its seed matters."""
+        return self.sampling == "gumbel"
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the threshold is 1 throughout: only the first candidate can be kept."""
+        return self.threshold == 1.0 and self.final_threshold in (None, 1.0)
+
+    @property
+    def always_single(self) -> bool:
+        """Whether every set has one token whatever the model says."""
+        return self.greedy or self.max_parallel == 1
+
+    def seeded(self) -> "Settings":
+        """These settings with a seed, drawn here if the run needs one and has none."""
+        if not self.samples or self.seed is not None:
+            return self
+        return replace(self, seed=secrets.randbelow(2**32))
+
+    def notes(self) -> list[str]:
+        """What a user should know about this combination of settings."""
+        if self.seed is not None and not self.samples:
+            return ["seed has no effect: selection is deterministic unless sampling is gumbel"]
+        return []
+
+    def to_dict(self) -> dict[str, Any]:
+        """One key for each setting; the schedule as its text."""
+        return {**asdict(self), "schedule": str(self.schedule), "stop": list(self.stop)}
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> "Settings":
+        """Settings from keyword arguments.
+
+        Raises:
+            TypeError: for a name that is no setting.
+        """
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(given) - known)
+        if unknown:
+            raise TypeError(f"unknown setting {unknown[0]!r}; settings are {', '.join(known)}")
+        return cls(**given)
+
+
+def _check_count(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+
+
+def _check_choice(name: str, value: str, choices: Any) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
