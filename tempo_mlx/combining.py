@@ -5,28 +5,29 @@ from collections.abc import Callable
 import mlx.core as mx
 
 
-def mixture(logp: mx.array, weights: mx.array) -> mx.array:
+def mixture(logits: mx.array, weights: mx.array) -> mx.array:
     """p(x) = sum_i w_i p_i(x). The order of the rows does not matter."""
-    return weights @ mx.exp(logp)
+    return weights @ mx.softmax(logits, axis=-1)
 
 
-def mean(logp: mx.array, weights: mx.array) -> mx.array:
+def mean(logits: mx.array, weights: mx.array) -> mx.array:
     """p(x) = 1/N sum_i p_i(x)."""
-    return mx.mean(mx.exp(logp), axis=0)
+    return mx.softmax(logits, axis=-1).mean(axis=0)
 
 
-def product(logp: mx.array, weights: mx.array) -> mx.array:
+def product(logits: mx.array, weights: mx.array) -> mx.array:
     """p(x) ~ prod_i p_i(x)^w_i: softmax of the weighted mean of log p_i."""
-    # A row's exact zero vetoes the token, but 0 x -inf would be NaN.
-    return mx.softmax(weights @ mx.maximum(logp, -1e30))
+    # The rows' normalisers are constants of the softmax. A row that excludes a token vetoes it,
+    # but 0 x -inf would be NaN.
+    return mx.softmax(weights @ mx.maximum(logits, -1e30))
 
 
-def last(logp: mx.array, weights: mx.array) -> mx.array:
+def last(logits: mx.array, weights: mx.array) -> mx.array:
     """p(x) = p_N(x): what an implementation that feeds the tokens one by one would read."""
-    return mx.exp(logp[-1])
+    return mx.softmax(logits[-1])
 
 
-#: Name -> rule (log p_i [N, V], weights [N] summing to 1) -> p [V], all fp32.
+#: Name -> rule (logits [N, V], weights [N] summing to 1) -> p [V], all fp32.
 COMBINE: dict[str, Callable[[mx.array, mx.array], mx.array]] = {
     "mixture": mixture,
     "mean": mean,
@@ -52,5 +53,4 @@ def combine(rule: str, logits: mx.array, weights: mx.array, temp: float = 1.0) -
         logits = logits / temp
     if logits.shape[0] == 1:
         return mx.softmax(logits[0])
-    logp = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-    return COMBINE[rule](logp, weights / weights.sum())
+    return COMBINE[rule](logits, weights / weights.sum())

@@ -9,9 +9,9 @@ import typer
 #: Commands, each a module of this package.
 COMMANDS = ("generate", "models", "doctor", "bench")
 
-# Typer keeps its own copy of click; its public error leads to the classes of that copy.
-UsageError: type[Exception] = typer.BadParameter.__mro__[1]
-CommandError: type[Exception] = typer.BadParameter.__mro__[2]
+
+
+
 
 app = typer.Typer(
     name="tempo-mlx",
@@ -44,7 +44,7 @@ def main() -> None:
         code = exit.exit_code
     except (typer.Abort, KeyboardInterrupt):
         fail("interrupted", 130)
-    except CommandError as error:
+    except typer.TyperException as error:
         fail(error.format_message())  # type: ignore[attr-defined]
     except BrokenPipeError:
         # The reader of our output is gone (`| head`); there is nobody to tell.

@@ -2,6 +2,9 @@
 
 import mlx.nn as nn
 
+#: Architectures that the sweep in tests/unit/test_architectures.py found exact.
+EXACT: frozenset[str] = frozenset({"llama"})
+
 #: Architectures refused although nothing fails when they run: file name -> reason.
 REFUSED: dict[str, str] = {}
 

@@ -5,6 +5,7 @@ from typing import overload
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten
 from mlx_lm.models import cache as mlx_cache
 
 from . import attention, positions
@@ -33,11 +34,14 @@ class PositionedModel:
         self.model = model
         self.architecture = type(model).__module__.removeprefix("mlx_lm.models.")
         if reason := refusal(model):
-            raise UnsupportedModelError(f"{self.architecture}: {reason}")
+            raise self._unsupported(reason)
         self._windows = _layer_windows(self.architecture, model)
         positions.install(model)
         attention.install(model)
-        self.captures_attention = self._trace()
+        #: dtype of the activations, which an additive mask must have
+        self.dtype = _activation_dtype(model)
+        #: whether attention can be captured, and whether masks may be additive
+        self.captures_attention, self.takes_additive_masks = self._trace()
         #: positions that the model was made for, or None where its configuration does not say
         self.context_length = _context_length(model)
         #: what the model was loaded as, if :func:`tempo_mlx.load` loaded it
@@ -79,8 +83,8 @@ class PositionedModel:
             positions: logical positions, integers [B, T], on the host.
             mask: "causal" (each token sees all slots and the new tokens up to itself; no array is
                 built), or an array [B, 1, T, S + T] over the S slots and the T new tokens: boolean
-                (True = may attend) or additive in the model's dtype. No row may be masked
-                everywhere. Sliding windows are applied on top, by logical distance.
+                (True = may attend) or additive, floating point. No row may be masked everywhere.
+                Sliding windows are applied on top, by logical distance.
             cache: from :meth:`make_cache`; extended by T slots.
             capture: what attention to report.
 
@@ -89,12 +93,23 @@ class PositionedModel:
             Both are lazy: evaluate them together with ``cache.state``.
 
         Raises:
-            UnsupportedModelError: if ``capture`` is given and the model's attention cannot report.
+            ValueError: if shapes do not fit or the mask is neither boolean nor floating point.
+            UnsupportedModelError: if the model's attention cannot report what ``capture`` asks
+                for, or changes masks on their way so that additive ones would be misread.
         """
+        if not isinstance(mask, str) and mask.dtype != mx.bool_:
+            if not mx.issubdtype(mask.dtype, mx.floating):
+                raise ValueError(f"mask must be boolean or floating point, got {mask.dtype}")
+            if not self.takes_additive_masks:
+                raise self._unsupported(
+                    "keys cannot be weighted, the model rewrites its masks and understands "
+                    "boolean ones only; use weighting none"
+                )
+            mask = mask.astype(self.dtype)
         if capture is not None and not self.captures_attention:
-            raise UnsupportedModelError(
-                f"{self.architecture}: attention cannot be captured, the model computes its scores "
-                "outside mlx-lm's attention call; use a rule that needs no attention"
+            raise self._unsupported(
+                "attention cannot be captured, the model computes its scores outside mlx-lm's "
+                "attention call; use a rule that needs no attention"
             )
         recorder = AttentionRecorder(capture) if capture is not None else None
         logits = self._forward(tokens, positions, mask, cache, recorder)
@@ -110,49 +125,68 @@ class PositionedModel:
         cache.end()
         return logits
 
-    def _trace(self) -> bool:
+    def _trace(self) -> tuple[bool, bool]:
         """Check on an unevaluated pass that positions and masks reach the model's attention.
 
-        Returns whether attention can be captured: every layer goes through mlx-lm's call.
+        Returns whether attention can be captured (every layer goes through mlx-lm's call) and
+        whether masks may be additive (they arrive there as they were made).
         """
         cache = self.make_cache(1)
-        recorder = AttentionRecorder(None)
-        tokens = mx.zeros((1, 3), mx.int32)
+        trace = _Trace(cache)
         mask = mx.array(np.array([[1, 0, 0], [1, 1, 0], [1, 0, 1]], bool))[None, None]
-        shared = np.array([[0, 1, 1]])
-        seen = []
-        cache.mask_within = _spying(cache.mask_within, seen)  # type: ignore[method-assign]
-        cache.begin(shared, mask, recorder)
-        traced = cache.positions
-        assert traced is not None
+        cache.begin(np.array([[0, 1, 1]]), mask, trace)
+        positions = cache.positions
+        assert positions is not None
         try:
-            logits = self.model(tokens, cache=cache.layers)
+            logits = self.model(mx.zeros((1, 3), mx.int32), cache=cache.layers)
         except Exception as error:
-            raise UnsupportedModelError(
-                f"{self.architecture}: cannot place tokens at shared positions "
-                f"({type(error).__name__}: {error})"
+            raise self._unsupported(
+                f"cannot place tokens at shared positions ({type(error).__name__}: {error})"
             ) from error
         if any(layer.n_slots != 3 for layer in cache.layers):
-            raise UnsupportedModelError(
-                f"{self.architecture}: not every layer appends its keys to the cache once"
-            )
-        if not seen:
-            raise UnsupportedModelError(f"{self.architecture}: builds its own attention mask")
-        if traced.uses == 0:
-            raise UnsupportedModelError(
-                f"{self.architecture}: no rotary embedding takes the positions"
-            )
+            raise self._unsupported("not every layer appends its keys to the cache once")
+        if not trace.made:
+            raise self._unsupported("builds its own attention mask")
+        if positions.uses == 0:
+            raise self._unsupported("no rotary embedding takes the positions")
         if logits.shape[:2] != (1, 3):
-            raise UnsupportedModelError(f"{self.architecture}: returns logits {logits.shape}")
-        return recorder.calls >= len(cache.layers)
+            raise self._unsupported(f"returns logits of shape {logits.shape}")
+        captures = trace.calls >= len(cache.layers)
+        return captures, captures and trace.masks_arrive_unchanged()
+
+    def _unsupported(self, reason: str) -> UnsupportedModelError:
+        return UnsupportedModelError(f"{self.architecture}: {reason}")
 
 
-def _spying(function, calls: list):
-    def spy(*args):
-        calls.append(args)
-        return function(*args)
+class _Trace(AttentionRecorder):
+    """Watches one forward pass: the masks that the cache made and those that attention got."""
 
-    return spy
+    def __init__(self, cache: BatchedKVCache):
+        super().__init__(None)
+        self.made: list[mx.array | str | None] = []
+        self.used: list[mx.array | str | None] = []
+        make = cache.mask_within
+
+        def watched(*args):
+            self.made.append(make(*args))
+            return self.made[-1]
+
+        cache.mask_within = watched  # type: ignore[method-assign]
+
+    def record(self, queries, keys, scale, mask, sinks) -> None:
+        super().record(queries, keys, scale, mask, sinks)
+        self.used.append(mask)
+
+    def masks_arrive_unchanged(self) -> bool:
+        return all(any(used is made for made in self.made) for used in self.used)
+
+
+def _activation_dtype(model: nn.Module) -> mx.Dtype:
+    """dtype of the first floating-point parameter; quantised weights show theirs in scales."""
+    for _, parameter in tree_flatten(model.parameters()):
+        if mx.issubdtype(parameter.dtype, mx.floating):
+            return parameter.dtype
+    return mx.float32
 
 
 def _context_length(model: nn.Module) -> int | None:

@@ -1,0 +1,295 @@
+"""``tempo-mlx generate``: text with parallel sets, as it comes."""
+
+import json
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.text import Text
+
+from ..combining import COMBINE
+from ..files import check_writable, write_atomically
+from ..lattice import Step
+from ..schedules import parse_schedule
+from ..settings import SAMPLING, Settings
+from ..visibility import VISIBILITY
+
+Visibility = StrEnum("Visibility", {name: name for name in VISIBILITY})  # type: ignore[misc]
+Combine = StrEnum("Combine", {name: name for name in COMBINE})  # type: ignore[misc]
+Sampling = StrEnum("Sampling", {name: name for name in SAMPLING})  # type: ignore[misc]
+
+#: Prompts longer than this show a progress bar while they are read.
+LONG_PROMPT = 1024
+
+DEFAULTS = Settings()
+
+
+def register(app: typer.Typer) -> None:
+    app.command("generate")(generate)
+
+
+def generate(
+    prompt: Annotated[
+        str | None, typer.Argument(help="The prompt; '-' reads it from standard input.")
+    ] = None,
+    prompt_option: Annotated[
+        str | None, typer.Option("--prompt", "-p", help="The prompt, as an option.")
+    ] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option(help="Read the prompt from this file (UTF-8).")
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Put the prompt through the model's chat template.")
+    ] = False,
+    system_prompt: Annotated[
+        str | None, typer.Option(help="System message for the chat template; needs --chat.")
+    ] = None,
+    model: Annotated[
+        str,
+        typer.Option(help="Recipe name, folder in mlx-lm layout, or Hugging Face Hub id."),
+    ] = "smollm2-135m",
+    adapter_path: Annotated[
+        str | None, typer.Option(help="Folder of trained adapter weights and their config.")
+    ] = None,
+    max_tokens: Annotated[
+        int,
+        typer.Option("--max-tokens", "-m", help="Steps at most; each makes one set. At least 1."),
+    ] = DEFAULTS.max_tokens,
+    threshold: Annotated[
+        float,
+        typer.Option(
+            help="Tokens with at least this probability form the set, in (0, 1]. "
+            "1 is greedy decoding; 0.05 shows many alternatives."
+        ),
+    ] = DEFAULTS.threshold,
+    final_threshold: Annotated[
+        float | None,
+        typer.Option(help="Where --schedule takes the threshold by the last step, in (0, 1]."),
+    ] = None,
+    schedule: Annotated[
+        str,
+        typer.Option(
+            help="How the threshold moves to --final-threshold: constant, bezier(p1,p2) with "
+            "p1, p2 in [0, 1], or relu(activation) with activation in [0, 1)."
+        ),
+    ] = "constant",
+    max_parallel: Annotated[
+        int, typer.Option(help="Tokens of one set at most, most probable first. At least 1.")
+    ] = DEFAULTS.max_parallel,
+    visibility: Annotated[
+        Visibility,
+        typer.Option(
+            help="What a token sees. isolated: earlier steps and itself. visible: also its "
+            "siblings. hidden: as isolated, but sets of several tokens vanish for later steps."
+        ),
+    ] = Visibility(DEFAULTS.visibility),
+    combine: Annotated[
+        Combine,
+        typer.Option(
+            help="How the rows of a set make the next distribution. mixture: weighted by the "
+            "tokens' probabilities. mean: equal weights. product: weighted mean of the "
+            "log-probabilities. last: the last row alone."
+        ),
+    ] = Combine(DEFAULTS.combine),
+    temp: Annotated[
+        float,
+        typer.Option(help="Temperature of the softmax before the threshold, above 0."),
+    ] = DEFAULTS.temp,
+    sampling: Annotated[
+        Sampling,
+        typer.Option(
+            help="deterministic, or gumbel: draw --max-parallel tokens without replacement, then "
+            "apply the threshold to them."
+        ),
+    ] = Sampling(DEFAULTS.sampling),
+    seed: Annotated[
+        int | None,
+        typer.Option(help="Seed of the draws; without --sampling gumbel it changes nothing."),
+    ] = None,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(help="End once the most probable tokens spell this text. Repeatable."),
+    ] = None,
+    extra_eos_token: Annotated[
+        list[str] | None,
+        typer.Option(help="Treat this token as an end of text, too. Repeatable."),
+    ] = None,
+    prefill_step_size: Annotated[
+        int, typer.Option(help="Prompt tokens in one forward pass; smaller needs less memory.")
+    ] = DEFAULTS.prefill_step_size,
+    paths: Annotated[
+        int, typer.Option(help="Print this many of the best paths with their log-probability.")
+    ] = 0,
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify", help="Replay the run in one uncached pass and report the difference."
+        ),
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write the result as JSON (schema 1).")
+    ] = None,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Print the best text and nothing else.")
+    ] = False,
+) -> None:
+    """Generate text with parallel token sets.
+
+    At each step every token above the threshold enters the text at the same position, shown as
+    [bold]\\[ on/ under/ beside][/bold]. At the end comes the best single path through the sets,
+    rescored by the model as the text that it is.
+    """
+    settings = Settings(
+        max_tokens=max_tokens,
+        threshold=threshold,
+        final_threshold=final_threshold,
+        schedule=parse_schedule(schedule),
+        max_parallel=max_parallel,
+        temp=temp,
+        sampling=sampling.value,
+        seed=seed,
+        visibility=visibility.value,
+        combine=combine.value,
+        stop=tuple(stop or ()),
+        prefill_step_size=prefill_step_size,
+    )
+    if paths < 0:
+        raise ValueError(f"--paths must be at least 0, got {paths}")
+    if output is not None:
+        check_writable("--output", output)
+    text = read_prompt(prompt if prompt is not None else prompt_option, prompt_file)
+    if system_prompt is not None and not chat:
+        raise ValueError("--system-prompt is used by the chat template; add --chat")
+
+    out, notes = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False)
+    if quiet:
+        notes.quiet = True
+    for note in settings.notes():
+        notes.print(f"note: {note}", style="yellow")
+
+    # mlx is imported here and not above: `--help` does without it.
+    from ..generation import stream_generate
+    from ..models import load
+
+    language_model, tokenizer = load(model, adapter_path=adapter_path)
+    for token in extra_eos_token or ():
+        tokenizer.add_eos_token(token)
+    content: Any = text
+    if chat:
+        system = [{"role": "system", "content": system_prompt}] if system_prompt else []
+        content = [*system, {"role": "user", "content": text}]
+
+    arguments = {name: getattr(settings, name) for name in settings.__dataclass_fields__}
+    response = None
+    interrupted = False
+    with Progress(console=notes, transient=True, disable=not notes.is_terminal) as progress:
+        reading: list[Any] = []
+
+        def on_prompt(done: int, total: int) -> None:
+            if total > LONG_PROMPT:
+                if not reading:
+                    reading.append(progress.add_task("Reading the prompt", total=total))
+                progress.update(reading[0], completed=done)
+                if done == total:
+                    progress.remove_task(reading[0])
+
+        responses = stream_generate(
+            language_model,
+            tokenizer,
+            content,
+            verify=verify,
+            prompt_progress_callback=on_prompt,
+            **arguments,
+        )
+        try:
+            for response in responses:
+                if not quiet:
+                    if response.step.step == 0:
+                        progress.stop()
+                        out.print(Text(response.result.prompt, style="dim"), end="")
+                    out.print(render(response.step), end="")
+        except KeyboardInterrupt:
+            interrupted = True
+    if not quiet:
+        out.print()
+    if response is None:
+        raise KeyboardInterrupt
+    result = response.result
+    if interrupted:
+        result.finish_reason = "interrupted"
+
+    with notes.status("Rescoring the paths ...") if notes.is_terminal else notes.status(""):
+        best = result.text
+        ranked = result.paths(paths) if paths else []
+        data = result.to_dict() if output is not None else None
+    if quiet:
+        out.print(Text(best))
+    else:
+        if any(len(tokens) > 1 for tokens in result.lattice.sets):
+            out.print(Text.assemble(("best path:", "bold"), best))
+        for path in ranked:
+            out.print(Text.assemble((f"{path.logprob:9.3f} nats ", "cyan"), path.text))
+        report(result, notes)
+    if output is not None:
+        write_atomically(output, json.dumps(data, ensure_ascii=False, indent=1) + "\n")
+        notes.print(f"written: {output}", style="dim")
+    if interrupted:
+        raise KeyboardInterrupt
+
+
+def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
+    """The prompt's text from where the user put it.
+
+    Raises:
+        ValueError: if there is none, more than one, or the file cannot be read.
+    """
+    if (prompt is None) == (prompt_file is None):
+        raise ValueError("give one prompt: as the argument, '-' for standard input, or a file")
+    if prompt_file is not None:
+        try:
+            return prompt_file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"--prompt-file {prompt_file} is not UTF-8 text") from error
+        except OSError as error:
+            message = f"--prompt-file {prompt_file} cannot be read: {error.strerror}"
+            raise ValueError(message) from error
+    assert prompt is not None
+    return sys.stdin.read() if prompt == "-" else prompt
+
+
+def render(step: Step) -> Text:
+    """A step as coloured text: a plain token, or `[ on/ under]` with the best one bold."""
+    endings = [Text(f"<end {ending.probability:.2f}>", style="magenta") for ending in step.endings]
+    tokens = [Text(token.text) for token in step.tokens]
+    if not tokens:
+        return endings[0]
+    if len(tokens) + len(endings) == 1:
+        return tokens[0]
+    for rank, text in enumerate(tokens):
+        text.stylize("bold green" if rank == 0 else "cyan")
+    inner = Text("/", style="dim").join([*tokens, *endings])
+    return Text.assemble(("[", "dim"), inner, ("]", "dim"))
+
+
+def report(result: Any, console: Console) -> None:
+    """How long the set list is, how fast it came, and what the oracle said."""
+    lattice, rates = result.lattice, result.rates()
+    console.print(
+        f"{len(lattice)} steps, {lattice.n_tokens} tokens, ended by {result.finish_reason} | "
+        f"prompt {len(lattice.prompt_tokens)} tokens, {rates['prompt_tps']:.1f} tokens/s | "
+        f"{rates['steps_per_second']:.1f} steps/s, {rates['tokens_per_second']:.1f} tokens/s | "
+        f"peak memory {rates['peak_memory_gb']:.2f} GB",
+        style="dim",
+    )
+    if result.settings.samples:
+        console.print(f"seed {result.settings.seed}", style="dim")
+    if result.verification is not None:
+        found = result.verification
+        console.print(
+            f"verified: largest difference {found.max_logit_difference:.2e} of a logit "
+            f"over {found.rows} rows, cached run against one uncached pass"
+        )

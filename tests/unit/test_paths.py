@@ -1,0 +1,76 @@
+"""The best paths through a lattice against every path scored by stock mlx-lm."""
+
+import itertools
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_lm.models.cache import make_prompt_cache
+
+from tempo_mlx.generation import generate
+from tempo_mlx.models import PositionedModel
+from tempo_mlx.paths import best_paths
+from tests.tiny_models import tiny_model
+from tests.tiny_tokenizer import TinyTokenizer
+
+PROMPT = [3, 14, 15, 9, 2, 6, 5, 35, 8, 9, 7, 9, 32]
+
+
+def stock_logprob(model, prompt, path):
+    """log p(path | prompt), one plain pass of the stock model over the whole text."""
+    logits = model(mx.array([*prompt, *path])[None], cache=make_prompt_cache(model))[0]
+    logp = np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True), np.float64)
+    return sum(logp[len(prompt) - 1 + i, token] for i, token in enumerate(path))
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma3_text", "qwen3_moe"])
+def model(request):
+    return tiny_model(request.param, seed=3)
+
+
+def test_exhaustive_beam_finds_all_paths_in_order(model):
+    sets = [[1, 2, 3], [4], [5, 6], [7, 8, 9], [10, 11]]
+    every = list(itertools.product(*sets))
+    expected = sorted(((stock_logprob(model, PROMPT, p), list(p)) for p in every), reverse=True)
+    found = best_paths(PositionedModel.of(model), PROMPT, sets, beam=len(every))
+    assert [ids for ids, _ in found] == [ids for _, ids in expected]
+    np.testing.assert_allclose([s for _, s in found], [s for s, _ in expected], atol=1e-3)
+
+
+def test_narrow_beam_scores_are_exact_and_ordered(model):
+    rng = np.random.default_rng(0)
+    # Long enough that unused slots are compacted away, several times.
+    sets = [rng.choice(60, rng.integers(1, 5), replace=False).tolist() for _ in range(24)]
+    found = best_paths(PositionedModel.of(model), PROMPT, sets, beam=4)
+    scores = [score for _, score in found]
+    assert scores == sorted(scores, reverse=True) and len(found) == 4
+    for ids, score in found:
+        assert all(token in ids_of_step for token, ids_of_step in zip(ids, sets, strict=True))
+        assert score == pytest.approx(stock_logprob(model, PROMPT, ids), abs=1e-3)
+
+
+def test_text_is_the_best_path_and_paths_are_kept(model):
+    tokenizer = TinyTokenizer(200, end_tokens=())
+    result = generate(model, tokenizer, PROMPT, threshold=0.05, max_tokens=6, max_parallel=3)
+    paths = result.paths(3)
+    assert result.text == paths[0].text == tokenizer.decode(paths[0].tokens)
+    assert result.paths(2) == paths[:2]
+    assert len({tuple(path.tokens) for path in paths}) == len(paths)
+    for path in paths:
+        assert path.logprob == pytest.approx(stock_logprob(model, PROMPT, path.tokens), abs=1e-3)
+
+
+def test_greedy_text_needs_no_rescoring(model, monkeypatch):
+    tokenizer = TinyTokenizer(200, end_tokens=())
+    result = generate(model, tokenizer, PROMPT, threshold=1.0, max_tokens=6)
+    monkeypatch.setattr("tempo_mlx.result.best_paths", None)
+    ids = [step.tokens[0].id for step in result.lattice.steps]
+    assert result.text == tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("arguments", [{"k": 0}, {"beam": 0}])
+def test_bad_arguments_are_refused(arguments):
+    model = tiny_model("llama")
+    result = generate(model, TinyTokenizer(200, ()), PROMPT, max_tokens=1)
+    with pytest.raises(ValueError, match="at least 1"):
+        result.paths(**arguments)

@@ -1,0 +1,93 @@
+"""Selection: what is kept, in which order, and how it is drawn."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tempo_mlx.selection import NonFiniteLogitsError, gumbel_top_k, keep, most_probable
+
+
+@st.composite
+def distributions(draw):
+    size = draw(st.integers(3, 30))
+    rng = np.random.default_rng(draw(st.integers(0, 10**6)))
+    return rng.dirichlet(np.full(size, draw(st.sampled_from([0.1, 0.5, 2.0]))))
+
+
+def select(p, threshold, max_parallel, ends=frozenset()):
+    found = most_probable(mx.array(p, mx.float32), max_parallel + len(ends))
+    return keep(found, threshold, max_parallel, frozenset(ends))
+
+
+@given(distributions(), st.floats(0.01, 1), st.integers(1, 8))
+def test_kept_tokens_are_the_most_probable_ones_above_the_threshold(p, threshold, max_parallel):
+    p = p.astype(np.float32)
+    kept = select(p, threshold, max_parallel)
+    order = np.argsort(-p, kind="stable")
+    expected = [i for i in order if p[i] >= np.float32(threshold)][:max_parallel] or [order[0]]
+    np.testing.assert_allclose(p[kept.ids], p[expected])
+    np.testing.assert_allclose(kept.probabilities, p[kept.ids])
+    assert len(set(kept.ids.tolist())) == len(kept.ids)
+
+
+@given(distributions(), st.floats(0.01, 1), st.floats(0.01, 1), st.integers(1, 8))
+def test_a_higher_threshold_keeps_a_beginning_of_the_set(p, one, other, max_parallel):
+    more = select(p, min(one, other), max_parallel).ids.tolist()
+    fewer = select(p, max(one, other), max_parallel).ids.tolist()
+    assert more[: len(fewer)] == fewer
+
+
+@given(distributions(), st.floats(0.01, 0.5), st.integers(1, 8), st.data())
+def test_end_tokens_are_recorded_and_never_kept(p, threshold, max_parallel, data):
+    ends = data.draw(st.sets(st.integers(0, len(p) - 1), min_size=1, max_size=2))
+    p = p.astype(np.float32)
+    kept = select(p, threshold, max_parallel, ends)
+    assert not ends & set(kept.ids.tolist())
+    most = int(np.argmax(p))
+    if most in ends:
+        assert len(kept.ids) == 0 and kept.endings[0].id == most
+    else:
+        others = sum(p[i] >= np.float32(threshold) for i in range(len(p)) if i not in ends)
+        assert len(kept.ids) == min(max(others, 1), max_parallel)
+
+
+def test_draws_are_without_replacement_and_repeat_with_their_key():
+    p = mx.softmax(mx.random.normal((40,), key=mx.random.key(1)))
+    first = gumbel_top_k(p, 10, mx.random.key(5)).ids.tolist()
+    assert len(set(first)) == 10
+    assert first == gumbel_top_k(p, 10, mx.random.key(5)).ids.tolist()
+    assert first != gumbel_top_k(p, 10, mx.random.key(6)).ids.tolist()
+
+
+def test_first_draw_follows_the_distribution_and_so_does_the_second_given_the_first():
+    p = np.array([0.5, 0.3, 0.15, 0.05])
+    draws = 4000
+    keys = mx.random.split(mx.random.key(0), draws)
+    ids = np.array(
+        mx.stack([gumbel_top_k(mx.array(p, mx.float32), 2, keys[i]).ids for i in range(draws)])
+    )
+    for token in range(4):
+        expected = p[token]
+        bound = 4 * np.sqrt(expected * (1 - expected) / draws)
+        assert abs((ids[:, 0] == token).mean() - expected) < bound
+    after_best = ids[ids[:, 0] == 0, 1]
+    for token in (1, 2, 3):
+        expected = p[token] / 0.5
+        bound = 4 * np.sqrt(expected * (1 - expected) / len(after_best))
+        assert abs((after_best == token).mean() - expected) < bound
+
+
+def test_where_no_draw_qualifies_the_first_one_is_kept():
+    p = mx.array([0.4, 0.3, 0.2, 0.1])
+    drawn = gumbel_top_k(p, 3, mx.random.key(3))
+    kept = keep(drawn, 0.9, 3, frozenset())
+    assert kept.ids.tolist() == drawn.ids[:1].tolist()
+
+
+def test_not_a_number_is_an_error():
+    p = mx.softmax(mx.array([1.0, float("nan"), 0.0]))
+    for k in (1, 2):
+        with pytest.raises(NonFiniteLogitsError, match="not finite"):
+            keep(most_probable(p, k), 0.1, k, frozenset())

@@ -1,0 +1,53 @@
+"""Settings say what is wrong with them: argument, value, range."""
+
+import pytest
+
+from tempo_mlx.schedules import Bezier
+from tempo_mlx.settings import Settings
+
+
+@pytest.mark.parametrize(
+    ("given", "names"),
+    [
+        ({"threshold": 0.0}, ["threshold", "0", "(0, 1]"]),
+        ({"threshold": 1.5}, ["threshold", "1.5", "(0, 1]"]),
+        ({"threshold": float("nan")}, ["threshold", "nan"]),
+        ({"max_parallel": 0}, ["max_parallel", "0", "at least 1"]),
+        ({"max_tokens": 0}, ["max_tokens", "0", "at least 1"]),
+        ({"max_tokens": 2.5}, ["max_tokens", "2.5", "integer"]),
+        ({"temp": 0.0}, ["temp", "0", "above 0", "threshold 1"]),
+        ({"visibility": "all"}, ["visibility", "all", "isolated"]),
+        ({"combine": "sum"}, ["combine", "sum", "mixture"]),
+        ({"sampling": "top"}, ["sampling", "top", "gumbel"]),
+        ({"seed": -1}, ["seed", "-1"]),
+        ({"stop": "text"}, ["stop", "tuple"]),
+        ({"final_threshold": 0.5}, ["final_threshold", "schedule"]),
+        ({"schedule": Bezier()}, ["final_threshold"]),
+        ({"prefill_step_size": 0}, ["prefill_step_size", "0"]),
+    ],
+)
+def test_value_out_of_range_is_named(given, names):
+    with pytest.raises(ValueError) as error:
+        Settings(**given)
+    for name in names:
+        assert name in str(error.value)
+
+
+def test_unknown_setting_is_named():
+    with pytest.raises(TypeError, match="'treshold'"):
+        Settings.of({"treshold": 0.1})
+
+
+def test_seed_without_sampling_is_reported_as_useless():
+    assert "no effect" in Settings(seed=1).notes()[0]
+    assert not Settings(seed=1, sampling="gumbel").notes()
+
+
+def test_a_sampling_run_always_has_a_seed_on_record():
+    assert Settings(sampling="gumbel").seeded().seed is not None
+    assert Settings(sampling="gumbel", seed=7).seeded().seed == 7
+    assert Settings().seeded().seed is None
+
+
+def test_every_setting_is_in_the_dictionary():
+    assert set(Settings().to_dict()) == set(Settings.__dataclass_fields__)

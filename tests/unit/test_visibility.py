@@ -1,0 +1,70 @@
+"""Visibility rules against the definitions, slot by slot."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tempo_mlx.lattice import Lattice
+from tempo_mlx.visibility import VISIBILITY, attention_mask, may_attend
+
+
+@st.composite
+def lattices(draw):
+    """A lattice of a short prompt and up to six sets, some tokens pruned later."""
+    lattice = Lattice([0] * draw(st.integers(1, 4)))
+    for step in range(draw(st.integers(1, 6))):
+        lattice.reserve(draw(st.integers(1, 4)), step)
+    slots = lattice.slots
+    for slot in range(len(lattice.prompt_tokens), lattice.n_slots):
+        if draw(st.booleans()):
+            slots.pruned_at[slot] = slots.step[slot] + draw(st.integers(1, 3))
+    return lattice
+
+
+def by_definition(rule, slots, q, k):
+    if slots.pruned_at[k] < slots.step[q]:
+        return False
+    if q == k:
+        return True
+    same, earlier = slots.step[k] == slots.step[q], slots.step[k] < slots.step[q]
+    if rule == "isolated":
+        return earlier
+    if rule == "visible":
+        return earlier or same
+    return earlier and slots.set_size[k] == 1
+
+
+@pytest.mark.parametrize("rule", VISIBILITY)
+@given(lattices())
+def test_rule_is_its_definition(rule, lattice):
+    slots = lattice.slots
+    mask = may_attend(rule, slots, slots)
+    expected = [
+        [by_definition(rule, slots, q, k) for k in range(len(slots))] for q in range(len(slots))
+    ]
+    np.testing.assert_array_equal(mask, expected)
+
+
+@pytest.mark.parametrize("rule", VISIBILITY)
+@given(lattices())
+def test_no_row_is_masked_everywhere_and_nothing_sees_later_steps(rule, lattice):
+    slots = lattice.slots
+    mask = may_attend(rule, slots, slots)
+    assert mask.any(axis=1).all()
+    assert not mask[slots.step[None] > slots.step[:, None]].any()
+
+
+@pytest.mark.parametrize("rule", VISIBILITY)
+def test_prompt_is_causal(rule):
+    slots = Lattice([0] * 5).slots
+    np.testing.assert_array_equal(may_attend(rule, slots, slots), np.tri(5, dtype=bool))
+
+
+def test_single_query_that_sees_everything_needs_no_array():
+    lattice = Lattice([0, 1])
+    queries = lattice.reserve(1, 0)
+    assert attention_mask("isolated", queries, lattice.slots) == "causal"
+    lattice.slots.pruned_at[0] = -1
+    mask = attention_mask("isolated", queries, lattice.slots)
+    assert mask.tolist() == [[[[False, True, True]]]]
