@@ -139,7 +139,9 @@ def run(
     elif not settings.samples:
         # End tokens are never kept, so room for them lets a set still fill up.
         k += len(vocabulary.end_tokens)
-    limit = min(settings.max_tokens, (model.context_length or length + settings.max_tokens) - length)
+    limit = min(
+        settings.max_tokens, (model.context_length or length + settings.max_tokens) - length
+    )
 
     def candidates(logits: mx.array, weights: mx.array) -> Candidates:
         nonlocal key

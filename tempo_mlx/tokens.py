@@ -48,9 +48,7 @@ def encode_prompt(
         if not prompt:
             raise ValueError("prompt is empty; give at least one character")
         bos = tokenizer.bos_token
-        ids = tokenizer.encode(
-            prompt, add_special_tokens=bos is None or not prompt.startswith(bos)
-        )
+        ids = tokenizer.encode(prompt, add_special_tokens=bos is None or not prompt.startswith(bos))
     elif len(prompt) and isinstance(prompt[0], dict):
         if not getattr(tokenizer, "has_chat_template", True):
             raise ValueError("prompt is chat messages, but the model has no chat template")

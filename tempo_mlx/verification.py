@@ -11,7 +11,6 @@ import numpy as np
 
 from .lattice import Lattice
 from .models import PositionedModel
-from .models.positions import Positions
 
 
 @dataclass(frozen=True)
@@ -33,8 +32,8 @@ class _Stateless:
 
     attention_recorder = None
 
-    def __init__(self, positions: np.ndarray, allowed: np.ndarray, window: int | None):
-        self.offset = Positions(positions[None])
+    def __init__(self, offset, positions: np.ndarray, allowed: np.ndarray, window: int | None):
+        self.offset = offset
         self._positions, self._allowed, self._window = positions, allowed, window
 
     def make_mask(self, N, return_array=False, window_size=None):
@@ -84,7 +83,10 @@ def verify(
                 allowed[q, k] = visibility == "visible"
             elif k_step < q_step:
                 allowed[q, k] = visibility != "hidden" or k_size == 1
-    caches = [_Stateless(positions, allowed, layer.window) for layer in model.make_cache().layers]
+    offset = model.as_offset(positions[None])
+    caches = [
+        _Stateless(offset, positions, allowed, layer.window) for layer in model.make_cache().layers
+    ]
     logits = model.model(mx.array(tokens)[None], cache=caches)[0].astype(mx.float32)
     differences = []
     compared = 0

@@ -1,8 +1,8 @@
 """Tiny configurations, one for every architecture of mlx-lm.
 
-A configuration has what the type's own `config.json` has, so that mlx-lm's own code reads it. Every kind of
-layer occurs (sliding and full, dense and mixture of experts, attention and recurrent), and whatever depends
-on the distance between tokens acts within a prompt of 14 tokens.
+A configuration has the fields of the type's own `config.json`, so that mlx-lm's code reads it.
+Every kind of layer occurs (sliding and full, dense and mixture of experts, attention and
+recurrent), and whatever depends on the distance between tokens acts within a prompt of 14 tokens.
 """
 
 from typing import Any
@@ -16,8 +16,6 @@ LAYERS = 4
 WINDOW = 6  # tokens a sliding layer sees, the query itself included
 
 SLIDING, FULL, LINEAR = "sliding_attention", "full_attention", "linear_attention"
-ALTERNATING = [SLIDING, FULL] * (LAYERS // 2)
-LINEAR_AND_FULL = [LINEAR, FULL] * (LAYERS // 2)
 DENSE_FIRST = [0] + [1] * (LAYERS - 1)  # 1 marks a mixture-of-experts layer
 ROPE = {"rope_theta": 10000.0, "rope_type": "default"}
 YARN = {
@@ -33,7 +31,7 @@ YARN = {
 # Query scales grow at each multiple of `original_max_position_embeddings`.
 LLAMA_4_ROPE = {**ROPE, "llama_4_scaling_beta": 0.5, "original_max_position_embeddings": 5}
 
-# Offered to every type, which takes the fields that it knows.
+#: Offered to every type, which takes the fields that it knows.
 GENERIC: Config = {
     "vocab_size": VOCAB,
     "hidden_size": HIDDEN,
@@ -60,7 +58,7 @@ GENERIC: Config = {
     # Windows
     "sliding_window": WINDOW,
     "sliding_window_pattern": 2,
-    "layer_types": ALTERNATING,
+    "layer_types": [SLIDING, FULL],  # repeated for all layers
     # Mixtures of experts
     "num_experts": 4,
     "num_local_experts": 4,
@@ -132,7 +130,7 @@ GENERIC: Config = {
     "query_pre_attn_scalar": HEAD_DIM,
 }
 
-# Types whose language model is another type's: the configuration of the inner one is nested.
+#: Types whose language model is another type's: the configuration of the inner one is nested.
 WRAPPERS = {
     "gemma3": "gemma3_text",
     "gemma4": "gemma4_text",
@@ -148,8 +146,8 @@ WRAPPERS = {
     "qwen3_vl_moe": "qwen3_moe",
 }
 
-# What `GENERIC` does not give, or gives wrongly, for a type. For types with a nested text configuration these
-# fields go there.
+#: What `GENERIC` does not give, or gives wrongly, for a type. Where the configuration of the
+#: language model is nested, these fields go there.
 SPECIAL: dict[str, Config] = {
     "afm7": {
         "hidden_dim": HIDDEN,
@@ -179,7 +177,7 @@ SPECIAL: dict[str, Config] = {
         "compress_ratios": [0, 2, 2, 2],
         "kv_source_layer_ids": [1, 2],
         "index_source_layer_ids": [1, 2],
-        "index_topk": 4,
+        "index_topk": 3,
         "candidate_source_layer_id": 1,
         "candidate_topk_blocks": 2,
         "candidate_block_size": 2,
@@ -209,7 +207,6 @@ SPECIAL: dict[str, Config] = {
     "gear": {"layer_types": [SLIDING, "conv_mixer", FULL, "conv_mixer"]},
     "gemma3n": {
         "num_hidden_layers": 6,
-        "layer_types": [SLIDING, FULL] * 3,
         "num_kv_shared_layers": 2,
         "vocab_size_per_layer_input": VOCAB,
         "rope_local_base_freq": 5000.0,
@@ -224,7 +221,6 @@ SPECIAL: dict[str, Config] = {
     },
     "gemma4_text": {
         "num_hidden_layers": 6,
-        "layer_types": [SLIDING, FULL] * 3,
         "num_kv_shared_layers": 2,
         "global_head_dim": 32,
         "num_global_key_value_heads": 1,
@@ -248,7 +244,7 @@ SPECIAL: dict[str, Config] = {
     # No grouped queries.
     "gpt_neox": {"num_key_value_heads": 4, "rotary_emb_base": 10000.0, "rotary_pct": 0.5},
     "gptj": {"n_embd": HIDDEN, "n_head": 4, "n_layer": 3, "n_positions": 512, "rotary_dim": 8},
-    "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2, "mamba_n_groups": 2},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"], "mamba_n_groups": 2},
     "hunyuan": {
         "moe_topk": 2,
         "num_shared_expert": 1,
@@ -286,9 +282,12 @@ SPECIAL: dict[str, Config] = {
         },
         "model_max_length": 512,
     },
-    "laguna": {"num_attention_heads_per_layer": [4, 8, 4, 8], "rope_parameters": {SLIDING: ROPE, FULL: {**ROPE, **YARN}}},
+    "laguna": {
+        "num_attention_heads_per_layer": [4, 8, 4, 8],
+        "rope_parameters": {SLIDING: ROPE, FULL: {**ROPE, **YARN}},
+    },
     "lfm2": {
-        "layer_types": ["conv", FULL] * 2,
+        "layer_types": ["conv", FULL],
         "conv_bias": True,
         "conv_L_cache": 3,
         "block_dim": HIDDEN,
@@ -297,7 +296,7 @@ SPECIAL: dict[str, Config] = {
         "block_auto_adjust_ff_dim": True,
     },
     "lfm2_moe": {
-        "layer_types": ["conv", FULL] * 2,
+        "layer_types": ["conv", FULL],
         "conv_bias": True,
         "conv_L_cache": 3,
         "num_dense_layers": 1,
@@ -353,7 +352,7 @@ SPECIAL: dict[str, Config] = {
     "minimax": {"rotary_dim": 8},
     "minimax_m3_vl": {
         "dense_intermediate_size": 96,
-        "layer_types": [FULL, "sparse_attention", FULL, "sparse_attention"],
+        "layer_types": [FULL, "sparse_attention"],
         "moe_layer_freq": DENSE_FIRST,
         "index_block_size": 3,
         "index_topk_blocks": 2,
@@ -392,7 +391,7 @@ SPECIAL: dict[str, Config] = {
         "mlp_hidden_size": 96,
         "embedding_size": VOCAB,
     },
-    "olmo_hybrid": {"layer_types": LINEAR_AND_FULL, "linear_allow_neg_eigval": True},
+    "olmo_hybrid": {"layer_types": [LINEAR, FULL], "linear_allow_neg_eigval": True},
     "openelm": {
         "num_transformer_layers": 3,
         "model_dim": HIDDEN,
@@ -456,7 +455,7 @@ SPECIAL["longcat_flash_ngram"] = {
     "emb_split_num": 2,
 }
 
-# Fields of the outer configuration of a type with a nested one.
+#: Fields of the outer configuration of a type with a nested one.
 OUTER: dict[str, Config] = {
     "prism_hadamard_qwen35": {
         "schema_version": 2,

@@ -10,9 +10,6 @@ import typer
 COMMANDS = ("generate", "models", "doctor", "bench")
 
 
-
-
-
 app = typer.Typer(
     name="tempo-mlx",
     help="TEMPO on MLX: generate with parallel token sets that share one position and one cache.",

@@ -1,23 +1,63 @@
-"""What is known of mlx-lm's architectures beyond what a model shows by itself."""
+"""What is known of mlx-lm's architectures beyond what a model shows by itself.
+
+Names are those of mlx-lm's model files. tests/unit/test_architectures.py compares every file with
+the stock model and holds these tables against what it finds; docs/architectures.md has the result.
+"""
 
 import mlx.nn as nn
 
-#: Architectures that the sweep in tests/unit/test_architectures.py found exact.
-EXACT: frozenset[str] = frozenset({"llama"})
+#: Files whose tiny random models gave the stock model's numbers.
+EXACT = frozenset(
+    """
+    Klear afmoe apertus bailing_moe cohere cohere2 dbrx deepseek deepseek_v2 deepseek_v3 dots1
+    ernie4_5 ernie4_5_moe exaone exaone4 exaone_moe gemma gemma2 gemma3 gemma3_text gemma3n
+    gemma4 gemma4_text glm glm4 glm4_moe glm4_moe_lite gpt_neox gpt_oss gptj granite
+    granitemoe helium hunyuan hunyuan_v1_dense internlm2 internlm3 iquestloopcoder kimi_k25
+    kimi_vl laguna lille-130m llama llama4_text mellum mimo mimo_v2_flash minicpm minicpm3
+    minimax mixtral muse_glimmer nanbeige nemotron nemotron-nas olmo2 olmo3 olmoe openelm phi
+    phi3 phimoe phixtral pixtral plamo qwen qwen2 qwen2_moe qwen2_vl qwen3 qwen3_moe qwen3_vl
+    qwen3_vl_moe seed_oss smollm3 solar_open spark2_5 stablelm starcoder2 step3p5 telechat3
+    youtu_llm
+    """.split()
+)
 
-#: Architectures refused although nothing fails when they run: file name -> reason.
-REFUSED: dict[str, str] = {}
+#: Files whose results would be wrong or were never seen, although nothing need fail: reasons.
+REFUSED = {
+    "afm7": "layers that reuse another layer's keys take a slot's number for its position",
+    "bitnet": "its kernels exist for Metal only and were never compared with the stock model",
+    "muse_spark": "its kernels exist for Metal only and were never compared with the stock model",
+    "olmo": "adds masks to its scores as numbers, so a boolean mask would hide nothing",
+    "phi3small": "block-sparse attention counts slots, not positions, so shared positions shift it",
+    "plamo3": "mlx-lm prefills it with a window of one token more than it decodes with, so there "
+    "is no single result to be equal to",
+}
+
+#: Files that copy the offset into an array before they hand it to their rotary embedding.
+ARRAY_OFFSETS = frozenset({"gemma4", "gemma4_text"})
+
+#: Files whose scores have the shape [B, H_kv, H / H_kv, T, S], to which masks must broadcast.
+GROUPED_SCORES = frozenset({"gemma2"})
+
+
+def names(model: nn.Module) -> list[str]:
+    """Names of the model's file and, for a wrapper of a language model, of that one's file."""
+    holders = [model, getattr(model, "language_model", None)]
+    return [
+        type(holder).__module__.removeprefix("mlx_lm.models.")
+        for holder in holders
+        if holder is not None and type(holder).__module__.startswith("mlx_lm.models.")
+    ]
 
 
 def refusal(model: nn.Module) -> str | None:
-    """Why this model cannot hold parallel tokens exactly, or None."""
-    architecture = type(model).__module__.removeprefix("mlx_lm.models.")
-    if architecture in REFUSED:
-        return REFUSED[architecture]
-    for name, module in model.named_modules():
+    """Why this model cannot hold parallel tokens exactly, as far as its kind tells, or None."""
+    for name in names(model):
+        if name in REFUSED:
+            return REFUSED[name]
+    for path, module in model.named_modules():
         if type(module).__name__ == "DynamicNTKScalingRoPE":
             return (
-                f"{name} rescales its frequencies with the length of the sequence "
+                f"{path} rescales its frequencies with the length of the sequence "
                 "(dynamic NTK), so a position has no fixed rotation"
             )
     return None

@@ -76,7 +76,7 @@ def attention_weights(
     """
     B, H, T, _ = queries.shape
     H_kv, S = keys.shape[1], keys.shape[2]
-    chosen_heads = mx.array(range(H) if heads is None else heads)
+    chosen_heads = mx.arange(H) if heads is None else mx.array(heads)
     if isinstance(mask, str):
         mask = mx.arange(S - T, S)[:, None] >= mx.arange(S)[None]
     if mask is not None and mask.ndim == 4 and mask.shape[1] > 1:

@@ -1,6 +1,6 @@
 """The key-value cache: slots, one sequence state for all layers and batch rows."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 import numpy as np
@@ -28,10 +28,9 @@ class LayerCache:
         self.n_slots = 0
 
     @property
-    def offset(self) -> Positions | int:
+    def offset(self) -> "Positions | mx.array | int":
         """Positions of the new tokens: what the model hands to its rotary modules."""
-        positions = self.owner.positions
-        return 0 if positions is None else positions
+        return self.owner.offset
 
     @property
     def attention_recorder(self) -> AttentionRecorder | None:
@@ -83,16 +82,26 @@ class BatchedKVCache:
     Args:
         batch_size: rows, at least 1.
         windows: for each layer its sliding window in logical positions, or None.
+        as_offset: makes of positions [B, T] what the model hands to its rotary modules.
+        grouped_scores: give masks an axis for the query heads of a group, [B, 1, 1, T, S].
     """
 
-    def __init__(self, batch_size: int, windows: Sequence[int | None]):
+    def __init__(
+        self,
+        batch_size: int,
+        windows: Sequence[int | None],
+        as_offset: Callable[[np.ndarray], Positions | mx.array] = Positions,
+        grouped_scores: bool = False,
+    ):
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.batch_size = batch_size
+        self._as_offset = as_offset
+        self._grouped_scores = grouped_scores
         self.layers = [LayerCache(self, window) for window in windows]
         self._table = np.zeros((batch_size, BLOCK), np.int32)
         self.n_slots = 0
-        self.positions: Positions | None = None
+        self.offset: Positions | mx.array | int = 0
         self.recorder: AttentionRecorder | None = None
         self._new: np.ndarray | None = None
         self._mask: mx.array | str | None = None
@@ -160,7 +169,7 @@ class BatchedKVCache:
                 setattr(layer, name, gathered)
                 # Evaluated layer by layer, so that one layer at a time exists twice.
                 mx.eval(gathered)
-            layer.n_slots = kept
+            layer.n_slots = min(layer.n_slots, kept)
         chosen = np.broadcast_to(keep, (self.batch_size, kept))
         self._table = np.take_along_axis(self._table, chosen, axis=1)
         self.n_slots = kept
@@ -178,7 +187,7 @@ class BatchedKVCache:
                 raise ValueError(f'mask must be "causal" or an array, got {mask!r}')
         elif mask.ndim != 4 or mask.shape[-2:] != (T, S + T) or mask.shape[0] not in (1, B):
             raise ValueError(f"mask must be [{B}, 1, {T}, {S + T}], got {list(mask.shape)}")
-        self.positions = Positions(positions)
+        self.offset = self._as_offset(positions)
         self.recorder = recorder
         self._new = positions
         self._mask = mask
@@ -195,14 +204,17 @@ class BatchedKVCache:
             self._table = grown
         self._table[:, self.n_slots : needed] = self._new
         self.n_slots = needed
-        self.positions = self.recorder = self._new = self._mask = None
-        self._windowed = {}
+        self._close()
 
     def abandon(self) -> None:
         """Close a forward pass that failed: forget what it appended."""
         for layer in self.layers:
-            layer.n_slots = self.n_slots
-        self.positions = self.recorder = self._new = self._mask = None
+            layer.n_slots = min(layer.n_slots, self.n_slots)
+        self._close()
+
+    def _close(self) -> None:
+        self.offset = 0
+        self.recorder = self._new = self._mask = None
         self._windowed = {}
 
     def mask_within(self, window: int | None, return_array: bool) -> mx.array | str | None:
@@ -217,7 +229,8 @@ class BatchedKVCache:
             # The kernels do plain causality without an array; one query sees everything.
             return None if T == 1 else self._mask
         if window not in self._windowed:
-            self._windowed[window] = self._narrowed(self._mask, window)
+            narrowed = self._narrowed(self._mask, window)
+            self._windowed[window] = narrowed[:, :, None] if self._grouped_scores else narrowed
         return self._windowed[window]
 
     def _narrowed(self, mask: mx.array | str, window: int) -> mx.array:

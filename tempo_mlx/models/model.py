@@ -9,9 +9,10 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import cache as mlx_cache
 
 from . import attention, positions
-from .architectures import refusal
+from .architectures import ARRAY_OFFSETS, EXACT, GROUPED_SCORES, names, refusal
 from .attention import AttentionRecorder, Capture
 from .cache import BatchedKVCache
+from .positions import Positions
 
 
 class UnsupportedModelError(ValueError):
@@ -36,12 +37,15 @@ class PositionedModel:
         if reason := refusal(model):
             raise self._unsupported(reason)
         self._windows = _layer_windows(self.architecture, model)
-        positions.install(model)
+        if not positions.install(model):
+            raise self._unsupported("has no rotary embedding that could take positions")
         attention.install(model)
         #: dtype of the activations, which an additive mask must have
         self.dtype = _activation_dtype(model)
         #: whether attention can be captured, and whether masks may be additive
         self.captures_attention, self.takes_additive_masks = self._trace()
+        if not EXACT & set(names(model)):
+            raise self._unsupported("has not been compared with mlx-lm's own results")
         #: positions that the model was made for, or None where its configuration does not say
         self.context_length = _context_length(model)
         #: what the model was loaded as, if :func:`tempo_mlx.load` loaded it
@@ -54,7 +58,17 @@ class PositionedModel:
 
     def make_cache(self, batch_size: int = 1) -> BatchedKVCache:
         """An empty cache for ``batch_size`` rows."""
-        return BatchedKVCache(batch_size, self._windows)
+        return BatchedKVCache(
+            batch_size,
+            self._windows,
+            as_offset=self.as_offset,
+            grouped_scores=self.architecture in GROUPED_SCORES,
+        )
+
+    def as_offset(self, positions: np.ndarray) -> Positions | mx.array:
+        """Positions [B, T] as this architecture takes them in place of its cache's offset."""
+        in_array = self.architecture in ARRAY_OFFSETS
+        return mx.array(positions) if in_array else Positions(positions)
 
     @overload
     def __call__(
@@ -135,23 +149,23 @@ class PositionedModel:
         trace = _Trace(cache)
         mask = mx.array(np.array([[1, 0, 0], [1, 1, 0], [1, 0, 1]], bool))[None, None]
         cache.begin(np.array([[0, 1, 1]]), mask, trace)
-        positions = cache.positions
-        assert positions is not None
         try:
             logits = self.model(mx.zeros((1, 3), mx.int32), cache=cache.layers)
         except Exception as error:
             raise self._unsupported(
-                f"cannot place tokens at shared positions ({type(error).__name__}: {error})"
+                "computes with the cache's offset or state instead of handing them to a rotary "
+                f"embedding and mlx-lm's attention, so tokens cannot share a position ({error})"
             ) from error
-        if any(layer.n_slots != 3 for layer in cache.layers):
-            raise self._unsupported("not every layer appends its keys to the cache once")
+        appended = [layer.n_slots for layer in cache.layers]
+        if not any(appended) or any(n not in (0, 3) for n in appended):
+            raise self._unsupported(
+                "its layers do not append keys to the cache once for each token"
+            )
         if not trace.made:
             raise self._unsupported("builds its own attention mask")
-        if positions.uses == 0:
-            raise self._unsupported("no rotary embedding takes the positions")
         if logits.shape[:2] != (1, 3):
             raise self._unsupported(f"returns logits of shape {logits.shape}")
-        captures = trace.calls >= len(cache.layers)
+        captures = trace.calls >= sum(n > 0 for n in appended)
         return captures, captures and trace.masks_arrive_unchanged()
 
     def _unsupported(self, reason: str) -> UnsupportedModelError:
@@ -203,6 +217,11 @@ def _context_length(model: nn.Module) -> int | None:
     return None
 
 
+def _is_recurrent(stock: object) -> bool:
+    inner = getattr(stock, "caches", ())
+    return any(isinstance(part, mlx_cache.ArraysCache) for part in inner)
+
+
 def _layer_windows(architecture: str, model: nn.Module) -> list[int | None]:
     """Sliding window of each layer, from the caches that mlx-lm itself would use."""
     windows: list[int | None] = []
@@ -212,10 +231,15 @@ def _layer_windows(architecture: str, model: nn.Module) -> list[int | None]:
             windows.append(None)
         elif kind is mlx_cache.RotatingKVCache and stock.keep == 0:
             windows.append(stock.max_size)
-        elif kind is mlx_cache.ArraysCache:
+        elif kind is mlx_cache.ArraysCache or _is_recurrent(stock):
             raise UnsupportedModelError(
                 f"{architecture}: layer {layer} has recurrent state, which cannot hold parallel "
                 "tokens in one sequence; replicate the rows of a batch instead (`replicate`)"
+            )
+        elif kind is mlx_cache.CacheList:
+            raise UnsupportedModelError(
+                f"{architecture}: layer {layer} keeps a second cache beside its keys and values, "
+                "which the model reads in an order of its own"
             )
         else:
             raise UnsupportedModelError(

@@ -22,12 +22,11 @@ class Positions:
         values: integers [B, T], at least 0; shared positions are equal entries of a row.
     """
 
-    __slots__ = ("_flat", "_offset", "shape", "uses")
+    __slots__ = ("_flat", "_offset", "shape", "values")
 
     def __init__(self, values: np.ndarray):
+        self.values = values
         self.shape = values.shape
-        #: how often a rotary module consumed these positions
-        self.uses = 0
         B, T = values.shape
         starts = values[:, 0]
         self._flat: mx.array | None = None
@@ -44,12 +43,17 @@ class Positions:
         B, H, T, D = x.shape
         if (B, T) != self.shape:
             raise ValueError(f"rotary input is {x.shape}, positions are {self.shape} as [B, T]")
-        self.uses += 1
         if self._flat is None:
             return rope(x, offset=self._offset)
-        # One batch row per token: the kernels take one offset per batch row.
-        rows = x.transpose(0, 2, 1, 3).reshape(B * T, H, 1, D)
-        return rope(rows, offset=self._flat).reshape(B, T, H, D).transpose(0, 2, 1, 3)
+        return _rotate_each(rope, x, self._flat)
+
+
+def _rotate_each(rope: Callable[..., mx.array], x: mx.array, offsets: mx.array) -> mx.array:
+    """Rotate x [B, H, T, D] at offsets [B * T]."""
+    B, H, T, D = x.shape
+    # One batch row per token: the kernels take one offset per batch row.
+    rows = x.transpose(0, 2, 1, 3).reshape(B * T, H, 1, D)
+    return rope(rows, offset=offsets).reshape(B, T, H, D).transpose(0, 2, 1, 3)
 
 
 @functools.cache
@@ -61,6 +65,8 @@ def _positioned(rope_class: type) -> type:
             rope = super().__call__
             if isinstance(offset, Positions):
                 return offset.rotate(functools.partial(rope, **kwargs), x)
+            if isinstance(offset, mx.array) and offset.ndim == 2:
+                return _rotate_each(functools.partial(rope, **kwargs), x, offset.reshape(-1))
             return rope(x, offset=offset, **kwargs)
 
     PositionedRope.__name__ = f"Positioned{rope_class.__name__}"
@@ -69,15 +75,17 @@ def _positioned(rope_class: type) -> type:
 
 def is_rotary(module: nn.Module) -> bool:
     """Whether the module rotates: its call takes an input and an ``offset``."""
-    parameters = list(inspect.signature(type(module).__call__).parameters)
-    return len(parameters) >= 3 and "offset" in parameters and "rope" in type(module).__name__.lower()
+    name = type(module).__name__.lower()
+    return ("rope" in name or "rotary" in name) and "offset" in inspect.signature(
+        type(module).__call__
+    ).parameters
 
 
 def install(model: nn.Module) -> list[nn.Module]:
     """Make every rotary module of the model accept :class:`Positions`; returns those modules.
 
-    The modules keep their identity and their behaviour for plain offsets; installing twice changes
-    nothing.
+    The modules keep their identity and their behaviour for plain offsets, which have at most one
+    dimension; installing twice changes nothing.
     """
     ropes = [m for _, m in model.named_modules() if is_rotary(m)]
     for rope in ropes:

@@ -17,7 +17,6 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from tempo_mlx.models import Capture, PositionedModel, UnsupportedModelError
 from tempo_mlx.models.architectures import EXACT
-from tempo_mlx.models.positions import Positions
 from tests.tiny_models import KNOWN_STOCK_FAILURES, architectures, tiny_model
 
 TABLE = Path(__file__).parents[2] / "docs" / "architectures.md"
@@ -108,8 +107,8 @@ class Uncached:
 
     attention_recorder = None
 
-    def __init__(self, positions, allowed, window):
-        self.offset = Positions(positions)
+    def __init__(self, offset, positions, allowed, window):
+        self.offset = offset
         self.positions, self.allowed, self.window = positions, allowed, window
 
     def make_mask(self, N, return_array=False, window_size=None):
@@ -154,8 +153,9 @@ def shared_difference(model: PositionedModel, visible: bool) -> float:
         for k in range(S):
             allowed[q, k] = steps[k] < steps[q] or k == q or (visible and steps[k] == steps[q])
     positions = np.broadcast_to(steps + PROMPT_LENGTH, (2, S))
+    offset = model.as_offset(positions)
     caches = [
-        Uncached(positions, np.broadcast_to(allowed, (2, S, S)), layer.window)
+        Uncached(offset, positions, np.broadcast_to(allowed, (2, S, S)), layer.window)
         for layer in kv.layers
     ]
     whole = np.array(model.model(mx.array(tokens), cache=caches).astype(mx.float32))

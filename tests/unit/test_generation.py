@@ -170,9 +170,7 @@ def test_end_of_text_ends_where_it_is_most_probable_and_is_recorded(model):
     # Make the best token of the fourth set an end token, one that came up nowhere earlier.
     at = next(i for i, ids in enumerate(sets) if i > 1 and ids[0] not in sum(sets[:i], []))
     ending = sets[at][0]
-    ended = generate(
-        model, TinyTokenizer(size, (ending,)), PROMPT, threshold=0.05, max_tokens=8
-    )
+    ended = generate(model, TinyTokenizer(size, (ending,)), PROMPT, threshold=0.05, max_tokens=8)
     assert tokens_of(ended) == [*sets[:at], []]
     assert [e.id for e in ended.lattice.steps[-1].endings] == [ending]
     assert ended.finish_reason == "stop" and plain.finish_reason == "length"

@@ -1,0 +1,175 @@
+"""A fast BLAS for mlx's CPU backend on Linux, loaded before mlx is.
+
+mlx's wheel for Linux links the reference BLAS, which uses one core and no vector units. Symbols of a
+library that was loaded with RTLD_GLOBAL before mlx.core win over those of mlx's own, so loading an
+OpenBLAS first replaces it for the whole process.
+"""
+
+import ctypes
+import os
+import sys
+import time
+import warnings
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+#: A path loads that library, "none" keeps mlx's own BLAS.
+VARIABLE = "TEMPO_MLX_BLAS"
+
+CUDA_BACKENDS = ("mlx-cuda-12", "mlx-cuda-13", "mlx-cuda")
+INSTALL_OPENBLAS = f"{sys.executable} -m pip install cmeel-openblas"
+INSTALL_LIBGFORTRAN = "sudo apt-get install libgfortran5"
+LIBGFORTRAN = "libgfortran.so.5"
+
+
+@dataclass(frozen=True)
+class BlasInfo:
+    """Which BLAS mlx's CPU backend calls in this process, and why."""
+
+    #: What was loaded over mlx's own, or None.
+    library: Path | None
+    #: "cmeel-openblas", "system", the variable's name, or "mlx" where nothing was replaced.
+    origin: str
+    #: One line: why mlx's own is in use; empty where another was loaded.
+    reason: str = ""
+    #: What brings a faster one, mostly a command; or empty.
+    remedy: str = ""
+
+
+_info: BlasInfo | None = None
+
+
+def preload() -> BlasInfo:
+    """Load OpenBLAS where mlx's own BLAS is slow; call it before mlx.core is imported.
+
+    Does nothing on macOS (Accelerate is fast) and beside mlx's CUDA backend. Never raises: without
+    a fast BLAS everything runs, slower, and the result says why. Later calls return the first result.
+    """
+    global _info
+    if _info is None:
+        _info = _preload()
+    return _info
+
+
+def info() -> BlasInfo:
+    """What `preload` did."""
+    return preload()
+
+
+def gflops(size: int = 1024, repeats: int = 3) -> float:
+    """Speed of an fp32 product of two [size, size] matrices on the CPU, in 10^9 operations/s."""
+    import mlx.core as mx
+
+    with mx.stream(mx.cpu):
+        a = mx.random.normal((size, size), key=mx.random.key(0))
+        b = mx.random.normal((size, size), key=mx.random.key(1))
+        mx.eval(a, b)
+        best = float("inf")
+        for _ in range(repeats):
+            start = time.perf_counter()
+            mx.eval(a @ b)
+            best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best / 1e9
+
+
+def _preload() -> BlasInfo:
+    if sys.platform != "linux":
+        return BlasInfo(None, "mlx", "mlx brings its own fast one on this system")
+    wanted = os.environ.get(VARIABLE, "")
+    if wanted.lower() == "none":
+        return BlasInfo(None, "mlx", f"{VARIABLE}={wanted} asks for it")
+    if "mlx.core" in sys.modules:
+        return BlasInfo(
+            None,
+            "mlx",
+            "mlx.core was imported before tempo_mlx, so its BLAS could not be replaced any more",
+            "import tempo_mlx before mlx and mlx_lm",
+        )
+    if wanted:
+        try:
+            ctypes.CDLL(wanted, mode=ctypes.RTLD_GLOBAL)
+        except OSError as error:
+            reason = f"{VARIABLE}={wanted} cannot be loaded: {error}"
+            warnings.warn(reason, RuntimeWarning, stacklevel=1)
+            return BlasInfo(None, "mlx", reason)
+        return BlasInfo(Path(wanted), VARIABLE)
+    for name in CUDA_BACKENDS:
+        if _files(name) is not None:
+            return BlasInfo(None, "mlx", f"mlx computes with its CUDA backend ({name})")
+    return _load_openblas()
+
+
+def _load_openblas() -> BlasInfo:
+    """cmeel-openblas where it is installed and loads, else the system's."""
+    reason, remedy = "no OpenBLAS was found", INSTALL_OPENBLAS
+    packaged = _find("cmeel-openblas", "libopenblas.so")
+    if packaged is not None:
+        try:
+            ctypes.CDLL(LIBGFORTRAN, mode=ctypes.RTLD_GLOBAL)
+        except OSError:
+            _load_bundled_libgfortran()
+        try:
+            ctypes.CDLL(str(packaged), mode=ctypes.RTLD_GLOBAL)
+            return BlasInfo(packaged, "cmeel-openblas")
+        except OSError as error:
+            reason = f"cmeel-openblas cannot be loaded: {error}"
+            remedy = INSTALL_LIBGFORTRAN if LIBGFORTRAN in str(error) else ""
+    try:
+        ctypes.CDLL("libopenblas.so.0", mode=ctypes.RTLD_GLOBAL)
+    except OSError:
+        return BlasInfo(None, "mlx", reason, remedy)
+    return BlasInfo(_mapped("libopenblas"), "system")
+
+
+def _load_bundled_libgfortran() -> None:
+    """Let OpenBLAS use the libgfortran that mlx's wheel carries, where the system has none.
+
+    The wheel's build renamed it, inside the file too, so that no one else finds it. A copy in memory
+    gets its plain name back: the name under which the loader looks for it. Where any of this fails,
+    nothing is loaded, and loading OpenBLAS then says what is missing.
+    """
+    renamed = _find("mlx-cpu", "libgfortran-")
+    helper = _find("mlx-cpu", "libquadmath-")
+    if renamed is None or not hasattr(os, "memfd_create"):
+        return
+    old = renamed.name.encode()
+    new = LIBGFORTRAN.encode().ljust(len(old), b"\0")
+    try:
+        if helper is not None:
+            ctypes.CDLL(str(helper), mode=ctypes.RTLD_GLOBAL)
+        image = renamed.read_bytes().replace(b"\0" + old + b"\0", b"\0" + new + b"\0")
+        with open(os.memfd_create(LIBGFORTRAN), "wb") as file:
+            file.write(image)
+            file.flush()
+            ctypes.CDLL(f"/proc/self/fd/{file.fileno()}", mode=ctypes.RTLD_GLOBAL)
+    except OSError:
+        return
+
+
+def _files(package: str) -> list[metadata.PackagePath] | None:
+    """The files of an installed package, or None where it is not installed."""
+    try:
+        return metadata.files(package) or []
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _find(package: str, prefix: str) -> Path | None:
+    """The package's first file whose name starts so, and that is there."""
+    for file in _files(package) or []:
+        if file.name.startswith(prefix):
+            path = Path(str(file.locate())).resolve()
+            if path.is_file():
+                return path
+    return None
+
+
+def _mapped(name: str) -> Path | None:
+    """The file of a library that this process has loaded."""
+    with open("/proc/self/maps") as maps:
+        for line in maps:
+            path = line.rstrip("\n").partition("/")[2]
+            if name in path.rpartition("/")[2]:
+                return Path("/" + path)
+    return None
