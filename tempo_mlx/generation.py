@@ -8,7 +8,7 @@ the next distribution.
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -18,7 +18,7 @@ from .combining import combine
 from .decoding import SequenceState
 from .lattice import Lattice, Step, Token
 from .models import PositionedModel
-from .result import GenerationResult, Statistics
+from .result import GenerationResult
 from .schedules import interpolate
 from .selection import Candidates, gumbel_top_k, keep, most_probable
 from .settings import Settings
@@ -161,7 +161,7 @@ def run(
     def text_so_far() -> str:
         return "".join(step.tokens[0].text for step in lattice.steps if step.tokens)
 
-    with wired_limit(model.model, [generation_stream]):
+    with wired_limit(model.model, cast(Any, [generation_stream])):
         start = time.perf_counter()
         with mx.stream(generation_stream):
             found = candidates(state.prefill(settings.prefill_step_size, progress), mx.ones(1))

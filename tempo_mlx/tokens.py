@@ -1,7 +1,7 @@
 """Between text and token ids."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 
 class Vocabulary:
@@ -54,7 +54,7 @@ def encode_prompt(
             raise ValueError("prompt is chat messages, but the model has no chat template")
         ids = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True)
     else:
-        ids = [int(id) for id in prompt]  # type: ignore[call-overload]
+        ids = [int(id) for id in cast(Sequence[int], prompt)]
         size = len(tokenizer)
         for id in ids:
             if not 0 <= id < size:

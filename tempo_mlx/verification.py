@@ -5,6 +5,7 @@ own files run with a cache object that stores nothing.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -32,22 +33,24 @@ class _Stateless:
 
     attention_recorder = None
 
-    def __init__(self, offset, positions: np.ndarray, allowed: np.ndarray, window: int | None):
+    def __init__(self, offset: Any, positions: np.ndarray, allowed: np.ndarray, window: int | None):
         self.offset = offset
         self._positions, self._allowed, self._window = positions, allowed, window
 
-    def make_mask(self, N, return_array=False, window_size=None):
+    def make_mask(
+        self, N: int, return_array: bool = False, window_size: int | None = None
+    ) -> mx.array:
         allowed = self._allowed
         for window in (self._window, window_size):
             if window is not None:
                 allowed = allowed & (self._positions[:, None] - self._positions[None] < window)
         return mx.array(allowed)[None, None]
 
-    def update_and_fetch(self, keys, values):
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         self._keys_and_values = keys, values
         return keys, values
 
-    def keys_and_values(self):
+    def keys_and_values(self) -> tuple[mx.array, mx.array]:
         return self._keys_and_values
 
 
@@ -66,7 +69,9 @@ def verify(
         seen: (slots [N], logits [N, V]) of each forward pass of the run.
     """
     length = len(lattice.prompt_tokens)
-    rows = [(id, i, i - length, 1, None) for i, id in enumerate(lattice.prompt_tokens)]
+    rows: list[tuple[int, int, int, int, int | None]] = [
+        (id, i, i - length, 1, None) for i, id in enumerate(lattice.prompt_tokens)
+    ]
     for step in lattice.steps:
         for token in step.tokens:
             rows.append((token.id, step.position, step.step, len(step.tokens), token.pruned_at))

@@ -42,10 +42,10 @@ def main() -> None:
     except (typer.Abort, KeyboardInterrupt):
         fail("interrupted", 130)
     except typer.TyperException as error:
-        fail(error.format_message())  # type: ignore[attr-defined]
+        fail(error.format_message())
     except BrokenPipeError:
         # The reader of our output is gone (`| head`); there is nobody to tell.
-        sys.stdout = open(os.devnull, "w")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except (ValueError, OSError, ImportError) as error:
         if os.environ.get("TEMPO_MLX_DEBUG"):

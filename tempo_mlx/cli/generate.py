@@ -86,7 +86,7 @@ def generate(
             help="What a token sees. isolated: earlier steps and itself. visible: also its "
             "siblings. hidden: as isolated, but sets of several tokens vanish for later steps."
         ),
-    ] = Visibility(DEFAULTS.visibility),
+    ] = Visibility.isolated,
     combine: Annotated[
         Combine,
         typer.Option(
@@ -94,7 +94,7 @@ def generate(
             "tokens' probabilities. mean: equal weights. product: weighted mean of the "
             "log-probabilities. last: the last row alone."
         ),
-    ] = Combine(DEFAULTS.combine),
+    ] = Combine.mixture,
     temp: Annotated[
         float,
         typer.Option(help="Temperature of the softmax before the threshold, above 0."),
@@ -105,7 +105,7 @@ def generate(
             help="deterministic, or gumbel: draw --max-parallel tokens without replacement, then "
             "apply the threshold to them."
         ),
-    ] = Sampling(DEFAULTS.sampling),
+    ] = Sampling.deterministic,
     seed: Annotated[
         int | None,
         typer.Option(help="Seed of the draws; without --sampling gumbel it changes nothing."),

@@ -43,7 +43,15 @@ class AttentionRecorder:
         self.calls = 0
         self.weights: dict[int, mx.array] = {}
 
-    def record(self, queries, keys, scale, mask, sinks) -> None:
+    def record(
+        self,
+        queries: mx.array,
+        keys: mx.array,
+        scale: float,
+        mask: mx.array | str | None,
+        sinks: mx.array | None,
+    ) -> None:
+        """Take note of one attention call; see :func:`attention_weights` for its arguments."""
         layer = self.calls
         self.calls += 1
         capture = self.capture

@@ -180,7 +180,7 @@ class BatchedKVCache:
         """Open a forward pass over new tokens at positions [B, T], seeing what mask allows."""
         B, T = positions.shape
         S = self.n_slots
-        if B != self.batch_size:
+        if self.batch_size != B:
             raise ValueError(f"positions have {B} rows, the cache has {self.batch_size}")
         if isinstance(mask, str):
             if mask != "causal":

@@ -1,6 +1,6 @@
 """An mlx-lm model that takes tokens at explicit positions under an explicit mask."""
 
-from typing import overload
+from typing import Any, cast, overload
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -187,9 +187,9 @@ class _Trace(AttentionRecorder):
 
         cache.mask_within = watched  # type: ignore[method-assign]
 
-    def record(self, queries, keys, scale, mask, sinks) -> None:
-        super().record(queries, keys, scale, mask, sinks)
-        self.used.append(mask)
+    def record(self, *call: Any) -> None:
+        super().record(*call)
+        self.used.append(call[3])
 
     def masks_arrive_unchanged(self) -> bool:
         return all(any(used is made for made in self.made) for used in self.used)
@@ -197,10 +197,9 @@ class _Trace(AttentionRecorder):
 
 def _activation_dtype(model: nn.Module) -> mx.Dtype:
     """dtype of the first floating-point parameter; quantised weights show theirs in scales."""
-    for _, parameter in tree_flatten(model.parameters()):
-        if mx.issubdtype(parameter.dtype, mx.floating):
-            return parameter.dtype
-    return mx.float32
+    parameters = dict(cast(list[tuple[str, mx.array]], tree_flatten(model.parameters())))
+    dtypes = [parameter.dtype for parameter in parameters.values()]
+    return next((dtype for dtype in dtypes if mx.issubdtype(dtype, mx.floating)), mx.float32)
 
 
 def _context_length(model: nn.Module) -> int | None:

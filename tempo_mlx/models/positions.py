@@ -9,6 +9,7 @@ temperature) meets an object without arithmetic and fails loudly rather than rot
 import functools
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -41,7 +42,7 @@ class Positions:
     def rotate(self, rope: Callable[..., mx.array], x: mx.array) -> mx.array:
         """Rotate x [B, H, T, D] by ``rope(x, offset=...)``, each token at its own position."""
         B, H, T, D = x.shape
-        if (B, T) != self.shape:
+        if self.shape != (B, T):
             raise ValueError(f"rotary input is {x.shape}, positions are {self.shape} as [B, T]")
         if self._flat is None:
             return rope(x, offset=self._offset)
@@ -57,10 +58,10 @@ def _rotate_each(rope: Callable[..., mx.array], x: mx.array, offsets: mx.array) 
 
 
 @functools.cache
-def _positioned(rope_class: type) -> type:
+def _positioned(rope_class: Any) -> type:
     """The rotary class, accepting a :class:`Positions` as its offset."""
 
-    class PositionedRope(rope_class):  # type: ignore[misc, valid-type]
+    class PositionedRope(rope_class):
         def __call__(self, x, offset=0, **kwargs):
             rope = super().__call__
             if isinstance(offset, Positions):
@@ -89,6 +90,7 @@ def install(model: nn.Module) -> list[nn.Module]:
     """
     ropes = [m for _, m in model.named_modules() if is_rotary(m)]
     for rope in ropes:
-        if not type(rope).__name__.startswith("Positioned"):
-            rope.__class__ = _positioned(type(rope))
+        kind: Any = type(rope)
+        if not kind.__name__.startswith("Positioned"):
+            rope.__class__ = _positioned(kind)
     return ropes

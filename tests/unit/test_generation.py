@@ -75,7 +75,7 @@ def test_threshold_one_is_greedy_decoding(model, tokenizer):
         prompt = rng.integers(0, model.args.vocab_size, 9).tolist()
         result = generate(model, tokenizer, prompt, threshold=1.0, max_tokens=20)
         steps = generate_step(mx.array(prompt), model, max_tokens=20)
-        assert [ids for ids in tokens_of(result)] == [[int(token)] for token, _ in steps]
+        assert tokens_of(result) == [[int(token)] for token, _ in steps]
 
 
 @pytest.mark.parametrize("visibility", VISIBILITY)
