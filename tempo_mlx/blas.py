@@ -1,8 +1,8 @@
 """A fast BLAS for mlx's CPU backend on Linux, loaded before mlx is.
 
-mlx's wheel for Linux links the reference BLAS, which uses one core and no vector units. Symbols of a
-library that was loaded with RTLD_GLOBAL before mlx.core win over those of mlx's own, so loading an
-OpenBLAS first replaces it for the whole process.
+mlx's wheel for Linux links the reference BLAS, which is slow. The symbols of a library that was
+loaded with RTLD_GLOBAL before mlx.core win over those of mlx's own, so loading an OpenBLAS first
+replaces it for the whole process.
 """
 
 import ctypes
@@ -44,7 +44,8 @@ def preload() -> BlasInfo:
     """Load OpenBLAS where mlx's own BLAS is slow; call it before mlx.core is imported.
 
     Does nothing on macOS (Accelerate is fast) and beside mlx's CUDA backend. Never raises: without
-    a fast BLAS everything runs, slower, and the result says why. Later calls return the first result.
+    a fast BLAS everything runs, slower, and the result says why. Later calls return the first
+    result.
     """
     global _info
     if _info is None:
@@ -125,9 +126,9 @@ def _load_openblas() -> BlasInfo:
 def _load_bundled_libgfortran() -> None:
     """Let OpenBLAS use the libgfortran that mlx's wheel carries, where the system has none.
 
-    The wheel's build renamed it, inside the file too, so that no one else finds it. A copy in memory
-    gets its plain name back: the name under which the loader looks for it. Where any of this fails,
-    nothing is loaded, and loading OpenBLAS then says what is missing.
+    The wheel's build renamed it, inside the file too, so that no one else finds it. A copy in
+    memory gets its plain name back: the name under which the loader looks for it. Where any of this
+    fails, nothing is loaded, and loading OpenBLAS then says what is missing.
     """
     renamed = _find("mlx-cpu", "libgfortran-")
     helper = _find("mlx-cpu", "libquadmath-")

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,14 +12,12 @@ from rich.text import Text
 
 from ..combining import COMBINE
 from ..files import check_writable, write_atomically
+from ..generation import stream_generate
 from ..lattice import Step
+from ..models import load
 from ..schedules import parse_schedule
 from ..settings import SAMPLING, Settings
 from ..visibility import VISIBILITY
-
-Visibility = StrEnum("Visibility", {name: name for name in VISIBILITY})  # type: ignore[misc]
-Combine = StrEnum("Combine", {name: name for name in COMBINE})  # type: ignore[misc]
-Sampling = StrEnum("Sampling", {name: name for name in SAMPLING})  # type: ignore[misc]
 
 #: Prompts longer than this show a progress bar while they are read.
 LONG_PROMPT = 1024
@@ -81,31 +78,34 @@ def generate(
         int, typer.Option(help="Tokens of one set at most, most probable first. At least 1.")
     ] = DEFAULTS.max_parallel,
     visibility: Annotated[
-        Visibility,
+        str,
         typer.Option(
+            metavar="|".join(VISIBILITY),
             help="What a token sees. isolated: earlier steps and itself. visible: also its "
-            "siblings. hidden: as isolated, but sets of several tokens vanish for later steps."
+            "siblings. hidden: as isolated, but sets of several tokens vanish for later steps.",
         ),
-    ] = Visibility.isolated,
+    ] = DEFAULTS.visibility,
     combine: Annotated[
-        Combine,
+        str,
         typer.Option(
+            metavar="|".join(COMBINE),
             help="How the rows of a set make the next distribution. mixture: weighted by the "
             "tokens' probabilities. mean: equal weights. product: weighted mean of the "
-            "log-probabilities. last: the last row alone."
+            "log-probabilities. last: the last row alone.",
         ),
-    ] = Combine.mixture,
+    ] = DEFAULTS.combine,
     temp: Annotated[
         float,
         typer.Option(help="Temperature of the softmax before the threshold, above 0."),
     ] = DEFAULTS.temp,
     sampling: Annotated[
-        Sampling,
+        str,
         typer.Option(
+            metavar="|".join(SAMPLING),
             help="deterministic, or gumbel: draw --max-parallel tokens without replacement, then "
-            "apply the threshold to them."
+            "apply the threshold to them.",
         ),
-    ] = Sampling.deterministic,
+    ] = DEFAULTS.sampling,
     seed: Annotated[
         int | None,
         typer.Option(help="Seed of the draws; without --sampling gumbel it changes nothing."),
@@ -150,10 +150,10 @@ def generate(
         schedule=parse_schedule(schedule),
         max_parallel=max_parallel,
         temp=temp,
-        sampling=sampling.value,
+        sampling=sampling,
         seed=seed,
-        visibility=visibility.value,
-        combine=combine.value,
+        visibility=visibility,
+        combine=combine,
         stop=tuple(stop or ()),
         prefill_step_size=prefill_step_size,
     )
@@ -170,10 +170,6 @@ def generate(
         notes.quiet = True
     for note in settings.notes():
         notes.print(f"note: {note}", style="yellow")
-
-    # mlx is imported here and not above: `--help` does without it.
-    from ..generation import stream_generate
-    from ..models import load
 
     language_model, tokenizer = load(model, adapter_path=adapter_path)
     for token in extra_eos_token or ():
@@ -230,7 +226,7 @@ def generate(
         out.print(Text(best))
     else:
         if any(len(tokens) > 1 for tokens in result.lattice.sets):
-            out.print(Text.assemble(("best path:", "bold"), best))
+            out.print(Text.assemble(("best path: ", "bold"), (result.prompt, "dim"), best))
         for path in ranked:
             out.print(Text.assemble((f"{path.logprob:9.3f} nats ", "cyan"), path.text))
         report(result, notes)

@@ -2,6 +2,14 @@
 
 from .attention import Capture
 from .cache import BatchedKVCache
+from .loading import ModelLoadError, load
 from .model import PositionedModel, UnsupportedModelError
 
-__all__ = ["BatchedKVCache", "Capture", "PositionedModel", "UnsupportedModelError"]
+__all__ = [
+    "BatchedKVCache",
+    "Capture",
+    "ModelLoadError",
+    "PositionedModel",
+    "UnsupportedModelError",
+    "load",
+]

@@ -7,7 +7,7 @@ rounded on the way: names change, and rows of two matrices move.
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
@@ -50,12 +50,13 @@ def convert(path: Path, folder: Path, eos: Iterable[int] = ()) -> None:
 
     Raises:
         GgufError: the file is damaged, or holds what this conversion does not know.
+        OSError: the folder cannot be written.
     """
     try:
-        loaded = mx.load(str(path), return_metadata=True)
+        loaded = mx.load(str(path), format="gguf", return_metadata=True)
     except RuntimeError as error:
         raise GgufError(f"{path} cannot be read as GGUF: {error}") from error
-    weights, metadata = loaded  # type: ignore[misc]
+    weights, metadata = cast(tuple[dict[str, mx.array], dict[str, Any]], loaded)
     config = read_config(metadata, weights)
     weights = rename(weights, config["num_attention_heads"], config["num_key_value_heads"])
     if quantization := _quantization(weights):
@@ -74,18 +75,18 @@ def convert(path: Path, folder: Path, eos: Iterable[int] = ()) -> None:
     )
     write_json(folder / "tokenizer_config.json", _tokenizer_config(metadata, config))
     read_tokenizer(metadata).save(str(folder / "tokenizer.json"))
-    mx.save_safetensors(str(folder / WEIGHTS), weights, metadata={"format": "mlx"})
+    _save(folder / WEIGHTS, weights)
 
 
 def dequantize(source: Path, folder: Path) -> None:
     """Write a copy of a quantised mlx-lm folder, its weights in fp32, into an existing folder.
 
-    The products of the fp16 scales are taken in fp32, so the weights are those of the source exactly.
+    The products with the fp16 scales are taken in fp32, so that none of them is rounded twice.
     """
     config = json.loads((source / CONFIG).read_text())
     config.pop("quantization", None)
     config["dtype"] = "float32"
-    packed: dict[str, mx.array] = mx.load(str(source / WEIGHTS))  # type: ignore[assignment]
+    packed = cast(dict[str, mx.array], mx.load(str(source / WEIGHTS)))
     weights = {}
     for name, array in packed.items():
         module, _, kind = name.rpartition(".")
@@ -99,7 +100,7 @@ def dequantize(source: Path, folder: Path) -> None:
         if file.name not in (CONFIG, WEIGHTS):
             (folder / file.name).write_bytes(file.read_bytes())
     write_json(folder / CONFIG, config)
-    mx.save_safetensors(str(folder / WEIGHTS), weights, metadata={"format": "mlx"})
+    _save(folder / WEIGHTS, weights)
 
 
 def read_config(metadata: Mapping[str, Any], weights: Iterable[str]) -> dict[str, Any]:
@@ -200,6 +201,13 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def _save(path: Path, weights: dict[str, mx.array]) -> None:
+    try:
+        mx.save_safetensors(str(path), weights, metadata={"format": "mlx"})
+    except RuntimeError as error:
+        raise OSError(str(error)) from error  # what it is: the disk is full
+
+
 def _tokenizer_config(metadata: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
     tokens = metadata["tokenizer.ggml.tokens"]
     content = {
@@ -230,7 +238,7 @@ def _separate_pairs(array: mx.array, heads: int) -> mx.array:
 
 
 def _quantization(weights: Mapping[str, mx.array]) -> dict[str, Any]:
-    """The "quantization" entry of config.json; modules that deviate from the usual have their own."""
+    """The "quantization" entry of config.json; modules with unusual bits have their own."""
     bits = {
         name.removesuffix(".scales"): _bits(weights[name.replace(".scales", ".weight")], scales)
         for name, scales in weights.items()
@@ -265,5 +273,5 @@ def _number(value: Any) -> Any:
         return value
     if value.dtype == mx.float32:
         # Through its shortest decimal form: 1e-5 was meant, not 9.999999747378752e-06.
-        return float(str(np.float32(value.item())))
+        return float(str(np.float32(cast(float, value.item()))))
     return value.item()

@@ -29,7 +29,7 @@ PARENTS = (
     (-1, 0, 0, 1, 1, 2, 3, 4, 5, 6, 6, 8),
 )
 #: Tokens appended by each forward pass.
-PASSES = (3, 3, 6)
+PASSES = (3, 3, 1, 5)
 
 
 @dataclass(frozen=True)
@@ -128,14 +128,14 @@ class Uncached:
 
 
 def shared_difference(model: PositionedModel, visible: bool) -> float:
-    """Sets of three, two and four tokens that later steps see whole, against one uncached pass."""
+    """Sets of three, one, two and four tokens that later steps see whole, against one uncached pass."""
     V = vocabulary(model.model)
     prompt = prompts(V)
     kv, _ = prefilled(model, prompt)
     rng = np.random.default_rng(9)
     tokens, steps = prompt, np.arange(-PROMPT_LENGTH, 0)
     cached = []
-    for step, n in enumerate((3, 2, 4)):
+    for step, n in enumerate((3, 1, 2, 4)):
         new = rng.integers(1, V - 1, (2, n))
         tokens = np.concatenate([tokens, new], axis=1)
         steps = np.concatenate([steps, np.full(n, step)])

@@ -149,9 +149,8 @@ def test_ctrl_c_prints_and_saves_what_is_there(folder, tmp_path):
         text=True,
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
     )
-    seen = ""
-    while len(seen) < 12:
-        seen += process.stdout.read(1)
+    seen = process.stdout.read(12)
+    assert len(seen) == 12, process.stderr.read()
     process.send_signal(signal.SIGINT)
     deadline = time.monotonic() + 60
     out, err = process.communicate(timeout=deadline - time.monotonic())

@@ -1,0 +1,209 @@
+"""A model and its tokenizer by name: a recipe, a folder in mlx-lm's layout, or a Hub id."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mlx.nn as nn
+import mlx_lm
+import mlx_lm.utils
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from .recipes import VARIANTS, prepare, recipes
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+class ModelLoadError(ValueError):
+    """A model that cannot be loaded; one line that says why, and what to do."""
+
+
+def load(
+    path_or_hf_repo: str | Path = "smollm2-135m",
+    *,
+    tokenizer_config: dict[str, Any] | None = None,
+    adapter_path: str | Path | None = None,
+    lazy: bool = False,
+    revision: str | None = None,
+) -> tuple[nn.Module, TokenizerWrapper]:
+    """Load a model and its tokenizer with mlx-lm's loader.
+
+    Args:
+        path_or_hf_repo: the name of a recipe, which is fetched and converted the first time; with
+            "/q4" or "/fp32" for the variant that does not suit the device. Or a folder in mlx-lm's
+            layout, quantised or not. Or the id of such a repository on the Hub.
+        tokenizer_config: keyword arguments for the tokenizer.
+        adapter_path: a folder with adapters to put over the weights.
+        lazy: leave the weights on the disk until they are used.
+        revision: branch, tag or commit of a repository on the Hub.
+
+    Returns:
+        mlx-lm's model and tokenizer wrapper, as `mlx_lm.load` returns them.
+
+    Raises:
+        ModelLoadError: nothing goes by that name, or what is there is damaged, incomplete, of an
+            architecture that mlx-lm does not have, or out of reach.
+        RecipeError: the recipe's model cannot be made ready.
+    """
+    folder = locate(path_or_hf_repo, revision)
+    _check_complete(folder)
+    if adapter_path is not None and not (Path(adapter_path) / "adapters.safetensors").is_file():
+        raise ModelLoadError(f"adapter_path {adapter_path} has no adapters.safetensors")
+    config = _read_config(folder)
+    model = _load_model(folder, config["model_type"], lazy)
+    if adapter_path is not None:
+        model = _load_adapters(model, Path(adapter_path))
+    return model, _load_tokenizer(folder, config, tokenizer_config)
+
+
+def locate(path_or_hf_repo: str | Path, revision: str | None = None) -> Path:
+    """The folder that `load` reads for a name; fetches it where necessary.
+
+    Raises:
+        ModelLoadError, RecipeError: as `load`.
+    """
+    name = str(path_or_hf_repo)
+    known = recipes()
+    recipe, _, variant = name.partition("/")
+    path = Path(name).expanduser()
+    is_recipe = recipe in known and (variant in ("", *VARIANTS) or not path.exists())
+    if revision is not None and (is_recipe or path.exists()):
+        raise ModelLoadError(f"revision {revision!r} is for Hub ids, and {name} is none")
+    if is_recipe:
+        return prepare(known[recipe], variant or None)
+    if path.suffix == ".gguf":
+        raise ModelLoadError(
+            f"{name} is a GGUF file, which mlx-lm does not load; convert the original model with "
+            "mlx_lm.convert, or take a converted one from mlx-community on the Hub"
+        )
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise ModelLoadError(f"{name} is a file; name the folder that has config.json")
+    if HUB_ID.fullmatch(name) is None:
+        raise ModelLoadError(
+            f"{name!r} is no recipe ({', '.join(known)}), no folder, and no Hub id (owner/name)"
+        )
+    return _download(name, revision)
+
+
+def _download(name: str, revision: str | None) -> Path:
+    """A snapshot of a repository on the Hub; from the cache where it is there already."""
+    nowhere = f"{name} is no folder here, and"
+    try:
+        return Path(
+            mlx_lm.utils.snapshot_download(
+                name, revision=revision, allow_patterns=mlx_lm.utils.DEFAULT_ALLOW_PATTERNS
+            )
+        )
+    except (OSError, HFValidationError) as error:
+        causes = list(_causes(error))
+        if any(isinstance(cause, RevisionNotFoundError) for cause in causes):
+            message = f"{name} has no revision {revision!r} on the Hub"
+        elif any(isinstance(cause, GatedRepoError) for cause in causes):
+            message = f"{name} is gated: accept its terms on the Hub, then run `hf auth login`"
+        elif any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
+            message = f"{nowhere} the Hub has none of that name that you may read"
+        elif any(isinstance(cause, OfflineModeIsEnabled) for cause in causes):
+            message = f"{nowhere} the Hub is switched off (HF_HUB_OFFLINE) and not in the cache"
+        elif isinstance(error, LocalEntryNotFoundError):
+            message = f"{nowhere} the Hub cannot be reached ({_line(causes[-1])})"
+        else:
+            message = f"{nowhere} fetching it from the Hub failed: {_line(error)}"
+        raise ModelLoadError(message) from error
+
+
+def _check_complete(folder: Path) -> None:
+    """ModelLoadError unless the folder has a config.json and all of its weights."""
+    if not (folder / "config.json").is_file():
+        ggufs = sorted(folder.glob("*.gguf"))
+        raise ModelLoadError(
+            f"{folder} has no config.json"
+            + (f", only {ggufs[0].name}, and mlx-lm loads no GGUF" if ggufs else "")
+            + "; a folder as mlx_lm.convert writes it is needed"
+        )
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            wanted = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, AttributeError) as error:
+            raise ModelLoadError(f"{index} is damaged: {_line(error)}") from error
+        missing = sorted(name for name in wanted if not (folder / name).is_file())
+    else:
+        missing = [] if any(folder.glob("model*.safetensors")) else ["model*.safetensors"]
+    if missing:
+        raise ModelLoadError(f"weights are missing from {folder}: {', '.join(missing)}")
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        config = mlx_lm.utils.load_config(folder)
+        if not isinstance(config["model_type"], str):
+            raise ValueError("model_type is not a string")
+    except (ValueError, KeyError, TypeError) as error:
+        what = "has no model_type" if isinstance(error, KeyError) else f"is damaged: {_line(error)}"
+        raise ModelLoadError(f"{folder / 'config.json'} {what}") from error
+    return config
+
+
+def _load_model(folder: Path, model_type: str, lazy: bool) -> nn.Module:
+    try:
+        model, _ = mlx_lm.utils.load_model(folder, lazy=lazy)
+    except RuntimeError as error:
+        raise ModelLoadError(
+            f"the weights in {folder} are damaged or incomplete ({_line(error)}); fetch them again"
+        ) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if "not supported" in str(error):
+            version = mlx_lm.__version__
+            message = f"mlx-lm {version} has no architecture {model_type!r}, which {folder} is of"
+        else:
+            message = f"{folder} does not fit the architecture {model_type!r}: {_line(error)}"
+        raise ModelLoadError(message) from error
+    return model
+
+
+def _load_adapters(model: nn.Module, adapter_path: Path) -> nn.Module:
+    try:
+        model = mlx_lm.utils.load_adapters(model, str(adapter_path))
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelLoadError(
+            f"adapters in {adapter_path} cannot be put over the model: {_line(error)}"
+        ) from error
+    model.eval()
+    return model
+
+
+def _load_tokenizer(
+    folder: Path, config: dict[str, Any], tokenizer_config: dict[str, Any] | None
+) -> TokenizerWrapper:
+    try:
+        return mlx_lm.utils.load_tokenizer(
+            folder, tokenizer_config, eos_token_ids=config.get("eos_token_id")
+        )
+    except Exception as error:  # the tokenizers library raises bare Exceptions
+        raise ModelLoadError(f"the tokenizer in {folder} cannot be used: {_line(error)}") from error
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """The error, what it was raised from, and so on."""
+    following: BaseException | None = error
+    while following is not None:
+        yield following
+        following = following.__cause__
+
+
+def _line(error: BaseException, length: int = 200) -> str:
+    """An error's text on one line of bounded length."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= length else text[: length - 3] + "..."

@@ -1,0 +1,283 @@
+"""What `load` accepts, and the one line it gives for everything else."""
+
+import json
+import os
+import shutil
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import huggingface_hub.constants
+import mlx.core as mx
+import mlx_lm
+import mlx_lm.tuner.utils
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from tempo_mlx.models.loading import ModelLoadError, load
+from tempo_mlx.models.recipes import RecipeError
+from tests.tiny_folder import save_tiny_model
+
+PROMPT = mx.array([[3, 40, 100, 7, 7, 90]])
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("original") / "model")
+
+
+@pytest.fixture
+def folder(original, tmp_path):
+    """A copy that a test may damage."""
+    return shutil.copytree(original, tmp_path / "model")
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """Sets the Hub's address, and an empty cache; returns the cache."""
+    cache = tmp_path / "hub"
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    return cache
+
+
+def fail(name, **arguments) -> str:
+    """The message with which `load` refuses; one line, with its cause."""
+    with pytest.raises(ModelLoadError) as raised:
+        load(name, **arguments)
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+def change_config(folder, **changes) -> None:
+    path = folder / "config.json"
+    content = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
+
+
+def rewrite_weights(folder, change) -> None:
+    path = str(folder / "model.safetensors")
+    weights = dict(mx.load(path))
+    mx.eval(weights)
+    change(weights)
+    os.remove(path)
+    mx.save_safetensors(path, weights, {"format": "mlx"})
+
+
+@pytest.mark.parametrize("as_string", [True, False])
+def test_folder_gives_what_mlx_lm_gives(original, as_string):
+    model, tokenizer = load(str(original) if as_string else original)
+    reference, reference_tokenizer = mlx_lm.load(str(original))
+    assert mx.array_equal(model(PROMPT), reference(PROMPT))
+    assert type(tokenizer) is type(reference_tokenizer)
+    assert tokenizer.eos_token_ids == reference_tokenizer.eos_token_ids
+
+
+def test_quantised_folder_gives_what_mlx_lm_gives(original, tmp_path):
+    model, tokenizer, config = mlx_lm.load(str(original), return_config=True)
+    model, config = mlx_lm.utils.quantize_model(model, config, group_size=32, bits=4)
+    expected = model(PROMPT)
+    mx.eval(expected)
+    mlx_lm.utils.save(tmp_path / "q", original, model, tokenizer, config)
+    loaded, _ = load(tmp_path / "q")
+    assert mx.array_equal(loaded(PROMPT), expected)
+
+
+def test_tokenizer_config_and_lazy_are_passed_on(original):
+    _, tokenizer = load(original, lazy=True, tokenizer_config={"eos_token": "!"})
+    assert tokenizer.eos_token == "!"
+
+
+def test_adapters_change_the_model(original, tmp_path):
+    adapters = save_adapters(original, tmp_path / "adapters")
+    plain, _ = load(original)
+    adapted, _ = load(original, adapter_path=adapters)
+    reference, _ = mlx_lm.load(str(original), adapter_path=str(adapters))
+    assert mx.array_equal(adapted(PROMPT), reference(PROMPT))
+    assert not np.allclose(adapted(PROMPT), plain(PROMPT), atol=1e-3)
+    assert not adapted.training
+
+
+def save_adapters(folder, path):
+    """Random adapters for the model in the folder."""
+    path.mkdir()
+    parameters = {"rank": 4, "scale": 10.0, "dropout": 0.0}
+    config = {"fine_tune_type": "lora", "num_layers": 2, "lora_parameters": parameters}
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    model, _ = mlx_lm.load(str(folder))
+    model.freeze()
+    mlx_lm.tuner.utils.linear_to_lora_layers(model, 2, parameters)
+    weights = {
+        name: mx.random.normal(array.shape, key=mx.random.key(i))
+        for i, (name, array) in enumerate(tree_flatten(model.trainable_parameters()))
+    }
+    mx.save_safetensors(str(path / "adapters.safetensors"), weights)
+    return path
+
+
+def test_unknown_name_lists_the_recipes():
+    assert "smollm2-135m" in fail("no-such-model")
+
+
+@pytest.mark.parametrize("name", ["./no/such", "/no/such/folder", "a/b/c", "", "-x/y"])
+def test_name_that_can_be_nothing_is_refused(name):
+    if name == "":
+        assert "config.json" in fail(name)  # the current folder
+    else:
+        assert "no folder, and no Hub id" in fail(name)
+
+
+def test_unknown_variant_of_a_recipe_is_refused():
+    with pytest.raises(RecipeError, match="variant 'q8' of smollm2-135m"):
+        load("smollm2-135m/q8")
+
+
+def test_revision_of_what_has_none_is_refused(original):
+    assert "revision 'main' is for Hub ids" in fail(original, revision="main")
+    assert "revision 'main' is for Hub ids" in fail("smollm2-135m", revision="main")
+
+
+def test_gguf_is_refused(tmp_path):
+    assert "GGUF" in fail("somewhere/model.gguf")
+    (tmp_path / "model.gguf").write_text("")
+    message = fail(tmp_path)
+    assert "has no config.json" in message and "no GGUF" in message
+
+
+def test_file_is_refused(folder):
+    assert "is a file" in fail(folder / "config.json")
+
+
+def test_folder_without_config_is_refused(folder):
+    (folder / "config.json").unlink()
+    assert "has no config.json" in fail(folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("{", "is damaged"), ("[]", "is damaged"), ("{}", "no model_type"), ('"x"', "is damaged")],
+)
+def test_damaged_config_is_named(folder, content, message):
+    (folder / "config.json").write_text(content)
+    assert message in fail(folder)
+
+
+def test_config_that_lacks_a_field_is_named(folder):
+    change_config(folder, hidden_size=None)
+    assert "hidden_size" in fail(folder)
+
+
+def test_unknown_architecture_is_named(folder):
+    change_config(folder, model_type="no_such_type")
+    message = fail(folder)
+    assert "has no architecture 'no_such_type'" in message and mlx_lm.__version__ in message
+
+
+def test_missing_weights_are_named(folder):
+    (folder / "model.safetensors").unlink()
+    assert "weights are missing" in fail(folder)
+
+
+def test_missing_part_of_the_weights_is_named(folder):
+    names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    (folder / "model.safetensors").rename(folder / names[0])
+    index = {"weight_map": {"a": names[0], "b": names[1]}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    message = fail(folder)
+    assert names[1] in message and names[0] not in message
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+@pytest.mark.parametrize("share", [0.0, 0.0001, 0.01, 0.5, 0.999])
+def test_truncated_weights_are_refused(folder, share, lazy):
+    path = folder / "model.safetensors"
+    os.truncate(path, int(share * path.stat().st_size))
+    assert "damaged or incomplete" in fail(folder, lazy=lazy)
+
+
+def test_placeholder_in_place_of_weights_is_refused(folder):
+    text = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    (folder / "model.safetensors").write_text(text)
+    assert "damaged or incomplete" in fail(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda weights: weights.pop("model.norm.weight"),
+        lambda weights: weights.update({"model.extra.weight": mx.ones(3)}),
+        lambda weights: weights.update({"model.norm.weight": mx.ones(3)}),
+    ],
+    ids=["missing", "unknown", "shape"],
+)
+def test_weights_of_another_model_are_refused(folder, change):
+    rewrite_weights(folder, change)
+    assert "does not fit the architecture 'llama'" in fail(folder)
+
+
+@pytest.mark.parametrize("content", [None, "{", "{}", '{"model": 3}'])
+def test_tokenizer_that_cannot_be_used_is_refused(folder, content):
+    (folder / "tokenizer.json").unlink()
+    if content is not None:
+        (folder / "tokenizer.json").write_text(content)
+    assert "tokenizer in" in fail(folder)
+
+
+def test_adapters_that_are_not_there_or_do_not_fit_are_refused(original, tmp_path):
+    assert "has no adapters.safetensors" in fail(original, adapter_path=tmp_path / "none")
+    adapters = save_adapters(original, tmp_path / "adapters")
+    other = save_tiny_model(tmp_path / "other", num_hidden_layers=1)
+    assert "cannot be put over" in fail(other, adapter_path=adapters)
+    (adapters / "adapter_config.json").unlink()
+    assert "cannot be put over" in fail(original, adapter_path=adapters)
+
+
+def test_hub_out_of_reach_is_one_line(hub):
+    message = fail("owner/model")
+    assert "owner/model is no folder here, and the Hub cannot be reached" in message
+
+
+def test_hub_that_is_switched_off_is_one_line(hub, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert "HF_HUB_OFFLINE" in fail("owner/model")
+
+
+def test_model_in_the_hub_cache_needs_no_hub(hub, original):
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = hub / "models--owner--model"
+    shutil.copytree(original, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    model, _ = load("owner/model")
+    reference, _ = load(original)
+    assert mx.array_equal(model(PROMPT), reference(PROMPT))
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "arguments", "message"),
+    [
+        (404, "RepoNotFound", {}, "the Hub has none of that name"),
+        (404, "RevisionNotFound", {"revision": "v9"}, "has no revision 'v9'"),
+        (403, "GatedRepo", {}, "is gated"),
+        (400, "", {}, "owner/model is no folder here, and"),
+    ],
+)
+def test_answer_of_the_hub_is_one_line(hub, monkeypatch, status, code, arguments, message):
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *_) -> None:
+            pass
+
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.send_header("X-Error-Code", code)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
+        said = fail("owner/model", **arguments)
+        server.shutdown()
+    assert message in said
