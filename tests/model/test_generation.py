@@ -1,0 +1,131 @@
+"""Generation on the embedded model: greedy text, the oracle in every mode, isolation in the cache."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_lm.generate import generate_step
+from mlx_lm.models.cache import make_prompt_cache
+
+from tempo_mlx import PositionedModel, generate
+from tempo_mlx.combining import COMBINE
+from tempo_mlx.decoding import SequenceState
+from tempo_mlx.lattice import Lattice
+from tempo_mlx.models import Capture
+from tempo_mlx.visibility import VISIBILITY
+
+PROMPTS = [
+    "Once upon a time",
+    "The hero embarked on",
+    "The scientist discovered",
+    "According to the research",
+    "The algorithm processes",
+    "The system architecture",
+    "She said to him",
+    "He couldn't believe",
+    "The ancient civilization",
+    "The magnificent landscape",
+    "def fibonacci(n):",
+    "import numpy as np",
+    "2 + 2 =",
+    "In 1969,",
+    "Die Katze",
+    "A recipe for bread:",
+    "Dear Sir or Madam,",
+    "The capital of France is",
+    "To be, or not to be",
+    "\n\n# Introduction\n",
+]
+
+
+def test_greedy_text_is_the_known_one(embedded):
+    model, tokenizer = embedded
+    prompt = "Once upon a time, there was a"
+    result = generate(model, tokenizer, prompt, threshold=1.0, max_tokens=12)
+    assert result.text.startswith(" small town nestled in the heart of a bustling city.")
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_threshold_one_is_greedy_decoding_token_for_token(embedded, prompt):
+    model, tokenizer = embedded
+    result = generate(model, tokenizer, prompt, threshold=1.0, max_tokens=16)
+    ours = [step.tokens[0].id for step in result.lattice.steps if step.tokens]
+    stock = generate_step(mx.array(tokenizer.encode(prompt)), model, max_tokens=16)
+    theirs = [int(token) for token, _ in stock]
+    ends = [i for i, token in enumerate(theirs) if token in tokenizer.eos_token_ids]
+    assert ours == theirs[: ends[0] if ends else None]
+
+
+@pytest.mark.parametrize("combine", COMBINE)
+@pytest.mark.parametrize("visibility", VISIBILITY)
+def test_verify_in_every_mode(embedded, visibility, combine):
+    model, tokenizer = embedded
+    result = generate(
+        model,
+        tokenizer,
+        "The cat",
+        threshold=0.1,
+        max_tokens=20,
+        visibility=visibility,
+        combine=combine,
+        verify=True,
+    )
+    assert any(len(tokens) > 1 for tokens in result.lattice.sets)
+    assert result.verification.max_logit_difference < 1e-3
+
+
+def test_isolated_siblings_are_separate_decodes(embedded):
+    model, tokenizer = embedded
+    prompt = tokenizer.encode("The cat sat on the")
+    siblings = tokenizer.encode(" mat floor roof bed")
+    state = SequenceState(PositionedModel.of(model), Lattice(prompt), "isolated")
+    state.prefill(2048)
+    rows = np.array(state.append(mx.array(siblings), 0, len(prompt)))
+    for row, token in zip(rows, siblings, strict=True):
+        text = mx.array([*prompt, token])[None]
+        alone = np.array(model(text, cache=make_prompt_cache(model))[0, -1])
+        np.testing.assert_allclose(row, alone, atol=1e-3)
+
+
+def captured(model, tokenizer, visibility):
+    """Attention [layers, H, T, S] of a set of three and of the single token after it."""
+    positioned = PositionedModel.of(model)
+    prompt = tokenizer.encode("The cat sat on the")
+    state = SequenceState(positioned, Lattice(prompt), visibility)
+    state.prefill(2048)
+    found = []
+    for step, tokens in enumerate((tokenizer.encode(" mat floor roof"), [30])):
+        from tempo_mlx.visibility import attention_mask
+
+        queries = state.lattice.reserve(len(tokens), step)
+        mask = attention_mask(visibility, queries, state.lattice.slots)
+        positions = np.full((1, len(tokens)), len(prompt) + step)
+        _, attention = positioned(
+            mx.array(tokens)[None], positions, mask, state.cache, capture=Capture(full=True)
+        )
+        found.append(np.stack([np.array(attention[layer][0]) for layer in sorted(attention)]))
+    return len(prompt), found
+
+
+@pytest.mark.parametrize("visibility", VISIBILITY)
+def test_attention_obeys_visibility_in_every_layer_and_head(embedded, visibility):
+    model, tokenizer = embedded
+    P, (of_set, of_next) = captured(model, tokenizer, visibility)
+    assert of_set.shape[0] == len(model.layers) and of_set.shape[1] == 9
+    between = of_set[..., P : P + 3][..., ~np.eye(3, dtype=bool)]
+    to_set = of_next[..., P : P + 3]
+    assert (between > 0).all() if visibility == "visible" else (between == 0).all()
+    assert (to_set == 0).all() if visibility == "hidden" else (to_set > 0).all()
+    for weights in (of_set, of_next):
+        np.testing.assert_allclose(weights.sum(axis=-1), 1, atol=1e-5)
+
+
+def test_paths_are_scored_as_stock_decoding_scores_them(embedded):
+    model, tokenizer = embedded
+    result = generate(model, tokenizer, "The cat", threshold=0.1, max_tokens=12)
+    prompt = result.lattice.prompt_tokens
+    for path in result.paths(3):
+        text = mx.array([*prompt, *path.tokens])[None]
+        logits = model(text, cache=make_prompt_cache(model))[0]
+        logp = np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True), np.float64)
+        expected = sum(logp[len(prompt) - 1 + i, t] for i, t in enumerate(path.tokens))
+        assert path.logprob == pytest.approx(expected, abs=1e-3)
