@@ -5,30 +5,30 @@ from collections.abc import Callable
 import mlx.core as mx
 
 
-def mixture(logits: mx.array, weights: mx.array) -> mx.array:
+def mixture(p: mx.array, logits: mx.array, weights: mx.array) -> mx.array:
     """p(x) = sum_i w_i p_i(x). The order of the rows does not matter."""
-    return weights @ mx.softmax(logits, axis=-1)
+    return weights @ p
 
 
-def mean(logits: mx.array, weights: mx.array) -> mx.array:
+def mean(p: mx.array, logits: mx.array, weights: mx.array) -> mx.array:
     """p(x) = 1/N sum_i p_i(x)."""
-    return mx.softmax(logits, axis=-1).mean(axis=0)
+    return p.mean(axis=0)
 
 
-def product(logits: mx.array, weights: mx.array) -> mx.array:
+def product(p: mx.array, logits: mx.array, weights: mx.array) -> mx.array:
     """p(x) ~ prod_i p_i(x)^w_i: softmax of the weighted mean of log p_i."""
     # The rows' normalisers are constants of the softmax. A row that excludes a token vetoes it,
     # but 0 x -inf would be NaN.
     return mx.softmax(weights @ mx.maximum(logits, -1e30))
 
 
-def last(logits: mx.array, weights: mx.array) -> mx.array:
+def last(p: mx.array, logits: mx.array, weights: mx.array) -> mx.array:
     """p(x) = p_N(x): what an implementation that feeds the tokens one by one would read."""
-    return mx.softmax(logits[-1])
+    return p[-1]
 
 
-#: Name -> rule (logits [N, V], weights [N] summing to 1) -> p [V], all fp32.
-COMBINE: dict[str, Callable[[mx.array, mx.array], mx.array]] = {
+#: Name -> rule (rows p_i [N, V], their logits [N, V], weights [N] summing to 1) -> p [V]; all fp32.
+COMBINE: dict[str, Callable[[mx.array, mx.array, mx.array], mx.array]] = {
     "mixture": mixture,
     "mean": mean,
     "product": product,
@@ -36,8 +36,10 @@ COMBINE: dict[str, Callable[[mx.array, mx.array], mx.array]] = {
 }
 
 
-def combine(rule: str, logits: mx.array, weights: mx.array, temp: float = 1.0) -> mx.array:
-    """The next distribution.
+def combine(
+    rule: str, logits: mx.array, weights: mx.array, temp: float = 1.0
+) -> tuple[mx.array, mx.array]:
+    """The next distribution, and the rows that it was made of.
 
     Args:
         rule: a key of :data:`COMBINE`.
@@ -46,11 +48,13 @@ def combine(rule: str, logits: mx.array, weights: mx.array, temp: float = 1.0) -
         temp: temperature of every row's softmax, above 0.
 
     Returns:
-        p [V], fp32, summing to 1.
+        p [V] and the rows p_i [N, V], fp32, each summing to 1. Lazy: rows that the rule does not
+        use and nobody reads are not computed.
     """
     logits = logits.astype(mx.float32)
     if temp != 1.0:
         logits = logits / temp
-    if logits.shape[0] == 1:
-        return mx.softmax(logits[0])
-    return COMBINE[rule](logits, weights / weights.sum())
+    rows = mx.softmax(logits, axis=-1)
+    if rows.shape[0] == 1:
+        return rows[0], rows
+    return COMBINE[rule](rows, logits, weights / weights.sum()), rows

@@ -12,11 +12,13 @@ from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx_lm.generate import generation_stream, wired_limit
 
 from .combining import combine
 from .decoding import SequenceState
-from .lattice import Lattice, Step, Token
+from .hindsight import Hindsight
+from .lattice import Lattice, Slots, Step, Token
 from .models import PositionedModel
 from .result import GenerationResult
 from .schedules import interpolate
@@ -110,6 +112,10 @@ def stream_generate(
     """
     chosen = Settings.of(settings).seeded()
     positioned = PositionedModel.of(model)
+    if chosen.pruning is not None and chosen.pruning.needs_attention:
+        positioned.require_capture()
+    if chosen.weighting != "none":
+        positioned.require_additive_masks()
     prompt_tokens = encode_prompt(tokenizer, prompt, positioned.context_length)
     result = GenerationResult(
         model=positioned,
@@ -130,7 +136,10 @@ def run(
     """Extend the result's lattice step by step; see :func:`stream_generate`."""
     settings, lattice, model = result.settings, result.lattice, result.model
     vocabulary, stats = result.vocabulary, result.stats
-    state = SequenceState(model, lattice, settings.visibility, keep_logits=verify)
+    state = SequenceState(
+        model, lattice, settings.visibility, settings.weighting != "none", keep_logits=verify
+    )
+    hindsight = Hindsight(lattice, settings, model.n_layers) if settings.looks_back else None
     length = len(lattice.prompt_tokens)
     key = mx.random.key(settings.seed or 0)
     k = settings.max_parallel
@@ -143,23 +152,34 @@ def run(
         settings.max_tokens, (model.context_length or length + settings.max_tokens) - length
     )
 
-    def candidates(logits: mx.array, weights: mx.array) -> Candidates:
+    def candidates(logits: mx.array, weights: mx.array, *also: mx.array) -> Candidates:
+        """Start computing what may come next, and whatever else the host will read with it."""
         nonlocal key
-        p = combine(settings.combine, logits, weights, settings.temp)
+        p, rows = combine(settings.combine, logits, weights, settings.temp)
         if settings.samples:
             key, draw = mx.random.split(key)
-            found = gumbel_top_k(p, k, draw)
+            ids = gumbel_top_k(p, k, draw)
         else:
-            found = most_probable(p, k)
-        mx.async_eval(found.ids, found.probabilities, state.cache.state)
+            ids = most_probable(p, k)
+        found = Candidates.of(ids, p, rows)
+        mx.async_eval(found.ids, found.probabilities, found.transitions, state.cache.state, *also)
         return found
 
-    def append(ids: mx.array, weights: mx.array, step: int) -> Candidates:
+    def append(ids: mx.array, probabilities: np.ndarray, queries: Slots) -> Candidates:
+        """Append a set and start computing what may follow it."""
         with mx.stream(generation_stream):
-            return candidates(state.append(ids, step, length + step), weights)
+            capture = hindsight.capture(probabilities) if hindsight else None
+            logits, attention = state.append(ids, queries, capture)
+            received = hindsight.attend(attention, state.held) if hindsight else []
+            return candidates(logits, mx.array(probabilities), *received)
 
-    def text_so_far() -> str:
-        return "".join(step.tokens[0].text for step in lattice.steps if step.tokens)
+    def repaired(fallen: int) -> Candidates:
+        """Run what saw the fallen tokens again; what may follow now."""
+        # Siblings saw them too where they see each other.
+        first = fallen if settings.visibility == "visible" else fallen + 1
+        live = [token.probability for token in lattice.steps[-1].live]
+        with mx.stream(generation_stream):
+            return candidates(state.recompute(first), mx.array(live))
 
     with wired_limit(model.model, cast(Any, [generation_stream])):
         start = time.perf_counter()
@@ -171,11 +191,6 @@ def run(
 
         for step in range(limit):
             more = step + 1 < limit
-            first_slot = lattice.n_slots
-            if settings.always_single and more:
-                # The set is one token wide whatever its value: the next pass starts before
-                # the host has seen it.
-                upcoming = append(found.ids, mx.ones(1), step)
             threshold = interpolate(
                 settings.threshold,
                 settings.final_threshold or settings.threshold,
@@ -183,31 +198,54 @@ def run(
                 step,
                 settings.max_tokens,
             )
+            if settings.always_single:
+                # The set is one token wide whatever its value: the next pass starts before
+                # the host has seen it.
+                queries = lattice.reserve(1, step)
+                upcoming = append(found.ids[:1], np.ones(1), queries) if more else found
             kept = keep(found, threshold, settings.max_parallel, vocabulary.end_tokens)
+            if hindsight and len(kept.ids):
+                hindsight.select(kept.probabilities, kept.transitions)
+                fallen = hindsight.prune()
+                if fallen is not None and settings.repairs:
+                    found = repaired(fallen)
+                    kept = keep(found, threshold, settings.max_parallel, vocabulary.end_tokens)
+                    hindsight.select(kept.probabilities, kept.transitions, again=True)
+            if not settings.always_single:
+                queries = lattice.reserve(len(kept.ids), step)
             record = Step(
                 step,
                 length + step,
                 threshold,
                 [
-                    Token(int(id), vocabulary.text(int(id)), float(p), first_slot + i)
-                    for i, (id, p) in enumerate(zip(kept.ids, kept.probabilities, strict=True))
+                    Token(int(id), vocabulary.text(int(id)), float(p), int(slot))
+                    for id, p, slot in zip(kept.ids, kept.probabilities, queries.index)
                 ],
                 kept.endings,
             )
             lattice.steps.append(record)
+            if hindsight:
+                hindsight.weigh()
             stats.generation_seconds = time.perf_counter() - start
             stats.peak_memory_gb = mx.get_peak_memory() / 1e9
-            ended = not record.tokens or any(text in text_so_far() for text in settings.stop)
+            ended = not record.tokens or any(text in text_so_far(lattice) for text in settings.stop)
             if ended or not more:
                 break
+            if hindsight:
+                state.compact(settings.compact_above, step)
             if not settings.always_single:
-                upcoming = append(mx.array(kept.ids), mx.array(kept.probabilities), step)
+                upcoming = append(mx.array(kept.ids), kept.probabilities, queries)
             found = upcoming
             if step % CLEAR_CACHE_EVERY == CLEAR_CACHE_EVERY - 1:
                 mx.clear_cache()
             yield StepResponse(record, result)
         if state.logits is not None:
-            result.verification = verify_run(model, lattice, settings.visibility, state.logits)
+            result.verification = verify_run(model, lattice, settings, state.logits)
     reason = "stop" if ended else "length" if limit == settings.max_tokens else "context"
     result.finish_reason = reason
     yield StepResponse(record, result, reason)
+
+
+def text_so_far(lattice: Lattice) -> str:
+    """Texts of the most probable token of each set."""
+    return "".join(step.tokens[0].text for step in lattice.steps if step.tokens)

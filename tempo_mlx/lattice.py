@@ -5,8 +5,13 @@ from typing import Any
 
 import numpy as np
 
+from .pruning import Judgement
+
 #: ``pruned_at`` of a slot that lives.
 NEVER = np.iinfo(np.int64).max
+
+#: ``pruned_at`` of a slot that no step may see.
+ERASED = np.iinfo(np.int64).min
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,8 @@ class Token:
         slot: number of its slot; counts appended slots, the prompt's first.
         parent: slot that it continues, where a rule has parents.
         pruned_at: step after whose forward pass it was pruned; None while it lives.
+        pruned_by: name of the rule that pruned it.
+        score: the rule's score when it was last judged.
     """
 
     id: int
@@ -53,6 +60,8 @@ class Token:
     slot: int
     parent: int | None = None
     pruned_at: int | None = None
+    pruned_by: str | None = None
+    score: float | None = None
 
 
 @dataclass(frozen=True)
@@ -92,11 +101,16 @@ class Lattice:
     def __init__(self, prompt_tokens: list[int]):
         self.prompt_tokens = list(prompt_tokens)
         self.steps: list[Step] = []
+        #: key weights [S] that the rows of a step saw, by step; empty without weighting
+        self.key_weights: dict[int, np.ndarray] = {}
+        #: every verdict on a set, in order
+        self.judgements: list[Judgement] = []
         length = len(prompt_tokens)
         # Columns grow by doubling: a step appends in amortised constant time.
         self._step = np.arange(-length, 0)
         self._set_size = np.ones(length, np.int64)
         self._pruned_at = np.full(length, NEVER)
+        self._weight = np.ones(length)
         self.n_slots = length
 
     def reserve(self, n: int, step: int) -> Slots:
@@ -107,6 +121,7 @@ class Lattice:
             self._step = np.concatenate([self._step, np.zeros(grow, np.int64)])
             self._set_size = np.concatenate([self._set_size, np.ones(grow, np.int64)])
             self._pruned_at = np.concatenate([self._pruned_at, np.full(grow, NEVER)])
+            self._weight = np.concatenate([self._weight, np.ones(grow)])
         self._step[self.n_slots : end] = step
         self._set_size[self.n_slots : end] = n
         self.n_slots = end
@@ -118,6 +133,33 @@ class Lattice:
         n = self.n_slots
         return Slots(np.arange(n), self._step[:n], self._set_size[:n], self._pruned_at[:n])
 
+    @property
+    def weights(self) -> np.ndarray:
+        """Weight of each slot as a key, [S]; 1 unless a weighting has set it."""
+        return self._weight[: self.n_slots]
+
+    def weigh(self, slots: list[int], weights: np.ndarray) -> None:
+        """Set the weights of a set's live tokens as keys; they are made to sum to 1."""
+        self._weight[slots] = weights / weights.sum()
+
+    def apply(self, judgement: Judgement, rule: str, erase: bool = False) -> None:
+        """Record a verdict: its fallen tokens are invisible after its step.
+
+        Args:
+            judgement: on the live tokens of one set.
+            rule: name of the pruning rule.
+            erase: invisible to every step, as if they had never been there.
+        """
+        self.judgements.append(judgement)
+        tokens = {token.slot: token for token in self.steps[judgement.set_step].tokens}
+        verdicts = zip(judgement.slots, judgement.scores, judgement.pruned, strict=True)
+        for slot, score, pruned in verdicts:
+            token = tokens[slot]
+            token.score = score
+            if pruned:
+                token.pruned_at, token.pruned_by = judgement.step, rule
+                self._pruned_at[slot] = ERASED if erase else judgement.step
+
     def __len__(self) -> int:
         """Steps with tokens."""
         return sum(bool(step.tokens) for step in self.steps)
@@ -125,7 +167,7 @@ class Lattice:
     @property
     def sets(self) -> list[list[Token]]:
         """The live tokens of each step that has any, most probable first."""
-        return [step.live for step in self.steps if step.tokens]
+        return [step.live for step in self.steps if step.live]
 
     @property
     def n_tokens(self) -> int:

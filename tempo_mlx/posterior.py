@@ -55,9 +55,7 @@ def posteriors(initial: np.ndarray, transitions: Sequence[np.ndarray]) -> list[n
     return [_normalised(a * b) for a, b in zip(alphas, betas, strict=True)]
 
 
-def viterbi(
-    initial: np.ndarray, transitions: Sequence[np.ndarray]
-) -> tuple[list[int], float]:
+def viterbi(initial: np.ndarray, transitions: Sequence[np.ndarray]) -> tuple[list[int], float]:
     """The most probable chain: one index for each set, and its log-probability in nats.
 
     Args:
@@ -76,3 +74,69 @@ def viterbi(
     for parent in reversed(parents):
         chain.append(int(parent[chain[-1]]))
     return chain[::-1], float(score.max())
+
+
+class Beliefs:
+    """Posteriors of the sets of a running generation, over a window of recent steps.
+
+    Sets are named by their step. What left the window keeps the posterior that it had.
+
+    Args:
+        lookback: transitions that a posterior looks ahead at most, at least 1.
+    """
+
+    def __init__(self, lookback: int):
+        self._lookback = lookback
+        self._first = 0  # step of the first set in the window
+        self._initial = np.zeros(0)
+        self._transitions: list[np.ndarray] = []
+        self._live: list[np.ndarray] = []
+        self._gammas: dict[int, np.ndarray] = {}
+
+    def extend(
+        self, probabilities: np.ndarray, transition: np.ndarray | None, replace: bool = False
+    ) -> None:
+        """Add a set, or put it in the place of the last one.
+
+        Args:
+            probabilities: the tokens' selection probabilities, [n].
+            transition: p_i(x_j) from the set before, [m, n]; None for the first set.
+        """
+        if replace:
+            self._live.pop()
+            if self._transitions:
+                self._transitions.pop()
+        if transition is None:
+            self._initial = probabilities
+        else:
+            self._transitions.append(transition)
+        self._live.append(np.ones(len(probabilities), bool))
+        while len(self._transitions) > self._lookback:
+            self._initial = forward(*self._alive())[1]
+            del self._transitions[0], self._live[0]
+            self._first += 1
+        self._update()
+
+    def prune(self, step: int, pruned: np.ndarray) -> None:
+        """Tokens of a set that no path takes any more, [n]; sets before the window are final."""
+        if step >= self._first:
+            self._live[step - self._first] &= ~pruned
+            self._update()
+
+    def posterior(self, step: int) -> np.ndarray:
+        """gamma of the set of ``step``, [n]; 0 for pruned tokens."""
+        return self._gammas[step]
+
+    def _alive(self) -> tuple[np.ndarray, list[np.ndarray]]:
+        initial = self._initial * self._live[0]
+        pairs = zip(self._transitions, self._live[1:], strict=True)
+        return initial, [transition * live for transition, live in pairs]
+
+    def _update(self) -> None:
+        gammas = posteriors(*self._alive())
+        for i, (gamma, live) in enumerate(zip(gammas, self._live, strict=True)):
+            gamma = gamma * live
+            total = gamma.sum()
+            # No evidence for any live token leaves them alike; a dropped set has none.
+            even = live / max(live.sum(), 1)
+            self._gammas[self._first + i] = gamma / total if total > 0 else even

@@ -19,10 +19,17 @@ class Candidates:
     Args:
         ids: token ids [K], in the order in which they would be kept.
         probabilities: [K], fp32.
+        transitions: p_i(x_j) of each candidate j in each row i of the set before, [N, K], fp32.
     """
 
     ids: mx.array
     probabilities: mx.array
+    transitions: mx.array
+
+    @classmethod
+    def of(cls, ids: mx.array, p: mx.array, rows: mx.array) -> "Candidates":
+        """Candidates ``ids`` of p [V], which was combined from rows [N, V]."""
+        return cls(ids, p[ids], rows[:, ids])
 
 
 @dataclass(frozen=True)
@@ -32,34 +39,32 @@ class Selected:
     Args:
         ids: token ids [N], most probable first; empty where the generation ends.
         probabilities: [N].
+        transitions: p_i(x_j) from the M rows of the set before, [M, N].
         endings: end tokens that qualified.
     """
 
     ids: np.ndarray
     probabilities: np.ndarray
+    transitions: np.ndarray
     endings: list[Ending]
 
 
-def most_probable(p: mx.array, k: int) -> Candidates:
-    """The k most probable tokens of p [V], most probable first."""
+def most_probable(p: mx.array, k: int) -> mx.array:
+    """Ids of the k most probable tokens of p [V], most probable first."""
     k = min(k, p.shape[0])
     if k == 1:
-        ids = mx.argmax(p, keepdims=True)
-    else:
-        ids = mx.argpartition(-p, k - 1)[:k]
-        ids = ids[mx.argsort(-p[ids])]
-    return Candidates(ids, p[ids])
+        return mx.argmax(p, keepdims=True)
+    ids = mx.argpartition(-p, k - 1)[:k]
+    return ids[mx.argsort(-p[ids])]
 
 
-def gumbel_top_k(p: mx.array, k: int, key: mx.array) -> Candidates:
-    """k tokens drawn from p [V] without replacement, in the order of drawing.
+def gumbel_top_k(p: mx.array, k: int, key: mx.array) -> mx.array:
+    """Ids of k tokens drawn from p [V] without replacement, in the order of drawing.
 
     The k largest of log p + Gumbel noise are such a draw (Kool, van Hoof and Welling,
     "Stochastic Beams and Where to Find Them", ICML 2019; Vieira 2014 for the trick itself).
     """
-    perturbed = mx.log(p) + mx.random.gumbel(p.shape, key=key)
-    ids = most_probable(perturbed, k).ids
-    return Candidates(ids, p[ids])
+    return most_probable(mx.log(p) + mx.random.gumbel(p.shape, key=key), k)
 
 
 def keep(
@@ -82,16 +87,12 @@ def keep(
             "the model returned logits that are not finite (NaN or inf); its weights may be "
             "damaged or its precision too low, try another dtype"
         )
-    qualifies = probabilities >= threshold
-    if not qualifies.any():
-        qualifies[0] = True
-    ids, probabilities = ids[qualifies], probabilities[qualifies]
-    order = np.argsort(-probabilities, kind="stable")
-    ids, probabilities = ids[order], probabilities[order]
-    ends = np.isin(ids, list(end_tokens))
-    endings = [
-        Ending(int(i), float(q)) for i, q in zip(ids[ends], probabilities[ends], strict=True)
-    ]
-    if ends[0]:
-        return Selected(ids[:0], probabilities[:0], endings)
-    return Selected(ids[~ends][:max_parallel], probabilities[~ends][:max_parallel], endings)
+    qualified = np.flatnonzero(probabilities >= threshold)
+    if not qualified.size:
+        qualified = np.array([0])
+    qualified = qualified[np.argsort(-probabilities[qualified], kind="stable")]
+    ends = np.isin(ids[qualified], list(end_tokens))
+    endings = [Ending(int(ids[i]), float(probabilities[i])) for i in qualified[ends]]
+    kept = qualified[~ends][: 0 if ends[0] else max_parallel]
+    transitions = np.array(candidates.transitions)
+    return Selected(ids[kept], probabilities[kept], transitions[:, kept], endings)

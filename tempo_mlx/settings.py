@@ -6,8 +6,15 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from .combining import COMBINE
+from .pruning import Pruning
 from .schedules import Constant, Schedule, check_range
 from .visibility import VISIBILITY
+
+#: Weights that the tokens of a set may have as keys.
+WEIGHTINGS = ("none", "prior", "posterior")
+
+#: Steps that a posterior weight looks ahead where no pruning says how many.
+WEIGHTING_LOOKBACK = 3
 
 #: How the candidates of a set are found.
 SAMPLING = ("deterministic", "gumbel")
@@ -29,6 +36,9 @@ class Settings:
         seed: of the draws; None picks one and records it. Without sampling it changes nothing.
         visibility: a key of :data:`tempo_mlx.visibility.VISIBILITY`.
         combine: a key of :data:`tempo_mlx.combining.COMBINE`.
+        pruning: how tokens are pruned after the fact; None prunes nothing.
+        weighting: weight of a set's tokens as keys, "none" (1 each), "prior" (selection
+            probability) or "posterior" (gamma); summing to 1 over the set.
         stop: texts that end the generation once the most probable tokens spell them.
         prefill_step_size: prompt tokens in one forward pass, at least 1.
 
@@ -46,6 +56,8 @@ class Settings:
     seed: int | None = None
     visibility: str = "isolated"
     combine: str = "mixture"
+    pruning: Pruning | None = None
+    weighting: str = "none"
     stop: tuple[str, ...] = ()
     prefill_step_size: int = 2048
 
@@ -70,13 +82,19 @@ class Settings:
         _check_choice("sampling", self.sampling, SAMPLING)
         _check_choice("visibility", self.visibility, VISIBILITY)
         _check_choice("combine", self.combine, COMBINE)
+        _check_choice("weighting", self.weighting, WEIGHTINGS)
         if isinstance(self.stop, str) or not all(self.stop):
             raise ValueError(f"stop must be a tuple of texts that are not empty, got {self.stop!r}")
 
     @property
     def samples(self) -> bool:
-        """Whether the run draws at random, so that its seed matters."""
+        """Whether tokens are drawn."""
         return self.sampling == "gumbel"
+
+    @property
+    def draws(self) -> bool:
+        """Whether anything is drawn, so that the seed matters."""
+        return self.samples or (self.pruning is not None and self.pruning.rule == "random")
 
     @property
     def greedy(self) -> bool:
@@ -88,21 +106,49 @@ class Settings:
         """Whether every set has one token whatever the model says."""
         return self.greedy or self.max_parallel == 1
 
+    @property
+    def looks_back(self) -> bool:
+        """Whether earlier sets are pruned or weighted by what came after them."""
+        return not self.always_single and (self.pruning is not None or self.weighting != "none")
+
+    @property
+    def repairs(self) -> bool:
+        """Whether slots that saw a pruned token are run again."""
+        return self.pruning is not None and self.pruning.repair == "recompute"
+
+    @property
+    def compact_above(self) -> float:
+        """Share of dead slots above which the cache is compacted."""
+        return self.pruning.compact_above if self.pruning else 1.0
+
+    @property
+    def lookback(self) -> int:
+        """Steps after which a set is judged or weighted no more."""
+        return self.pruning.lookback if self.pruning else WEIGHTING_LOOKBACK
+
     def seeded(self) -> "Settings":
         """These settings with a seed, drawn here if the run needs one and has none."""
-        if not self.samples or self.seed is not None:
+        if not self.draws or self.seed is not None:
             return self
         return replace(self, seed=secrets.randbelow(2**32))
 
     def notes(self) -> list[str]:
         """What a user should know about this combination of settings."""
-        if self.seed is not None and not self.samples:
-            return ["seed has no effect: selection is deterministic unless sampling is gumbel"]
+        if self.seed is not None and not self.draws:
+            return [
+                "seed has no effect: a run is deterministic unless sampling is gumbel or the "
+                "pruning rule is random"
+            ]
         return []
 
     def to_dict(self) -> dict[str, Any]:
         """One key for each setting; the schedule as its text."""
-        return {**asdict(self), "schedule": str(self.schedule), "stop": list(self.stop)}
+        return {
+            **asdict(self),
+            "schedule": str(self.schedule),
+            "pruning": self.pruning and self.pruning.to_dict(),
+            "stop": list(self.stop),
+        }
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> "Settings":

@@ -12,6 +12,7 @@ import numpy as np
 
 from .lattice import Lattice
 from .models import PositionedModel
+from .settings import Settings
 
 
 @dataclass(frozen=True)
@@ -33,18 +34,19 @@ class _Stateless:
 
     attention_recorder = None
 
-    def __init__(self, offset: Any, positions: np.ndarray, allowed: np.ndarray, window: int | None):
+    def __init__(self, offset: Any, positions: np.ndarray, mask: np.ndarray, window: int | None):
         self.offset = offset
-        self._positions, self._allowed, self._window = positions, allowed, window
+        self._positions, self._mask, self._window = positions, mask, window
 
     def make_mask(
         self, N: int, return_array: bool = False, window_size: int | None = None
     ) -> mx.array:
-        allowed = self._allowed
+        mask = self._mask
         for window in (self._window, window_size):
             if window is not None:
-                allowed = allowed & (self._positions[:, None] - self._positions[None] < window)
-        return mx.array(allowed)[None, None]
+                far = self._positions[:, None] - self._positions[None] >= window
+                mask = np.where(far, False if mask.dtype == bool else -np.inf, mask)
+        return mx.array(mask)[None, None]
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         self._keys_and_values = keys, values
@@ -57,15 +59,15 @@ class _Stateless:
 def verify(
     model: PositionedModel,
     lattice: Lattice,
-    visibility: str,
+    settings: Settings,
     seen: list[tuple[np.ndarray, mx.array]],
 ) -> Verification:
     """Compare the logits that a cached run saw with one uncached pass over all its slots.
 
     Args:
         model: the model that made the run.
-        lattice: the run's record: tokens, positions, sets, when they were pruned.
-        visibility: the run's rule.
+        lattice: the run's record: tokens, positions, sets, when they were pruned, key weights.
+        settings: the run's visibility, weighting and repair.
         seen: (slots [N], logits [N, V]) of each forward pass of the run.
     """
     length = len(lattice.prompt_tokens)
@@ -77,20 +79,21 @@ def verify(
             rows.append((token.id, step.position, step.step, len(step.tokens), token.pruned_at))
     tokens = np.array([row[0] for row in rows])
     positions = np.array([row[1] for row in rows])
-    allowed = np.zeros((len(rows), len(rows)), bool)
-    for q, (_, _, q_step, _, _) in enumerate(rows):
+    weighted = settings.weighting != "none"
+    mask = np.zeros((len(rows), len(rows)), np.float32 if weighted else bool)
+    for q, (_, _, q_step, q_size, _) in enumerate(rows):
+        weights = lattice.key_weights.get(q_step)
         for k, (_, _, k_step, k_size, k_pruned) in enumerate(rows):
-            if k_pruned is not None and k_pruned < q_step:
-                continue
-            if k == q:
-                allowed[q, k] = True
-            elif k_step == q_step:
-                allowed[q, k] = visibility == "visible"
-            elif k_step < q_step:
-                allowed[q, k] = visibility != "hidden" or k_size == 1
+            sees = _sees(settings, q_step, k_step, k_size, k_pruned, q == k)
+            if not weighted:
+                mask[q, k] = sees
+            elif not sees:
+                mask[q, k] = -np.inf
+            elif weights is not None and (k_step < q_step or settings.visibility == "visible"):
+                mask[q, k] = np.log(max(weights[k], 1e-30)) if k_size > 1 or q_size > 1 else 0.0
     offset = model.as_offset(positions[None])
     caches = [
-        _Stateless(offset, positions, allowed, layer.window) for layer in model.make_cache().layers
+        _Stateless(offset, positions, mask, layer.window) for layer in model.make_cache().layers
     ]
     logits = model.model(mx.array(tokens)[None], cache=caches)[0].astype(mx.float32)
     differences = []
@@ -102,3 +105,16 @@ def verify(
             replayed = logits[mx.array(slots)]
             differences.append(mx.abs(cached.astype(mx.float32) - replayed).max())
     return Verification(float(mx.stack(differences).max()), compared)
+
+
+def _sees(
+    settings: Settings, q_step: int, k_step: int, k_size: int, k_pruned: int | None, own: bool
+) -> bool:
+    """Whether a query of one step sees a key of another, by the definitions."""
+    if own:
+        return True
+    if k_pruned is not None and (settings.repairs or k_pruned < q_step):
+        return False
+    if k_step == q_step:
+        return settings.visibility == "visible"
+    return k_step < q_step and (settings.visibility != "hidden" or k_size == 1)

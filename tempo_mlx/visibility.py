@@ -11,6 +11,9 @@ import numpy as np
 
 from .lattice import Slots
 
+#: Weights below this one hide a key as well as 0 would, and their logarithm is finite.
+LEAST_WEIGHT = 1e-30
+
 Rule = Callable[[Slots, Slots], np.ndarray]
 
 
@@ -40,15 +43,28 @@ def may_attend(rule: str, queries: Slots, keys: Slots) -> np.ndarray:
     return VISIBILITY[rule](queries, keys) & alive
 
 
-def attention_mask(rule: str, queries: Slots, keys: Slots) -> mx.array | str:
+def attention_mask(
+    rule: str, queries: Slots, keys: Slots, weights: np.ndarray | None = None
+) -> mx.array | str:
     """The mask of one forward pass, [1, 1, T, S], or "causal" where one query sees every slot.
+
+    With weights the mask is additive: log w of each key that may be seen, so that a set draws
+    attention like one token of its weights' sum. A token's own key weighs 1 to it unless it sees
+    its siblings.
 
     Args:
         rule: a key of :data:`VISIBILITY`.
         queries: the T new slots.
         keys: all slots in the cache's order, the new ones last.
+        weights: of the keys, [S], each in (0, 1].
     """
     allowed = may_attend(rule, queries, keys)
+    if weights is not None:
+        logs = np.log(np.maximum(weights, LEAST_WEIGHT))
+        siblings = keys.step == queries.step[:, None]
+        alone = (allowed & siblings).sum(axis=1, keepdims=True) == 1
+        logs = np.where(siblings & alone, 0.0, logs)
+        return mx.array(np.where(allowed, logs, -np.inf).astype(np.float32)[None, None])
     if len(queries) == 1 and allowed.all():
         return "causal"
     return mx.array(allowed[None, None])

@@ -24,12 +24,21 @@ class Capture:
         rows: query rows, indices into the T new tokens; None means all.
         full: report matrices [B, H, T, S + T] instead of the attention that each slot
             received, averaged over the chosen heads and rows, [B, S + T].
+        row_weights: weights of the chosen rows in that average, summing to 1; None means equal.
     """
 
     layers: tuple[int, ...] | None = None
     heads: tuple[int, ...] | None = None
     rows: tuple[int, ...] | None = None
     full: bool = False
+    row_weights: tuple[float, ...] | None = None
+
+    def received(self, weights: mx.array) -> mx.array:
+        """Attention that each slot received, [B, S], of weights [B, H, T, S]."""
+        by_row = weights.mean(axis=1)  # [B, T, S]
+        if self.row_weights is None:
+            return by_row.mean(axis=1)
+        return mx.array(self.row_weights) @ by_row
 
 
 class AttentionRecorder:
@@ -58,7 +67,7 @@ class AttentionRecorder:
         if capture is None or (capture.layers is not None and layer not in capture.layers):
             return
         weights = attention_weights(queries, keys, scale, mask, sinks, capture.heads, capture.rows)
-        self.weights[layer] = weights if capture.full else weights.mean(axis=(1, 2))
+        self.weights[layer] = weights if capture.full else capture.received(weights)
 
 
 def attention_weights(

@@ -43,6 +43,8 @@ class PositionedModel:
         #: dtype of the activations, which an additive mask must have
         self.dtype = _activation_dtype(model)
         #: whether attention can be captured, and whether masks may be additive
+        #: attention layers, counted as they are executed
+        self.n_layers = 0
         self.captures_attention, self.takes_additive_masks = self._trace()
         if not EXACT & set(names(model)):
             raise self._unsupported("has not been compared with mlx-lm's own results")
@@ -64,6 +66,22 @@ class PositionedModel:
             as_offset=self.as_offset,
             grouped_scores=self.architecture in GROUPED_SCORES,
         )
+
+    def require_capture(self) -> None:
+        """Raise UnsupportedModelError unless the model's attention can be captured."""
+        if not self.captures_attention:
+            raise self._unsupported(
+                "attention cannot be captured, the model computes its scores outside mlx-lm's "
+                "attention call; use a rule that needs no attention"
+            )
+
+    def require_additive_masks(self) -> None:
+        """Raise UnsupportedModelError unless masks may be additive, so that keys have weights."""
+        if not self.takes_additive_masks:
+            raise self._unsupported(
+                "keys cannot be weighted, the model rewrites its masks and understands boolean "
+                "ones only; use weighting none"
+            )
 
     def as_offset(self, positions: np.ndarray) -> Positions | mx.array:
         """Positions [B, T] as this architecture takes them in place of its cache's offset."""
@@ -114,17 +132,10 @@ class PositionedModel:
         if not isinstance(mask, str) and mask.dtype != mx.bool_:
             if not mx.issubdtype(mask.dtype, mx.floating):
                 raise ValueError(f"mask must be boolean or floating point, got {mask.dtype}")
-            if not self.takes_additive_masks:
-                raise self._unsupported(
-                    "keys cannot be weighted, the model rewrites its masks and understands "
-                    "boolean ones only; use weighting none"
-                )
+            self.require_additive_masks()
             mask = mask.astype(self.dtype)
-        if capture is not None and not self.captures_attention:
-            raise self._unsupported(
-                "attention cannot be captured, the model computes its scores outside mlx-lm's "
-                "attention call; use a rule that needs no attention"
-            )
+        if capture is not None:
+            self.require_capture()
         recorder = AttentionRecorder(capture) if capture is not None else None
         logits = self._forward(tokens, positions, mask, cache, recorder)
         return logits if recorder is None else (logits, recorder.weights)
@@ -165,6 +176,7 @@ class PositionedModel:
             raise self._unsupported("builds its own attention mask")
         if logits.shape[:2] != (1, 3):
             raise self._unsupported(f"returns logits of shape {logits.shape}")
+        self.n_layers = trace.calls
         captures = trace.calls >= sum(n > 0 for n in appended)
         return captures, captures and trace.masks_arrive_unchanged()
 

@@ -77,9 +77,11 @@ def test_isolated_siblings_are_separate_decodes(embedded):
     model, tokenizer = embedded
     prompt = tokenizer.encode("The cat sat on the")
     siblings = tokenizer.encode(" mat floor roof bed")
-    state = SequenceState(PositionedModel.of(model), Lattice(prompt), "isolated")
+    lattice = Lattice(prompt)
+    state = SequenceState(PositionedModel.of(model), lattice, "isolated")
     state.prefill(2048)
-    rows = np.array(state.append(mx.array(siblings), 0, len(prompt)))
+    logits, _ = state.append(mx.array(siblings), lattice.reserve(len(siblings), 0))
+    rows = np.array(logits)
     for row, token in zip(rows, siblings, strict=True):
         text = mx.array([*prompt, token])[None]
         alone = np.array(model(text, cache=make_prompt_cache(model))[0, -1])
@@ -90,18 +92,13 @@ def captured(model, tokenizer, visibility):
     """Attention [layers, H, T, S] of a set of three and of the single token after it."""
     positioned = PositionedModel.of(model)
     prompt = tokenizer.encode("The cat sat on the")
-    state = SequenceState(positioned, Lattice(prompt), visibility)
+    lattice = Lattice(prompt)
+    state = SequenceState(positioned, lattice, visibility)
     state.prefill(2048)
     found = []
     for step, tokens in enumerate((tokenizer.encode(" mat floor roof"), [30])):
-        from tempo_mlx.visibility import attention_mask
-
-        queries = state.lattice.reserve(len(tokens), step)
-        mask = attention_mask(visibility, queries, state.lattice.slots)
-        positions = np.full((1, len(tokens)), len(prompt) + step)
-        _, attention = positioned(
-            mx.array(tokens)[None], positions, mask, state.cache, capture=Capture(full=True)
-        )
+        queries = lattice.reserve(len(tokens), step)
+        _, attention = state.append(mx.array(tokens), queries, Capture(full=True))
         found.append(np.stack([np.array(attention[layer][0]) for layer in sorted(attention)]))
     return len(prompt), found
 

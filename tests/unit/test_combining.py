@@ -34,7 +34,8 @@ def in_numpy(rule, logits, weights, temp):
 @given(rows())
 def test_rule_is_its_formula(rule, case):
     logits, weights, temp = case
-    p = combine(rule, mx.array(logits, mx.float32), mx.array(weights, mx.float32), temp)
+    p, each = combine(rule, mx.array(logits, mx.float32), mx.array(weights, mx.float32), temp)
+    np.testing.assert_allclose(np.array(each).sum(axis=1), 1, atol=1e-5)
     np.testing.assert_allclose(np.array(p), in_numpy(rule, logits, weights, temp), atol=2e-6)
 
 
@@ -44,8 +45,8 @@ def test_order_of_the_set_changes_rounding_only(rule, case, random):
     logits, weights, temp = case
     order = list(range(len(weights)))
     random.shuffle(order)
-    first = combine(rule, mx.array(logits, mx.float32), mx.array(weights, mx.float32), temp)
-    second = combine(
+    first, _ = combine(rule, mx.array(logits, mx.float32), mx.array(weights, mx.float32), temp)
+    second, _ = combine(
         rule, mx.array(logits[order], mx.float32), mx.array(weights[order], mx.float32), temp
     )
     np.testing.assert_allclose(np.array(first), np.array(second), atol=1e-6)
@@ -53,10 +54,10 @@ def test_order_of_the_set_changes_rounding_only(rule, case, random):
 
 def test_a_token_that_one_row_excludes_is_zero_in_the_product_not_nan():
     logits = mx.array([[0.0, -mx.inf, 1.0], [0.0, 5.0, 1.0]])
-    p = np.array(combine("product", logits, mx.array([0.5, 0.5])))
+    p = np.array(combine("product", logits, mx.array([0.5, 0.5]))[0])
     assert p[1] == 0 and p.sum() == pytest.approx(1)
 
 
 def test_half_precision_rows_are_combined_in_single_precision():
     logits = mx.random.normal((3, 50), key=mx.random.key(0)).astype(mx.bfloat16)
-    assert combine("mixture", logits, mx.ones(3)).dtype == mx.float32
+    assert combine("mixture", logits, mx.ones(3))[0].dtype == mx.float32

@@ -8,7 +8,7 @@ import pytest
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 
-from tempo_mlx.combining import COMBINE
+from tempo_mlx.combining import COMBINE, combine
 from tempo_mlx.decoding import SequenceState
 from tempo_mlx.generation import generate, stream_generate
 from tempo_mlx.lattice import Lattice
@@ -85,7 +85,8 @@ def test_rows_after_the_first_set_are_separate_decodes_only_where_isolated(model
     state = SequenceState(model_, lattice, visibility)
     state.prefill(2048)
     siblings = [4, 20, 11]
-    rows = np.array(state.append(mx.array(siblings), 0, len(PROMPT)))
+    logits, _ = state.append(mx.array(siblings), lattice.reserve(3, 0))
+    rows = np.array(logits)
     separate = np.array([stock_logits(model, [*PROMPT, token]) for token in siblings])
     if visibility == "visible":
         assert np.abs(rows - separate).max() > 1e-2
@@ -100,8 +101,8 @@ def test_hidden_makes_the_next_step_blind_to_the_set(model):
         lattice = Lattice(PROMPT)
         state = SequenceState(model_, lattice, visibility)
         state.prefill(2048)
-        state.append(mx.array(siblings), 0, len(PROMPT))
-        return np.array(state.append(mx.array([7]), 1, len(PROMPT) + 1)[0])
+        state.append(mx.array(siblings), lattice.reserve(len(siblings), 0))
+        return np.array(state.append(mx.array([7]), lattice.reserve(1, 1))[0][0])
 
     np.testing.assert_array_equal(next_row("hidden", [4, 20]), next_row("hidden", [11, 30]))
     assert np.abs(next_row("isolated", [4, 20]) - next_row("isolated", [11, 30])).max() > 1e-2
@@ -117,10 +118,8 @@ def test_order_of_a_set_changes_rounding_only(model):
         lattice = Lattice(PROMPT)
         state = SequenceState(model_, lattice, "isolated")
         state.prefill(2048)
-        from tempo_mlx.combining import combine
-
-        logits = state.append(mx.array(order), 0, len(PROMPT))
-        return np.array(combine("mixture", logits, mx.array([weights[t] for t in order])))
+        logits, _ = state.append(mx.array(order), lattice.reserve(3, 0))
+        return np.array(combine("mixture", logits, mx.array([weights[t] for t in order]))[0])
 
     first = next_distribution([4, 20, 11])
     for order in ([20, 11, 4], [11, 20, 4]):
@@ -271,7 +270,7 @@ def test_dictionary_is_json_of_schema_one(model, tokenizer):
     assert slots == list(range(len(PROMPT), len(PROMPT) + len(slots)))
     assert [step["position"] for step in data["steps"]] == list(range(13, 19))
     assert set(data["steps"][0]["tokens"][0]) == {
-        "id", "text", "probability", "slot", "parent", "pruned_at",
+        "id", "text", "probability", "slot", "parent", "pruned_at", "pruned_by", "score",
     }  # fmt: skip
     assert data["text"] == data["paths"][0]["text"]
     assert set(data["stats"]) == {

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tempo_mlx.selection import NonFiniteLogitsError, gumbel_top_k, keep, most_probable
+from tempo_mlx.selection import Candidates, NonFiniteLogitsError, gumbel_top_k, keep, most_probable
 
 
 @st.composite
@@ -17,8 +17,11 @@ def distributions(draw):
 
 
 def select(p, threshold, max_parallel, ends=frozenset()):
-    found = most_probable(mx.array(p, mx.float32), max_parallel + len(ends))
-    return keep(found, threshold, max_parallel, frozenset(ends))
+    p = mx.array(p, mx.float32)
+    found = Candidates.of(most_probable(p, max_parallel + len(ends)), p, mx.stack([p, 2 * p]))
+    kept = keep(found, threshold, max_parallel, frozenset(ends))
+    np.testing.assert_array_equal(kept.transitions, [kept.probabilities, 2 * kept.probabilities])
+    return kept
 
 
 @given(distributions(), st.floats(0.01, 1), st.integers(1, 8))
@@ -55,10 +58,10 @@ def test_end_tokens_are_recorded_and_never_kept(p, threshold, max_parallel, data
 
 def test_draws_are_without_replacement_and_repeat_with_their_key():
     p = mx.softmax(mx.random.normal((40,), key=mx.random.key(1)))
-    first = gumbel_top_k(p, 10, mx.random.key(5)).ids.tolist()
+    first = gumbel_top_k(p, 10, mx.random.key(5)).tolist()
     assert len(set(first)) == 10
-    assert first == gumbel_top_k(p, 10, mx.random.key(5)).ids.tolist()
-    assert first != gumbel_top_k(p, 10, mx.random.key(6)).ids.tolist()
+    assert first == gumbel_top_k(p, 10, mx.random.key(5)).tolist()
+    assert first != gumbel_top_k(p, 10, mx.random.key(6)).tolist()
 
 
 def test_first_draw_follows_the_distribution_and_so_does_the_second_given_the_first():
@@ -66,7 +69,7 @@ def test_first_draw_follows_the_distribution_and_so_does_the_second_given_the_fi
     draws = 4000
     keys = mx.random.split(mx.random.key(0), draws)
     ids = np.array(
-        mx.stack([gumbel_top_k(mx.array(p, mx.float32), 2, keys[i]).ids for i in range(draws)])
+        mx.stack([gumbel_top_k(mx.array(p, mx.float32), 2, keys[i]) for i in range(draws)])
     )
     for token in range(4):
         expected = p[token]
@@ -82,12 +85,12 @@ def test_first_draw_follows_the_distribution_and_so_does_the_second_given_the_fi
 def test_where_no_draw_qualifies_the_first_one_is_kept():
     p = mx.array([0.4, 0.3, 0.2, 0.1])
     drawn = gumbel_top_k(p, 3, mx.random.key(3))
-    kept = keep(drawn, 0.9, 3, frozenset())
-    assert kept.ids.tolist() == drawn.ids[:1].tolist()
+    kept = keep(Candidates.of(drawn, p, p[None]), 0.9, 3, frozenset())
+    assert kept.ids.tolist() == drawn[:1].tolist()
 
 
 def test_not_a_number_is_an_error():
     p = mx.softmax(mx.array([1.0, float("nan"), 0.0]))
     for k in (1, 2):
         with pytest.raises(NonFiniteLogitsError, match="not finite"):
-            keep(most_probable(p, k), 0.1, k, frozenset())
+            keep(Candidates.of(most_probable(p, k), p, p[None]), 0.1, k, frozenset())
