@@ -101,6 +101,8 @@ class Lattice:
     def __init__(self, prompt_tokens: list[int]):
         self.prompt_tokens = list(prompt_tokens)
         self.steps: list[Step] = []
+        #: p_i(x_j) of each set's tokens j in the rows i of the set before, [M, N]; by step
+        self.transitions: list[np.ndarray] = []
         #: key weights [S] that the rows of a step saw, by step; empty without weighting
         self.key_weights: dict[int, np.ndarray] = {}
         #: every verdict on a set, in order

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import Progress
+from rich.table import Table
 from rich.text import Text
 
 from ..combining import COMBINE
@@ -15,14 +16,24 @@ from ..files import check_writable, write_atomically
 from ..generation import stream_generate
 from ..lattice import Step
 from ..models import load
+from ..pruning import (
+    DECISIONS,
+    LAYER_WEIGHTS,
+    QUERY_WEIGHTS,
+    REPAIRS,
+    RULES,
+    WHEN_ALL_FALL,
+    Pruning,
+)
 from ..schedules import parse_schedule
-from ..settings import SAMPLING, Settings
+from ..settings import SAMPLING, WEIGHTINGS, Settings
 from ..visibility import VISIBILITY
 
 #: Prompts longer than this show a progress bar while they are read.
 LONG_PROMPT = 1024
 
 DEFAULTS = Settings()
+PRUNING = Pruning()
 
 
 def register(app: typer.Typer) -> None:
@@ -110,6 +121,102 @@ def generate(
         int | None,
         typer.Option(help="Seed of the draws; without --sampling gumbel it changes nothing."),
     ] = None,
+    prune: Annotated[
+        str | None,
+        typer.Option(
+            metavar="|".join(RULES),
+            help="Prune tokens of earlier sets by what came after them. posterior: how well they "
+            "explain it. attention: how much later rows look at them. probability, random: "
+            "baselines that look at nothing.",
+        ),
+    ] = None,
+    prune_threshold: Annotated[
+        float, typer.Option(help="Base of the pruning threshold, in [0, 1]; see --prune-schedule.")
+    ] = PRUNING.threshold,
+    prune_decision: Annotated[
+        str,
+        typer.Option(
+            metavar="|".join(DECISIONS),
+            help="relative: score / best score of the set below the threshold. absolute: score "
+            "below it. sigmoid: 1 / (1 + exp(-steepness (threshold - score))) above 0.5, or drawn "
+            "where the run samples. quota: the lowest scores, so that --prune-keep-rate stays.",
+        ),
+    ] = PRUNING.decision,
+    prune_steepness: Annotated[
+        float, typer.Option(help="Steepness of the sigmoid decision, above 0.")
+    ] = PRUNING.steepness,
+    prune_keep_rate: Annotated[
+        float,
+        typer.Option(help="Share of the tokens in sets of several that quota keeps, in (0, 1]."),
+    ] = PRUNING.keep_rate,
+    prune_schedule: Annotated[
+        str,
+        typer.Option(
+            help="Factor f(step / max-tokens) on the pruning threshold: constant, bezier(p1,p2) "
+            "or relu(activation); `tempo-mlx schedule` draws it."
+        ),
+    ] = str(PRUNING.schedule),
+    prune_lookback: Annotated[
+        int, typer.Option(help="Judge a set until it is this many steps old. At least 1.")
+    ] = PRUNING.lookback,
+    prune_min_age: Annotated[
+        int, typer.Option(help="Judge no set that is younger, in [1, --prune-lookback].")
+    ] = PRUNING.min_age,
+    prune_layers: Annotated[
+        str,
+        typer.Option(
+            help="Layers whose attention counts: all, last:N, or numbers from 0 like 3,7,11."
+        ),
+    ] = "all",
+    prune_layer_weights: Annotated[
+        str,
+        typer.Option(
+            metavar="|".join(LAYER_WEIGHTS), help="rising: linear from 0.5 to 1 over the layers."
+        ),
+    ] = PRUNING.layer_weights,
+    prune_query_weights: Annotated[
+        str,
+        typer.Option(
+            metavar="|".join(QUERY_WEIGHTS),
+            help="Whether rows count alike or by the probability of their token.",
+        ),
+    ] = PRUNING.query_weights,
+    prune_when_all_fall: Annotated[
+        str,
+        typer.Option(
+            metavar="|".join(WHEN_ALL_FALL), help="What happens to a set that would lose all."
+        ),
+    ] = PRUNING.when_all_fall,
+    prune_repair: Annotated[
+        str,
+        typer.Option(
+            metavar="|".join(REPAIRS),
+            help="recompute: run later slots again as if the pruned token had never been there.",
+        ),
+    ] = PRUNING.repair,
+    weighting: Annotated[
+        str,
+        typer.Option(
+            metavar="|".join(WEIGHTINGS),
+            help="Weight of a set's tokens as keys, summing to 1 over the set: prior is the "
+            "selection probability, posterior what came after says. none: each counts as one.",
+        ),
+    ] = DEFAULTS.weighting,
+    explain: Annotated[
+        bool,
+        typer.Option("--explain", help="Print every verdict: set, scores, threshold, pruned."),
+    ] = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            help="Draw the lattice into this file (.svg, .png, .pdf); with 'mask' in its name, "
+            "who saw whom."
+        ),
+    ] = None,
+    plot_attention: Annotated[
+        bool,
+        typer.Option("--plot-attention", help="Draw attention to earlier sets as arcs, too."),
+    ] = False,
     stop: Annotated[
         list[str] | None,
         typer.Option(help="End once the most probable tokens spell this text. Repeatable."),
@@ -143,6 +250,23 @@ def generate(
     [bold]\\[ on/ under/ beside][/bold]. At the end comes the best single path through the sets,
     rescored by the model as the text that it is.
     """
+    pruning = None
+    if prune is not None:
+        pruning = Pruning(
+            rule=prune,
+            threshold=prune_threshold,
+            decision=prune_decision,
+            steepness=prune_steepness,
+            keep_rate=prune_keep_rate,
+            schedule=parse_schedule(prune_schedule),
+            lookback=prune_lookback,
+            min_age=prune_min_age,
+            layers=parse_layers(prune_layers),
+            layer_weights=prune_layer_weights,
+            query_weights=prune_query_weights,
+            when_all_fall=prune_when_all_fall,
+            repair=prune_repair,
+        )
     settings = Settings(
         max_tokens=max_tokens,
         threshold=threshold,
@@ -154,6 +278,8 @@ def generate(
         seed=seed,
         visibility=visibility,
         combine=combine,
+        pruning=pruning,
+        weighting=weighting,
         stop=tuple(stop or ()),
         prefill_step_size=prefill_step_size,
     )
@@ -225,6 +351,13 @@ def generate(
     if quiet:
         out.print(Text(best))
     else:
+        if any(
+            token.pruned_at is not None for step in result.lattice.steps for token in step.tokens
+        ):
+            pruned = [render(step, plain=not out.is_terminal) for step in result.lattice.steps]
+            out.print(Text.assemble(("pruned: ", "bold"), (result.prompt, "dim"), *pruned))
+        if explain:
+            out.print(verdicts(result))
         if any(len(tokens) > 1 for tokens in result.lattice.sets):
             out.print(Text.assemble(("best path: ", "bold"), (result.prompt, "dim"), best))
         for path in ranked:
@@ -257,16 +390,62 @@ def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
     return sys.stdin.read() if prompt == "-" else prompt
 
 
-def render(step: Step) -> Text:
-    """A step as coloured text: a plain token, or `[ on/ under]` with the best one bold."""
+def parse_layers(text: str) -> int | tuple[int, ...] | None:
+    """Layers written as ``all``, ``last:4`` or ``0,5,11``.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if text == "all":
+        return None
+    try:
+        if text.startswith("last:"):
+            return int(text.removeprefix("last:"))
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise ValueError(
+            f"--prune-layers must be all, last:N or numbers like 3,7,11, got {text!r}"
+        ) from error
+
+
+def verdicts(result: Any) -> Table:
+    """Every verdict on a set as a table: after which step, scores, threshold, what fell."""
+    table = Table("after step", "set", "token", "probability", "score", "threshold", "verdict")
+    tokens = {t.slot: t for step in result.lattice.steps for t in step.tokens}
+    for judgement in result.lattice.judgements:
+        rows = zip(judgement.slots, judgement.scores, judgement.pruned, strict=True)
+        for i, (slot, score, pruned) in enumerate(rows):
+            table.add_row(
+                str(judgement.step) if i == 0 else "",
+                str(judgement.set_step) if i == 0 else "",
+                repr(tokens[slot].text),
+                f"{tokens[slot].probability:.3f}",
+                f"{score:.4g}",
+                f"{judgement.threshold:.3f}" if i == 0 else "",
+                "pruned" if pruned else "kept",
+                end_section=i == len(judgement.slots) - 1,
+            )
+    return table
+
+
+def render(step: Step, plain: bool = False) -> Text:
+    """A step as coloured text: a plain token, or `[ on/ under]` with the best one bold.
+
+    Pruned tokens are struck through; in plain text they stand between tildes.
+    """
     endings = [Text(f"<end {ending.probability:.2f}>", style="magenta") for ending in step.endings]
-    tokens = [Text(token.text) for token in step.tokens]
+    tokens = [
+        Text(f"~{token.text}~" if plain and token.pruned_at is not None else token.text)
+        for token in step.tokens
+    ]
     if not tokens:
         return endings[0]
     if len(tokens) + len(endings) == 1:
         return tokens[0]
-    for rank, text in enumerate(tokens):
+    for rank, (token, text) in enumerate(zip(step.tokens, tokens, strict=True)):
         text.stylize("bold green" if rank == 0 else "cyan")
+        if token.pruned_at is not None:
+            text.stylize("strike red")
     inner = Text("/", style="dim").join([*tokens, *endings])
     return Text.assemble(("[", "dim"), inner, ("]", "dim"))
 

@@ -1,0 +1,416 @@
+"""The oracles of the definitions, run on this device: is every mode exact here?
+
+Each compares a run of ours with something that shares no code with it: an uncached replay, stock
+mlx-lm, or NumPy. Differences of logits are in units of the standard deviation of the model's logits
+over the vocabulary, so that one tolerance fits every model; those of attention are absolute.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx_lm.generate import generate_step
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.utils import dequantize_model
+
+from .bench.decode import without_end
+from .decoding import SequenceState
+from .generation import generate
+from .lattice import Lattice
+from .models import Capture, PositionedModel, load
+from .models.positions import Positions
+from .random_models import CONFIGS, VOCABULARY, Letters, random_model
+from .visibility import VISIBILITY
+
+#: Largest difference of a logit, in standard deviations of the logits, by dtype of the
+#: activations. Rounding was seen to move logits of the models used here by up to 0.021 in fp16 and
+#: 0.18 in bf16; one hidden key of sixteen, or one sibling a position off, by 0.33 and more.
+TOLERANCE = {mx.float32: 1e-3, mx.float16: 0.08, mx.bfloat16: 0.4}
+#: Largest difference of an attention weight, which is computed in fp32 from the same keys
+#: whatever the dtype.
+ATTENTION_TOLERANCE = 1e-4
+
+#: Where it is not 0, devices with matrix units may round the factors of fp32 products to 10 bits.
+TF32_VARIABLE = "MLX_ENABLE_TF32"
+
+EMBEDDED = "smollm2-135m"
+EMBEDDED_PROMPT = "The old lighthouse keeper climbed the stairs, and at the top he saw"
+RANDOM_PROMPT = 16
+
+#: Steps of a run, and tokens of the forced set.
+STEPS = 10
+SIBLINGS = 4
+MAX_PARALLEL = 6
+#: Low enough for sets of several tokens in most steps, and of one in some.
+EMBEDDED_THRESHOLD, RANDOM_THRESHOLD = 0.05, 0.04
+
+#: Models that need longer for one token are left out, unless all are asked for.
+SLOW_SECONDS = 0.6
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to check.
+
+    Args:
+        name: recipe or architecture.
+        form: precision of weights and activations.
+        model, tokenizer: as mlx-lm loads them.
+        prompt: token ids.
+        threshold: of the runs.
+    """
+
+    name: str
+    form: str
+    model: nn.Module
+    tokenizer: Any
+    prompt: list[int]
+    threshold: float
+
+    @property
+    def label(self) -> str:
+        return f"{self.name} {self.form}"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One oracle's verdict.
+
+    Args:
+        model: what was checked.
+        form: its precision.
+        oracle: what it was compared with.
+        difference: the largest one found; None where nothing was run.
+        tolerance: what it may be; None where the number is given for comparison only.
+        note: what to know about it.
+    """
+
+    model: str
+    form: str
+    oracle: str
+    difference: float | None
+    tolerance: float | None
+    note: str = ""
+
+    @property
+    def failed(self) -> bool:
+        if self.difference is None or self.tolerance is None:
+            return False
+        # A NaN is no difference within any tolerance.
+        return not self.difference <= self.tolerance
+
+    @property
+    def verdict(self) -> str:
+        if self.difference is None:
+            return "skipped"
+        if self.tolerance is None:
+            return "-"
+        return "FAIL" if self.failed else "ok"
+
+
+def full_precision() -> bool:
+    """Ask mlx for fp32 products in full precision; whether it will give them.
+
+    Works before the first product of the process, and leaves a value that the user has set.
+    """
+    return os.environ.setdefault(TF32_VARIABLE, "0") == "0"
+
+
+def run_checks(
+    everything: bool = False, progress: Callable[[str], None] | None = None
+) -> Iterator[Check]:
+    """All oracles on the embedded model and on random ones, in every precision.
+
+    Args:
+        everything: run models as well that are too slow on this device for a quick look.
+        progress: called with what is checked next.
+    """
+    tell = progress or (lambda what: None)
+    for subject in random_subjects():
+        yield from check(subject, tell)
+    try:
+        for subject in embedded_subjects(tell):
+            tell(subject.label)
+            seconds = token_seconds(subject)
+            if seconds > SLOW_SECONDS and not everything:
+                note = f"{seconds:.1f} s for a token on this device; --all runs it"
+                yield Check(subject.name, subject.form, "all oracles", None, None, note)
+            else:
+                yield from check(subject, tell)
+    except (ValueError, OSError) as error:
+        yield Check(EMBEDDED, "", "all oracles", None, None, str(error))
+
+
+def random_subjects() -> Iterator[Subject]:
+    """Tiny random models; those with experts in fp32 only.
+
+    Where a router is undecided, rounding to fewer bits sends a token to another expert, and no
+    tolerance tells that from an error.
+    """
+    prompt = np.random.default_rng(0).integers(0, VOCABULARY, RANDOM_PROMPT).tolist()
+    for name in CONFIGS:
+        subject = Subject(
+            f"random {name}", "fp32", random_model(name), Letters(), prompt, RANDOM_THRESHOLD
+        )
+        yield subject
+        if name != "qwen3_moe":
+            yield from _in_half_precision(subject)
+        quantized = random_model(name)
+        nn.quantize(quantized, group_size=32, bits=4)
+        yield replace(subject, form="4-bit", model=quantized)
+
+
+def embedded_subjects(tell: Callable[[str], None]) -> Iterator[Subject]:
+    """The embedded model as it is and dequantised; fetched if it is not there."""
+    tell(f"loading {EMBEDDED}")
+    model, tokenizer = load(f"{EMBEDDED}/q4")
+    prompt = list(tokenizer.encode(EMBEDDED_PROMPT))
+    quantized = Subject(
+        EMBEDDED, "4-bit", model, without_end(tokenizer), prompt, EMBEDDED_THRESHOLD
+    )
+    yield quantized
+    full = dequantize_model(model)
+    full.set_dtype(mx.float32)
+    mx.eval(full.parameters())
+    subject = replace(quantized, form="fp32", model=full)
+    yield subject
+    yield from _in_half_precision(subject)
+
+
+def _in_half_precision(subject: Subject) -> Iterator[Subject]:
+    """The same model, cast in place: the one before is gone when the next one comes."""
+    for form, dtype in (("fp16", mx.float16), ("bf16", mx.bfloat16)):
+        subject.model.set_dtype(dtype)
+        mx.eval(subject.model.parameters())
+        yield replace(subject, form=form)
+
+
+def check(subject: Subject, tell: Callable[[str], None] = lambda what: None) -> Iterator[Check]:
+    """All oracles on one model."""
+    model = PositionedModel.of(subject.model)
+    tolerance = TOLERANCE[model.dtype]
+    if model.dtype == mx.float32 and not full_precision():
+        tolerance = TOLERANCE[mx.float16]
+    unit = logit_spread(subject)
+
+    def made(oracle: str, difference: float, limit: float | None = tolerance, note="") -> Check:
+        return Check(subject.name, subject.form, oracle, difference, limit, note)
+
+    tell(subject.label)
+    yield made(
+        "stock mlx-lm, cached = uncached",
+        stock_difference(subject) / unit,
+        None,
+        "what the precision itself costs",
+    )
+    for visibility in VISIBILITY:
+        tell(subject.label)
+        difference, note = replay_difference(subject, model, visibility)
+        yield made(f"{visibility}: cached run = uncached replay", difference / unit, note=note)
+    tell(subject.label)
+    yield made(
+        f"isolated: set of {SIBLINGS} = separate stock decodes",
+        sibling_difference(subject, model) / unit,
+    )
+    tell(subject.label)
+    difference, ties = greedy_difference(subject, model)
+    note = f"{ties} near-tie{'s' if ties > 1 else ''} resolved otherwise" if ties else ""
+    yield made("threshold 1 = mlx-lm greedy", difference / unit, note=note)
+    if model.captures_attention:
+        tell(subject.label)
+        attention, output = attention_differences(subject, model)
+        yield made("captured attention = NumPy, rows sum to 1", attention, ATTENTION_TOLERANCE)
+        yield made("captured attention x values = kernel", output)
+
+
+def token_seconds(subject: Subject) -> float:
+    """Time of one token without a context, in seconds."""
+    token = mx.array(subject.prompt[:1])[None]
+    best = float("inf")
+    for _ in range(2):
+        start = time.perf_counter()
+        mx.eval(subject.model(token, cache=make_prompt_cache(subject.model)))
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def logit_spread(subject: Subject) -> float:
+    """Standard deviation of the stock model's logits after the prompt, over the vocabulary."""
+    return float(np.std(stock_logits(subject.model, subject.prompt)[-1]))
+
+
+def stock_logits(model: nn.Module, ids: list[int], cached: int = 0) -> np.ndarray:
+    """Logits [T, V] of mlx-lm's model with mlx-lm's cache, fp32.
+
+    Args:
+        ids: the text.
+        cached: how many of them are read first, in a pass of their own; the rest one by one.
+            0 reads all in one pass.
+    """
+    cache = make_prompt_cache(model)
+    tokens = mx.array(ids)[None]
+    if cached == 0:
+        return _numpy(model(tokens, cache=cache)[0])
+    rows = [model(tokens[:, :cached], cache=cache)[0]]
+    for i in range(cached, len(ids)):
+        rows.append(model(tokens[:, i : i + 1], cache=cache)[0])
+        mx.eval(rows)
+    return _numpy(mx.concatenate(rows))
+
+
+def stock_difference(subject: Subject) -> float:
+    """How much mlx-lm's model differs from itself when it reads token by token."""
+    half = len(subject.prompt) // 2
+    whole = stock_logits(subject.model, subject.prompt)
+    return float(np.abs(whole - stock_logits(subject.model, subject.prompt, half)).max())
+
+
+def replay_difference(
+    subject: Subject, model: PositionedModel, visibility: str
+) -> tuple[float, str]:
+    """Largest difference of a logit between a cached run and its uncached replay; what was run."""
+    result = generate(
+        model,
+        subject.tokenizer,
+        subject.prompt,
+        threshold=subject.threshold,
+        max_parallel=MAX_PARALLEL,
+        max_tokens=STEPS,
+        visibility=visibility,
+        verify=True,
+    )
+    assert result.verification is not None
+    sizes = [len(tokens) for tokens in result.lattice.sets]
+    note = f"sets of {min(sizes)} to {max(sizes)}" if max(sizes) > 1 else "no set of several"
+    return result.verification.max_logit_difference, note
+
+
+def sibling_difference(subject: Subject, model: PositionedModel) -> float:
+    """Rows after an isolated set, against one stock decode of the prompt for each sibling."""
+    length = len(subject.prompt)
+    last = stock_logits(subject.model, subject.prompt)[-1]
+    siblings = np.argsort(-last)[:SIBLINGS].tolist()
+    state = SequenceState(model, Lattice(subject.prompt), "isolated")
+    state.prefill(length)
+    rows = _numpy(state.append(mx.array(siblings), 0, length))
+    return max(
+        float(np.abs(row - stock_logits(subject.model, [*subject.prompt, id], length)[-1]).max())
+        for row, id in zip(rows, siblings, strict=True)
+    )
+
+
+def greedy_difference(subject: Subject, model: PositionedModel) -> tuple[float, int]:
+    """Compare threshold 1 with mlx-lm's greedy decoding, token for token.
+
+    Where the two take different tokens, the difference is the gap between the two tokens' logits
+    in mlx-lm's run, and the comparison goes on from mlx-lm's text: rounding may decide between
+    two tokens that are nearly as probable, and an error shows as a gap beyond rounding.
+
+    Returns:
+        the largest gap, 0 for the same text, and the number of tokens that differed.
+    """
+    steps = list(generate_step(mx.array(subject.prompt), subject.model, max_tokens=STEPS))
+    stock = [int(token) for token, _ in steps]
+    largest, ties, agreed = 0.0, 0, 0
+    while agreed < STEPS:
+        result = generate(
+            model,
+            subject.tokenizer,
+            [*subject.prompt, *stock[:agreed]],
+            threshold=1.0,
+            max_tokens=STEPS - agreed,
+        )
+        ours = [tokens[0].id for tokens in result.lattice.sets]
+        same = [a == b for a, b in zip(ours, stock[agreed:], strict=True)]
+        if all(same):
+            break
+        wrong = same.index(False)
+        logprobs = _numpy(steps[agreed + wrong][1])
+        largest = max(largest, abs(float(logprobs[stock[agreed + wrong]] - logprobs[ours[wrong]])))
+        ties += 1
+        agreed += wrong + 1
+    return largest, ties
+
+
+def attention_differences(subject: Subject, model: PositionedModel) -> tuple[float, float]:
+    """Captured attention of a set's pass, all layers, against NumPy and against the kernel.
+
+    Returns:
+        the largest difference of a captured weight from NumPy's, or of a row's sum from 1; and
+        the largest difference between captured weights x values and what the fused kernel
+        returned, in standard deviations of the latter.
+    """
+    length = len(subject.prompt)
+    cache = model.make_cache()
+    prompt = mx.array(subject.prompt)[None]
+    mx.eval(model(prompt, np.arange(length)[None], "causal", cache), cache.state)
+    allowed = np.concatenate([np.ones((SIBLINGS, length), bool), np.eye(SIBLINGS, dtype=bool)], 1)
+    with _listening(subject.model) as calls:
+        _, captured = model(
+            prompt[:, -SIBLINGS:],
+            np.full((1, SIBLINGS), length),
+            mx.array(allowed)[None, None],
+            cache,
+            capture=Capture(full=True),
+        )
+    difference = kernel = 0.0
+    for layer, (queries, keys, values, scale, mask, output) in enumerate(calls):
+        weights = _numpy(captured[layer])[0].astype(np.float64)
+        expected = _attention(_numpy(queries)[0], _numpy(keys)[0], scale, mask)
+        difference = max(difference, np.abs(weights - expected).max())
+        difference = max(difference, np.abs(weights.sum(axis=-1) - 1).max())
+        groups = weights.shape[0] // values.shape[1]
+        mixed = weights @ np.repeat(_numpy(values)[0], groups, axis=0)
+        kernel = max(kernel, np.abs(mixed - _numpy(output)[0]).max() / mixed.std())
+    return float(difference), float(kernel)
+
+
+def _attention(queries: np.ndarray, keys: np.ndarray, scale: float, mask: Any) -> np.ndarray:
+    """softmax(scale q k^T + mask) of [H, T, D] and [H_kv, S, D] in fp64, [H, T, S]."""
+    keys = np.repeat(keys, queries.shape[0] // keys.shape[0], axis=0).astype(np.float64)
+    scores = scale * queries.astype(np.float64) @ keys.swapaxes(-1, -2)
+    if mask is not None:
+        given = np.array(mask) if mask.dtype == mx.bool_ else _numpy(mask)
+        given = given[0] if given.ndim == 4 else given
+        scores = np.where(given, scores, -np.inf) if given.dtype == bool else scores + given
+    scores = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    return scores / scores.sum(axis=-1, keepdims=True)
+
+
+@contextmanager
+def _listening(model: nn.Module) -> Iterator[list[tuple]]:
+    """Record what goes into the model's attention calls and what comes out."""
+    name = "scaled_dot_product_attention"
+    files = {type(module).__module__ for module in model.modules()}
+    namespaces = [sys.modules[file].__dict__ for file in sorted(files)]
+    found = [(namespace, namespace[name]) for namespace in namespaces if name in namespace]
+    calls: list[tuple] = []
+
+    def listener(original):
+        def call(queries, keys, values, cache, scale, mask, **kwargs):
+            output = original(queries, keys, values, cache=cache, scale=scale, mask=mask, **kwargs)
+            if isinstance(cache.offset, Positions):
+                calls.append((queries, keys, values, scale, mask, output))
+            return output
+
+        return call
+
+    for namespace, original in found:
+        namespace[name] = listener(original)
+    try:
+        yield calls
+    finally:
+        for namespace, original in found:
+            namespace[name] = original
+
+
+def _numpy(array: mx.array) -> np.ndarray:
+    # NumPy has no bf16.
+    return np.array(array.astype(mx.float32))

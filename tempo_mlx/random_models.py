@@ -1,0 +1,113 @@
+"""Tiny random models of a few kinds of attention, for checks that need no download."""
+
+import importlib
+import math
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_map_with_path
+
+#: Standard deviation of a matrix product whose input has standard deviation 1.
+GAIN = 1.2
+#: Spread of the gains and biases around their neutral values.
+VARIATION = 0.1
+
+VOCABULARY = 128
+CONTEXT = 512
+
+# Heads of 64 values, as real models have them: for much smaller ones mlx has no fused kernel.
+_BASE: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": CONTEXT,
+    "tie_word_embeddings": False,
+}
+
+#: Name -> the configuration that mlx-lm reads.
+CONFIGS: dict[str, dict[str, Any]] = {
+    "llama": {**_BASE, "model_type": "llama"},
+    # Every other layer sees 8 tokens, fewer than a check reads.
+    "gemma3_text": {
+        **_BASE,
+        "model_type": "gemma3_text",
+        "query_pre_attn_scalar": 64,
+        "sliding_window": 8,
+        "sliding_window_pattern": 2,
+    },
+    "qwen3_moe": {
+        **_BASE,
+        "model_type": "qwen3_moe",
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "norm_topk_prob": True,
+    },
+    # Multi-head latent attention, without experts.
+    "deepseek_v3": {
+        **_BASE,
+        "model_type": "deepseek_v3",
+        "q_lora_rank": 64,
+        "kv_lora_rank": 64,
+        "qk_nope_head_dim": 64,
+        "qk_rope_head_dim": 32,
+        "v_head_dim": 64,
+        "first_k_dense_replace": 4,
+    },
+}
+
+
+def random_model(name: str, seed: int = 0) -> nn.Module:
+    """A stock mlx-lm model with random fp32 weights.
+
+    Attention, logits and every norm deviate from their neutral values enough for an error in any
+    of them to show.
+
+    Args:
+        name: a key of :data:`CONFIGS`.
+        seed: of the weights.
+    """
+    config = CONFIGS[name]
+    module = importlib.import_module(f"mlx_lm.models.{config['model_type']}")
+    model = module.Model(module.ModelArgs.from_dict(config))
+    key = mx.random.key(seed)
+
+    def draw(path: str, initial: mx.array) -> mx.array:
+        nonlocal key
+        key, mine = mx.random.split(key)
+        noise = mx.random.normal(initial.shape, key=mine)
+        if initial.ndim == 1:
+            return initial + VARIATION * noise
+        return GAIN / math.sqrt(initial.shape[-1]) * noise
+
+    model.update(tree_map_with_path(draw, model.parameters()))
+    model.eval()
+    mx.eval(model.parameters())
+    return model
+
+
+class Letters:
+    """A tokenizer for the vocabulary of the random models: one character a token, no end."""
+
+    bos_token = None
+    name_or_path = "random"
+    has_chat_template = False
+    eos_token_ids: frozenset[int] = frozenset()
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return [ord(character) % VOCABULARY for character in text]
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(map(chr, ids))
+
+    def __len__(self) -> int:
+        return VOCABULARY
