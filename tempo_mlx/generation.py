@@ -210,6 +210,7 @@ def run(
                 if fallen is not None and settings.repairs:
                     found = repaired(fallen)
                     kept = keep(found, threshold, settings.max_parallel, vocabulary.end_tokens)
+                    kept = kept.with_rows([t.pruned_at is None for t in lattice.steps[-1].tokens])
                     hindsight.select(kept.probabilities, kept.transitions, again=True)
             if not settings.always_single:
                 queries = lattice.reserve(len(kept.ids), step)
@@ -219,11 +220,14 @@ def run(
                 threshold,
                 [
                     Token(int(id), vocabulary.text(int(id)), float(p), int(slot))
-                    for id, p, slot in zip(kept.ids, kept.probabilities, queries.index)
+                    for id, p, slot in zip(
+                        kept.ids, kept.probabilities, queries.index, strict=False
+                    )
                 ],
                 kept.endings,
             )
             lattice.steps.append(record)
+            lattice.transitions.append(kept.transitions)
             if hindsight:
                 hindsight.weigh()
             stats.generation_seconds = time.perf_counter() - start

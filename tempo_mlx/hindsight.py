@@ -61,19 +61,11 @@ class Hindsight:
 
         Args:
             probabilities: its tokens' selection probabilities, [N].
-            transitions: p_i(x_j) from the rows of the last set, [M, N].
+            transitions: p_i(x_j) from the tokens of the last set, [M, N].
             again: it replaces the set that was selected before.
         """
-        step = len(self._lattice.steps)
-        transition = None
-        if step:
-            tokens = self._lattice.steps[-1].tokens
-            transition = transitions
-            if len(transitions) < len(tokens):
-                # After a repair the pruned tokens have no rows.
-                transition = np.zeros((len(tokens), len(probabilities)))
-                transition[[token.pruned_at is None for token in tokens]] = transitions
-        self._beliefs.extend(probabilities, transition, replace=again)
+        first = not self._lattice.steps
+        self._beliefs.extend(probabilities, None if first else transitions, replace=again)
 
     def prune(self) -> int | None:
         """Judge the recent sets; returns the earliest step of which a token fell, or None."""

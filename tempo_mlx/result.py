@@ -3,9 +3,12 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
+
 from .lattice import Lattice
 from .models import PositionedModel
 from .paths import Path, best_paths
+from .posterior import viterbi
 from .settings import Settings
 from .tokens import Vocabulary
 from .verification import Verification
@@ -86,6 +89,33 @@ class GenerationResult:
             paths = [Path(self.vocabulary.decode(ids), ids, logprob) for ids, logprob in found]
             self._paths = (made, paths)
         return self._paths[1][:k]
+
+    def chain(self) -> Path:
+        """The best chain through the transitions that the run saw, without another pass.
+
+        Its ``logprob`` sums log p_i(x_j) along the chain: the text's log-probability where every
+        set has one token, elsewhere the evidence of rows whose context held other tokens too.
+        """
+        live = [
+            [i for i, token in enumerate(step.tokens) if token.pruned_at is None]
+            for step in self.lattice.steps
+            if step.live
+        ]
+        steps = [step for step in self.lattice.steps if step.live]
+        if not steps:
+            return Path("", [], 0.0)
+        initial = np.array([steps[0].tokens[i].probability for i in live[0]])
+        transitions = [
+            self.lattice.transitions[after.step].astype(float)[np.ix_(here, there)]
+            if after.step == before.step + 1
+            # The set between was dropped: its rows are no evidence on what follows.
+            else np.array([[after.tokens[j].probability for j in there]] * len(here))
+            for before, after, here, there in zip(steps, steps[1:], live, live[1:], strict=False)
+        ]
+        indices, logprob = viterbi(initial, transitions)
+        pairs = zip(steps, live, indices, strict=True)
+        ids = [step.tokens[tokens[i]].id for step, tokens, i in pairs]
+        return Path(self.vocabulary.decode(ids), ids, logprob)
 
     def to_dict(self, n_paths: int = 5) -> dict[str, Any]:
         """The result as JSON-ready data, schema version 1; rescores ``n_paths`` paths."""

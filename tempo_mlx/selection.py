@@ -1,6 +1,6 @@
 """Which tokens of a distribution form the parallel set."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import numpy as np
@@ -47,6 +47,12 @@ class Selected:
     probabilities: np.ndarray
     transitions: np.ndarray
     endings: list[Ending]
+
+    def with_rows(self, present: list[bool]) -> "Selected":
+        """The same set, with rows of zeros for the tokens of the set before that had no row."""
+        transitions = np.zeros((len(present), len(self.ids)), np.float32)
+        transitions[present] = self.transitions
+        return replace(self, transitions=transitions)
 
 
 def most_probable(p: mx.array, k: int) -> mx.array:

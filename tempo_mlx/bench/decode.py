@@ -256,9 +256,7 @@ def bench_decode(
     endless = without_end(tokenizer)
 
     def stock(steps: int) -> Iterator[list[int]]:
-        for response in mlx_lm.stream_generate(
-            positioned.model, endless, prompt, max_tokens=steps
-        ):
+        for response in mlx_lm.stream_generate(positioned.model, endless, prompt, max_tokens=steps):
             yield [response.token]
 
     def ours(steps: int, threshold: float, width: int) -> Iterator[list[int]]:

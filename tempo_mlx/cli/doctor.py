@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from math import isfinite
 from typing import Annotated
 
 import typer
@@ -12,7 +13,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from ..checks import ATTENTION_TOLERANCE, TOLERANCE, Check, full_precision, run_checks
+from ..checks import ATTENTION_TOLERANCE, FORMS, TOLERANCE, Check, full_precision, run_checks
 from ..doctor import Finding, examine
 
 #: Version of what --json prints.
@@ -86,8 +87,16 @@ def to_dict(findings: Sequence[Finding], checks: Sequence[Check], checked: bool)
         "schema": SCHEMA,
         "findings": [asdict(finding) for finding in findings],
         "missing": [finding.topic for finding in findings if finding.missing],
-        "checks": [{**asdict(one), "verdict": one.verdict} for one in checks] if checked else None,
+        "checks": [check_to_dict(one) for one in checks] if checked else None,
     }
+
+
+def check_to_dict(check: Check) -> dict:
+    difference = check.difference
+    # JSON has no NaN; the verdict and the note say what happened.
+    if difference is not None and not isfinite(difference):
+        difference = None
+    return {**asdict(check), "difference": difference, "verdict": check.verdict}
 
 
 def print_findings(findings: Sequence[Finding], console: Console) -> None:
@@ -109,7 +118,7 @@ def print_checks(checks: Sequence[Check], console: Console) -> None:
     """One table for each model: oracles down, precisions across."""
     for name in dict.fromkeys(check.model for check in checks):
         mine = [check for check in checks if check.model == name]
-        forms = list(dict.fromkeys(check.form for check in mine))
+        forms = [form for form in FORMS if any(check.form == form for check in mine)]
         table = Table(title=name, title_justify="left")
         table.add_column("largest difference")
         for form in forms:
@@ -118,9 +127,10 @@ def print_checks(checks: Sequence[Check], console: Console) -> None:
         for oracle in dict.fromkeys(check.oracle for check in mine):
             cells = [found.get((oracle, form)) for form in forms]
             table.add_row(escape(oracle), *(cell_of(cell) for cell in cells))
-        console.print(table)
+        if forms:
+            console.print(table)
     for check in checks:
-        if check.failed or check.difference is None or "tie" in check.note:
+        if check.failed or check.difference is None or "differ" in check.note:
             console.print(f"{check.model} {check.form}, {check.oracle}: {check.note}", markup=False)
     limits = ", ".join(f"{limit:g} in {str(dtype)[9:]}" for dtype, limit in TOLERANCE.items())
     console.print(
@@ -141,5 +151,6 @@ def cell_of(check: Check | None) -> str:
         return ""
     if check.difference is None:
         return "skipped"
-    verdict = {"ok": " [green]ok[/green]", "FAIL": " [bold red]FAIL[/bold red]"}
-    return f"{check.difference:.1e}{verdict.get(check.verdict, '')}"
+    difference = f"{check.difference:.1e}" if check.difference else "0"
+    colour = {"ok": " [green]ok[/green]", "FAIL": " [bold red]FAIL[/bold red]"}
+    return difference + colour.get(check.verdict, "")

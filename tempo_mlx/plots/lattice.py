@@ -1,125 +1,49 @@
 """A picture of a lattice: one column for each position, the best path drawn through."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..lattice import Lattice, Step, Token
+from ..lattice import Lattice
 from ..result import GenerationResult
-from .figure import (
-    BLUE,
-    GREEN,
-    GREY,
-    INK,
-    ORANGE,
-    PURPLE,
-    blank,
-    check_plot,
-    describe,
-    look,
-    save,
+from .figure import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, blank, check_plot, describe, look, save
+from .labels import width
+from .layout import (
+    ARC_ROOM,
+    GAP,
+    HEADER,
+    MARGIN,
+    SMALLEST,
+    Cell,
+    Column,
+    Page,
+    arrange,
+    best_tokens,
+    font_size,
+    prompt_columns,
+    step_columns,
 )
-from .labels import label, width
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-#: Prompt tokens that are shown, the last ones.
-PROMPT_TOKENS = 6
-
 #: Arcs of one step at most, the strongest.
 ARCS = 3
 
-# Lengths are in points.
-PAGE_WIDTH = 900.0
-NARROWEST_PAGE = 380.0
-MARGIN = 18.0
-GAP = 15.0  # between columns
-ROW_GAP = 20.0
-HEADER = 13.0  # the position above a column
-TITLE = 34.0
-KEY = 26.0
-ARC_ROOM = 44.0
-SMALLEST, LARGEST = 7.0, 15.0  # font sizes of probabilities 0 and 1
-PROMPT_SIZE = 10.0
-SMALL = 6.5
-ASCENT, DESCENT = 0.95, 0.27  # of a line, in font sizes
+#: Every column whose position is a multiple of this is numbered.
+NUMBERED = 5
 
 #: How each kind of text looks.
 LOOKS: dict[str, dict[str, Any]] = {
     "prompt": {"color": GREY},
     "token": {"color": BLUE},
     "best": {"color": INK, "weight": "bold"},
-    "pruned": {"color": GREY, "alpha": 0.55},
+    "pruned": {"color": GREY, "alpha": 0.6},
     "ending": {"color": PURPLE, "style": "italic"},
 }
-
-
-@dataclass
-class Cell:
-    """One text of a column.
-
-    Args:
-        kind: a key of :data:`LOOKS`.
-        token: None for prompt tokens and endings.
-        x: its middle.
-        y: its baseline.
-    """
-
-    text: str
-    size: float
-    kind: str
-    token: Token | None = None
-    x: float = 0.0
-    y: float = 0.0
-
-    @property
-    def width(self) -> float:
-        return self.size * width(self.text, self.kind == "best")
-
-    @property
-    def middle(self) -> float:
-        """Height of the middle of its small letters."""
-        return self.y - 0.3 * self.size
-
-
-@dataclass
-class Column:
-    """One position: its texts, the most probable on top.
-
-    Args:
-        row: row of the page.
-        left: its left side.
-        top: where its texts begin.
-    """
-
-    position: int
-    cells: list[Cell]
-    step: Step | None = None
-    row: int = 0
-    left: float = 0.0
-    top: float = 0.0
-
-    @property
-    def width(self) -> float:
-        return max(cell.width for cell in self.cells)
-
-    @property
-    def right(self) -> float:
-        return self.left + self.width
-
-
-@dataclass
-class Page:
-    """Columns in their places."""
-
-    columns: list[Column]
-    width: float
-    height: float
-    best: list[tuple[Column, Cell]] = field(default_factory=list)
+HIGHLIGHT: dict[str, Any] = {"color": ORANGE, "alpha": 0.45, "linewidth": 7, "zorder": 2}
 
 
 def plot_lattice(
@@ -131,7 +55,7 @@ def plot_lattice(
 ) -> None:
     """Draw a lattice and save it as SVG, PNG or PDF.
 
-    Tokens are as large as they are probable; pruned ones are faded and struck through.
+    A token is the larger, the more probable it is; pruned ones are faded and struck through.
 
     Args:
         run: a result, or its lattice alone, which does not know the prompt's text.
@@ -141,8 +65,8 @@ def plot_lattice(
             to tokens of earlier sets of several, the strongest :data:`ARCS` of each step.
 
     Raises:
-        ValueError: for a path that cannot be written or has another ending, or a ``best`` that is
-            no path of this lattice.
+        ValueError: for a path that cannot be written or has another ending, a ``best`` that is no
+            path of this lattice, or attention of a step that it has not got.
         ImportError: if Matplotlib is missing.
     """
     check_plot(path)
@@ -155,149 +79,75 @@ def lattice_figure(
     best: Sequence[int] | None = None,
     attention: Mapping[int, np.ndarray] | None = None,
 ) -> "Figure":
-    """The figure that :func:`plot_lattice` saves; call it inside :func:`~.figure.look`.
+    """The figure that :func:`plot_lattice` saves, made inside :func:`~.figure.look`.
 
-    Artists carry names: ``token-SLOT``, ``strike-SLOT``, ``best-path``, ``arc-STEP-SLOT``.
+    Its artists have names: ``token-SLOT``, ``strike-SLOT``, ``best-path``, ``arc-STEP-SLOT``.
     """
     lattice = run if isinstance(run, Lattice) else run.lattice
-    chosen = best_tokens(lattice, best) if best is not None else []
-    page = arrange(prompt_columns(run) + step_columns(lattice, chosen), bool(attention))
+    path = [] if best is None else best_tokens(lattice, best)
+    page = arrange(prompt_columns(run) + step_columns(lattice, path), arcs=bool(attention))
+    arcs = [arc for step in sorted(attention or {}) for arc in strongest(page, step, attention[step])]
     figure, axes = blank(page.width, page.height)
     draw_title(axes, page, *describe(run))
-    for step, paid in sorted((attention or {}).items()):
-        draw_arcs(axes, page, step, paid)
-    if chosen:
+    heaviest = max((weight for *_, weight in arcs), default=1.0)
+    for source, column, cell, weight in arcs:
+        draw_arc(axes, page, source, column, cell, weight / heaviest)
+    if path:
         draw_path(axes, page)
     for column in page.columns:
         draw_column(axes, column)
-    draw_key(axes, page, bool(attention))
+    draw_key(axes, page, bool(arcs))
     return figure
 
 
-def best_tokens(lattice: Lattice, ids: Sequence[int]) -> list[Token]:
-    """The tokens that a path of ids goes through.
-
-    Raises:
-        ValueError: if the ids are not one of each set with live tokens.
-    """
-    steps = [step for step in lattice.steps if step.live]
-    if len(ids) != len(steps):
-        raise ValueError(f"best has {len(ids)} tokens, the lattice has {len(steps)} sets")
-    path: list[Token] = []
-    for step, id in zip(steps, ids, strict=True):
-        found = [token for token in step.live if token.id == id]
-        if not found:
-            raise ValueError(f"best has token {id}, which is not live in step {step.step}")
-        # Where tokens have parents, one id may stand in a set more than once.
-        path.append(next((t for t in found if path and t.parent == path[-1].slot), found[0]))
-    return path
-
-
-def prompt_columns(run: GenerationResult | Lattice) -> list[Column]:
-    """The last tokens of the prompt, behind an ellipsis if there are more."""
-    if isinstance(run, Lattice):
-        ids, texts = run.prompt_tokens, [""] * len(run.prompt_tokens)
-    else:
-        ids = run.lattice.prompt_tokens
-        texts = [run.vocabulary.text(id) for id in ids[-PROMPT_TOKENS:]]
-    length = len(ids)
-    labels = [label(t, id) for t, id in zip(texts[-PROMPT_TOKENS:], ids[-PROMPT_TOKENS:], strict=True)]
-    first = length - len(labels)
-    columns = [
-        Column(first + i, [Cell(text, PROMPT_SIZE, "prompt")]) for i, text in enumerate(labels)
+def strongest(
+    page: Page, step: int, paid: np.ndarray
+) -> list[tuple[Column, Column, Cell, float]]:
+    """A step's arcs: its column, the column and text that it goes to, and the attention."""
+    paid = np.asarray(paid)
+    source = next((c for c in page.columns if c.step is not None and c.step.step == step), None)
+    if source is None or paid.ndim != 1:
+        raise ValueError(f"attention[{step}] must be an array [n_slots] for a step of the lattice")
+    found = [
+        (source, column, cell, float(paid[cell.token.slot]))
+        for column in page.columns
+        if column.step is not None and column.step.step < step and len(column.step.tokens) > 1
+        for cell in column.cells
+        if cell.token is not None and cell.token.slot < len(paid) and paid[cell.token.slot] > 0
     ]
-    if first:
-        columns.insert(0, Column(first - 1, [Cell("…", PROMPT_SIZE, "prompt")]))
-    return columns
-
-
-def step_columns(lattice: Lattice, best: Sequence[Token]) -> list[Column]:
-    """One column for each step, its tokens and endings by probability."""
-    on_path = {token.slot for token in best}
-    columns = []
-    for step in lattice.steps:
-        found: list[tuple[float, Cell]] = []
-        for token in step.tokens:
-            kind = "best" if token.slot in on_path else "token"
-            if token.pruned_at is not None:
-                kind = "pruned"
-            cell = Cell(label(token.text, token.id), font_size(token.probability), kind, token)
-            found.append((token.probability, cell))
-        for ending in step.endings:
-            size = font_size(ending.probability)
-            found.append((ending.probability, Cell("<end>", size, "ending")))
-        found.sort(key=lambda pair: -pair[0])
-        if found:
-            columns.append(Column(step.position, [cell for _, cell in found], step))
-    return columns
-
-
-def font_size(probability: float) -> float:
-    """Rises with the root, so that the area that a text covers rises with its probability."""
-    return SMALLEST + (LARGEST - SMALLEST) * float(probability) ** 0.5
-
-
-def arrange(columns: list[Column], arcs: bool) -> Page:
-    """Break the columns into rows of a page and put every text in its place."""
-    left, row = MARGIN, 0
-    for column in columns:
-        if left > MARGIN and left + column.width > PAGE_WIDTH - MARGIN:
-            left, row = MARGIN, row + 1
-        column.left, column.row = left, row
-        left = column.right + GAP
-    top = MARGIN + TITLE
-    for number in range(row + 1):
-        members = [column for column in columns if column.row == number]
-        top += HEADER + (ARC_ROOM if arcs else 0)
-        # The first texts of a row stand on one line and read as one.
-        line = top + ASCENT * max(column.cells[0].size for column in members)
-        lowest = top
-        for column in members:
-            column.top, y = top, line
-            for i, cell in enumerate(column.cells):
-                y += ASCENT * cell.size if i else 0.0
-                cell.x, cell.y = column.left + column.width / 2, y
-                y += DESCENT * cell.size
-            lowest = max(lowest, y)
-        top = lowest + ROW_GAP
-    width = max(NARROWEST_PAGE, max(column.right for column in columns) + MARGIN)
-    best = [(column, cell) for column in columns for cell in column.cells if cell.kind == "best"]
-    return Page(columns, width, top + KEY, best)
+    return sorted(found, key=lambda arc: -arc[-1])[:ARCS]
 
 
 def draw_title(axes: Any, page: Page, title: str, subtitle: str) -> None:
     room = page.width - 2 * MARGIN
-    for text, size, y, style in (
-        (title, 11.0, MARGIN + 8, {"weight": "bold"}),
-        (subtitle, 8.0, MARGIN + 21, {"color": GREY}),
-    ):
-        while width(text, "weight" in style) * size > room:
-            text = text[:-2] + "…"
-        axes.text(MARGIN, y, text, size=size, parse_math=False, **style)
+    title = cut(title, room / 11, bold=True)
+    axes.text(MARGIN, MARGIN + 8, title, size=11, weight="bold", parse_math=False)
+    axes.text(MARGIN, MARGIN + 21, cut(subtitle, room / 8), size=8, color=GREY, parse_math=False)
+
+
+def cut(text: str, room: float, bold: bool = False) -> str:
+    """The text, or as much of it as the room holds, in multiples of the font size."""
+    while width(text, bold) > room:
+        text = text[:-2] + "…"
+    return text
 
 
 def draw_column(axes: Any, column: Column) -> None:
-    if column.position % 5 == 0:
-        x = column.left + column.width / 2
-        axes.text(x, column.top - 4, column.position, size=SMALL, color=GREY, ha="center")
+    if column.position % NUMBERED == 0:
+        number = {"size": 6.5, "color": GREY, "ha": "center"}
+        axes.text(column.middle, column.top - 4, str(column.position), **number)
     for cell in column.cells:
         draw_cell(axes, cell)
 
 
 def draw_cell(axes: Any, cell: Cell) -> None:
     name = f"token-{cell.token.slot}" if cell.token is not None else None
-    text = {"size": cell.size, "ha": "center", "parse_math": False, "zorder": 3}
-    axes.text(cell.x, cell.y, cell.text, gid=name, **text, **LOOKS[cell.kind])
-    if cell.kind == "pruned" and cell.token is not None:
-        ends = [cell.x - cell.width / 2 - 1, cell.x + cell.width / 2 + 1]
-        axes.plot(
-            ends,
-            [cell.middle] * 2,
-            color=GREY,
-            linewidth=0.8,
-            zorder=4,
-            gid=f"strike-{cell.token.slot}",
-        )
+    style = {"size": cell.size, "ha": "center", "parse_math": False, "zorder": 3}
+    axes.text(cell.x, cell.y, cell.text, gid=name, **style, **LOOKS[cell.kind])
+    if cell.kind == "pruned":
+        stroke = {"color": GREY, "linewidth": 0.8, "zorder": 4}
+        name = f"strike-{cell.token.slot}" if cell.token is not None else None
+        axes.plot([cell.left - 1, cell.right + 1], [cell.middle] * 2, gid=name, **stroke)
 
 
 class Pen:
@@ -307,18 +157,19 @@ class Pen:
         self.points: list[tuple[float, float]] = []
         self.codes: list[int] = []
 
+    def _add(self, code: int, *points: tuple[float, float]) -> None:
+        self.points.extend(points)
+        self.codes.extend([code] * len(points))
+
     def move(self, x: float, y: float) -> None:
-        self.points.append((x, y))
-        self.codes.append(1)
+        self._add(1, (x, y))
 
     def line(self, x: float, y: float) -> None:
-        self.points.append((x, y))
-        self.codes.append(2)
+        self._add(2, (x, y))
 
     def curve(self, *points: tuple[float, float]) -> None:
-        """A cubic with two control points and an end."""
-        self.points.extend(points)
-        self.codes.extend([4] * 3)
+        """A cubic: two control points and its end."""
+        self._add(4, *points)
 
     def glide(self, x: float, y: float) -> None:
         """A curve that leaves and arrives level."""
@@ -338,64 +189,53 @@ def draw_path(axes: Any, page: Page) -> None:
     """A broad line behind the tokens of the best path: one straight stroke for each of them."""
     pen = Pen()
     row = None
-    for column, cell in page.best:
-        if column.row != row:
-            if row is not None:
-                pen.glide(pen.points[-1][0] + GAP / 2, pen.points[-1][1])
-            pen.move(column.left - GAP / 2, cell.middle)
-            row = column.row
-        pen.glide(column.left, cell.middle)
-        pen.line(column.right, cell.middle)
-    pen.draw(axes, edgecolor=ORANGE, alpha=0.45, linewidth=7, zorder=2, gid="best-path")
-
-
-def draw_arcs(axes: Any, page: Page, step: int, paid: np.ndarray) -> None:
-    """Arcs from a step's column to the tokens of earlier sets that it attended to most."""
-    paid = np.asarray(paid)
-    source = next((c for c in page.columns if c.step is not None and c.step.step == step), None)
-    if source is None or paid.ndim != 1:
-        raise ValueError(f"attention of step {step} must be an array [n_slots] of a step with tokens")
-    targets = [
-        (float(paid[cell.token.slot]), column, cell)
-        for column in page.columns
-        if column.step is not None and column.step.step < step and len(column.step.tokens) > 1
-        for cell in column.cells
-        if cell.token is not None and cell.token.slot < len(paid) and paid[cell.token.slot] > 0
-    ]
-    for weight, column, cell in sorted(targets, key=lambda target: -target[0])[:ARCS]:
-        draw_arc(axes, page, source, column, cell, weight)
+    for column in page.columns:
+        for cell in column.cells:
+            if cell.kind != "best":
+                continue
+            if column.row != row:
+                if row is not None:
+                    pen.glide(pen.points[-1][0] + GAP / 2, pen.points[-1][1])
+                pen.move(column.left - GAP / 2, cell.middle)
+                row = column.row
+            pen.glide(column.left, cell.middle)
+            pen.line(column.right, cell.middle)
+    pen.draw(axes, gid="best-path", **HIGHLIGHT)
 
 
 def draw_arc(
     axes: Any, page: Page, source: Column, column: Column, cell: Cell, weight: float
 ) -> None:
+    """From the top of a step's column over the others, down beside a column, to one text of it.
+
+    Args:
+        axes, page: where to draw.
+        source: the step's column.
+        column, cell: where the arc goes.
+        weight: of the heaviest arc, in (0, 1].
+    """
     assert source.step is not None and cell.token is not None
-    start = source.left + source.width / 2
-    lane = column.right + GAP / 2
+    lane, foot = column.right + GAP / 2, column.top - HEADER
     pen = Pen()
-    pen.move(start, source.top - HEADER)
+    pen.move(source.middle, source.top - HEADER)
     if source.row == column.row:
-        height = rise(start - lane)
-        above = column.top - HEADER - height
-        pen.curve((start, above), (lane, above), (lane, column.top - HEADER))
+        above = foot - rise(source.middle - lane)
+        pen.curve((source.middle, above), (lane, above), (lane, foot))
     else:
         # Out on the left of one row, in on the right of the other.
-        above = source.top - HEADER - rise(start)
-        pen.curve((start, above), (start / 2, above), (0, above))
-        above = column.top - HEADER - rise(page.width - lane)
+        above = source.top - HEADER - rise(source.middle)
+        pen.curve((source.middle, above), (source.middle / 2, above), (0, above))
+        above = foot - rise(page.width - lane)
         pen.move(page.width, above)
-        pen.curve(((page.width + lane) / 2, above), (lane, above), (lane, column.top - HEADER))
+        pen.curve(((page.width + lane) / 2, above), (lane, above), (lane, foot))
     pen.line(lane, cell.middle - 5)
-    edge = cell.x + cell.width / 2 + 2
-    pen.curve((lane, cell.middle), (lane, cell.middle), (edge, cell.middle))
-    pen.draw(
-        axes,
-        edgecolor=GREEN,
-        alpha=0.15 + 0.6 * min(1.0, weight),
-        linewidth=0.5 + 3.0 * min(1.0, weight),
-        zorder=1,
-        gid=f"arc-{source.step.step}-{cell.token.slot}",
-    )
+    pen.curve((lane, cell.middle), (lane, cell.middle), (cell.right + 2, cell.middle))
+    name = f"arc-{source.step.step}-{cell.token.slot}"
+    pen.draw(axes, gid=name, edgecolor=GREEN, **arc_style(weight))
+
+
+def arc_style(weight: float) -> dict[str, float]:
+    return {"alpha": 0.2 + 0.5 * weight, "linewidth": 0.5 + 2.0 * weight, "zorder": 1}
 
 
 def rise(distance: float) -> float:
@@ -405,7 +245,34 @@ def rise(distance: float) -> float:
 
 def draw_key(axes: Any, page: Page, arcs: bool) -> None:
     """One line that says what the marks mean, those that occur."""
-    cells = [cell for column in page.columns for cell in column.cells]
-    kinds = {cell.kind for cell in cells}
-    y = page.height - MARGIN
-    x = MARGIN
+    kinds = {cell.kind for column in page.columns for cell in column.cells}
+    x, y = MARGIN, page.height - MARGIN
+
+    def note(text: str, size: float = 7.5, **style: Any) -> None:
+        nonlocal x
+        axes.text(x, y, text, size=size, **{"color": GREY, **style})
+        x += size * width(text) + 6
+
+    note("probability")
+    for probability in (0.05, 0.25, 1.0):
+        note(f"{probability:g}", font_size(probability), **LOOKS["token"])
+    x += GAP
+    if "best" in kinds:
+        axes.plot([x, x + 18], [y - 3] * 2, solid_capstyle="round", **HIGHLIGHT)
+        x += 28
+        note("best path")
+        x += GAP
+    if "pruned" in kinds:
+        cell = Cell("pruned", 8, "pruned", x=x + 4 * width("pruned"), y=y)
+        draw_cell(axes, cell)
+        x = cell.right + 6
+        note("later")
+        x += GAP
+    if "ending" in kinds:
+        note("<end>", SMALLEST + 1, **LOOKS["ending"])
+        note("the text could end here")
+        x += GAP
+    if arcs:
+        axes.plot([x, x + 18], [y - 3] * 2, color=GREEN, **arc_style(0.6))
+        x += 26
+        note("attention, strongest of each step")

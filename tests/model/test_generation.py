@@ -1,4 +1,4 @@
-"""Generation on the embedded model: greedy text, the oracle in every mode, isolation in the cache."""
+"""Generation on the embedded model: greedy text, the oracle in every mode, isolation."""
 
 import mlx.core as mx
 import numpy as np

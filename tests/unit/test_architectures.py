@@ -128,7 +128,7 @@ class Uncached:
 
 
 def shared_difference(model: PositionedModel, visible: bool) -> float:
-    """Sets of three, one, two and four tokens that later steps see whole, against one uncached pass."""
+    """Sets of three, one, two and four tokens in a run that sees them whole, against one pass."""
     V = vocabulary(model.model)
     prompt = prompts(V)
     kv, _ = prefilled(model, prompt)

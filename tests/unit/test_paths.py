@@ -68,6 +68,25 @@ def test_greedy_text_needs_no_rescoring(model, monkeypatch):
     assert result.text == tokenizer.decode(ids)
 
 
+def test_chain_follows_the_transitions_of_the_run(model):
+    tokenizer = TinyTokenizer(200, end_tokens=())
+    greedy = generate(model, tokenizer, PROMPT, threshold=1.0, max_tokens=6)
+    assert greedy.chain().tokens == greedy.paths(1)[0].tokens
+    assert greedy.chain().logprob == pytest.approx(greedy.paths(1)[0].logprob, abs=1e-4)
+    result = generate(model, tokenizer, PROMPT, threshold=0.05, max_tokens=5, max_parallel=3)
+    steps = result.lattice.steps
+    best = max(
+        itertools.product(*(range(len(step.tokens)) for step in steps)),
+        key=lambda path: (
+            steps[0].tokens[path[0]].probability
+            * np.prod([result.lattice.transitions[s][path[s - 1], path[s]] for s in range(1, 5)])
+        ),
+    )
+    chain = result.chain()
+    assert chain.tokens == [step.tokens[i].id for step, i in zip(steps, best, strict=True)]
+    assert chain.text == tokenizer.decode(chain.tokens)
+
+
 @pytest.mark.parametrize("arguments", [{"k": 0}, {"beam": 0}])
 def test_bad_arguments_are_refused(arguments):
     model = tiny_model("llama")

@@ -198,7 +198,7 @@ def test_repair_equals_generating_without_the_token(model, visibility):
 
 
 def test_attention_finds_the_token_that_later_queries_look_at():
-    """A model of one layer whose query looks for one direction, which only one sibling's key has."""
+    """A model of one layer whose query looks for a direction that only one sibling's key has."""
     model = tiny_model("llama", num_hidden_layers=1, layer_types=["full_attention"])
     wanted, unwanted = 3, 4
     D = model.args.hidden_size
