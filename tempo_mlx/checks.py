@@ -25,7 +25,7 @@ from .decoding import SequenceState
 from .generation import generate
 from .lattice import Lattice
 from .models import Capture, PositionedModel, load
-from .models.positions import Positions
+from .pruning import Pruning
 from .random_models import CONFIGS, VOCABULARY, Letters, random_model
 from .visibility import VISIBILITY
 
@@ -41,11 +41,11 @@ ATTENTION_TOLERANCE = 1e-4
 TF32_VARIABLE = "MLX_ENABLE_TF32"
 
 EMBEDDED = "smollm2-135m"
-EMBEDDED_PROMPT = "The old lighthouse keeper climbed the stairs, and at the top he saw"
+EMBEDDED_PROMPT = "The old keeper climbed the stairs and saw"
 RANDOM_PROMPT = 16
 
 #: Steps of a run, and tokens of the forced set.
-STEPS = 8
+STEPS = 6
 SIBLINGS = 4
 MAX_PARALLEL = 6
 #: Low enough for sets of several tokens in most steps, and of one in some.
@@ -192,55 +192,21 @@ def _in_half_precision(subject: Subject) -> Iterator[Subject]:
 def check(subject: Subject, tell: Callable[[str], None] = lambda what: None) -> Iterator[Check]:
     """All oracles on one model."""
     model = PositionedModel.of(subject.model)
-    tolerance = TOLERANCE[model.dtype]
+    rounding = TOLERANCE[model.dtype]
     if model.dtype == mx.float32 and not full_precision():
-        tolerance = TOLERANCE[mx.float16]
-    attention = functools.cache(lambda: attention_differences(subject, model))
-    unit = functools.cache(lambda: logit_spread(subject))
-    oracles: dict[str, tuple[Callable[[], tuple[float, str]], float | None]] = {
-        "stock mlx-lm, cached = uncached": (
-            lambda: (stock_difference(subject) / unit(), "what the precision itself costs"),
-            None,
-        )
-    }
-    for visibility in VISIBILITY:
-        oracles[f"{visibility}: cached run = uncached replay"] = (
-            functools.partial(_in_units, replay_difference, subject, model, unit, visibility),
-            tolerance,
-        )
-    oracles[f"isolated: set of {SIBLINGS} = separate stock decodes"] = (
-        functools.partial(_in_units, sibling_difference, subject, model, unit),
-        tolerance,
-    )
-    oracles["threshold 1 = mlx-lm greedy"] = (
-        functools.partial(_in_units, greedy_difference, subject, model, unit),
-        tolerance,
-    )
-    if model.captures_attention:
-        oracles["captured attention = NumPy, rows sum to 1"] = (
-            lambda: (attention()[0], ""),
-            ATTENTION_TOLERANCE,
-        )
-        oracles["captured attention x values = kernel"] = (lambda: (attention()[1], ""), tolerance)
-    for oracle, (compare, limit) in oracles.items():
+        rounding = TOLERANCE[mx.float16]
+    limits = {"none": None, "rounding": rounding, "attention": ATTENTION_TOLERANCE}
+    for name, oracle in ORACLES.items():
+        if oracle.captures and not model.captures_attention:
+            continue
         tell(f"{subject.name} {subject.form}")
+        limit = limits[oracle.limit]
         try:
-            difference, note = compare()
+            difference, note = oracle.compare(subject, model)
         # Whatever a device's kernels raise is that oracle's verdict, and the others still run.
         except Exception as error:
             difference, limit, note = float("nan"), 0.0, f"{type(error).__name__}: {error}"
-        yield Check(subject.name, subject.form, oracle, difference, limit, note)
-
-
-def _in_units(
-    compare: Callable[..., tuple[float, str]],
-    subject: Subject,
-    model: PositionedModel,
-    unit: Callable[[], float],
-    *arguments: Any,
-) -> tuple[float, str]:
-    difference, note = compare(subject, model, *arguments)
-    return difference / unit(), note
+        yield Check(subject.name, subject.form, name, difference, limit, note)
 
 
 def logit_spread(subject: Subject) -> float:
@@ -267,15 +233,17 @@ def stock_logits(model: nn.Module, ids: list[int], cached: int = 0) -> np.ndarra
     return _numpy(mx.concatenate(rows))
 
 
-def stock_difference(subject: Subject) -> float:
+def stock_difference(subject: Subject, model: PositionedModel) -> tuple[float, str]:
     """How much mlx-lm's model differs from itself when it reads token by token."""
     half = len(subject.prompt) // 2
     whole = stock_logits(subject.model, subject.prompt)
-    return float(np.abs(whole - stock_logits(subject.model, subject.prompt, half)).max())
+    one_by_one = stock_logits(subject.model, subject.prompt, half)
+    note = "what the precision itself costs"
+    return float(np.abs(whole - one_by_one).max()) / logit_spread(subject), note
 
 
 def replay_difference(
-    subject: Subject, model: PositionedModel, visibility: str
+    subject: Subject, model: PositionedModel, **settings: Any
 ) -> tuple[float, str]:
     """Largest difference of a logit between a cached run and its uncached replay; what was run."""
     result = generate(
@@ -285,13 +253,24 @@ def replay_difference(
         threshold=subject.threshold,
         max_parallel=MAX_PARALLEL,
         max_tokens=STEPS,
-        visibility=visibility,
         verify=True,
+        **settings,
     )
     assert result.verification is not None
-    sizes = [len(tokens) for tokens in result.lattice.sets]
-    note = f"sets of {min(sizes)} to {max(sizes)}" if max(sizes) > 1 else "no set of several"
-    return result.verification.max_logit_difference, note
+    sizes = [len(step.tokens) for step in result.lattice.steps]
+    difference = result.verification.max_logit_difference / logit_spread(subject)
+    return difference, f"sets of {min(sizes)} to {max(sizes)}"
+
+
+def hindsight_difference(subject: Subject, model: PositionedModel) -> tuple[float, str]:
+    """The same for a run that prunes half of its tokens and weighs keys, where the model can."""
+    rule = "attention" if model.captures_attention else "posterior"
+    return replay_difference(
+        subject,
+        model,
+        pruning=Pruning(rule=rule, decision="quota", keep_rate=0.5, compact_above=0.0),
+        weighting="posterior" if model.takes_additive_masks else "none",
+    )
 
 
 def sibling_difference(subject: Subject, model: PositionedModel) -> tuple[float, str]:
@@ -299,11 +278,12 @@ def sibling_difference(subject: Subject, model: PositionedModel) -> tuple[float,
     length = len(subject.prompt)
     last = stock_logits(subject.model, subject.prompt)[-1]
     siblings = np.argsort(-last)[:SIBLINGS].tolist()
-    state = SequenceState(model, Lattice(subject.prompt), "isolated")
+    lattice = Lattice(subject.prompt)
+    state = SequenceState(model, lattice, "isolated")
     state.prefill(length)
-    rows = _numpy(state.append(mx.array(siblings), 0, length))
+    rows = _numpy(state.append(mx.array(siblings), lattice.reserve(SIBLINGS, 0))[0])
     separate = [stock_logits(subject.model, [*subject.prompt, id], length)[-1] for id in siblings]
-    return float(np.abs(rows - separate).max()), ""
+    return float(np.abs(rows - separate).max()) / logit_spread(subject), ""
 
 
 def greedy_difference(subject: Subject, model: PositionedModel) -> tuple[float, str]:
@@ -336,17 +316,31 @@ def greedy_difference(subject: Subject, model: PositionedModel) -> tuple[float, 
         largest = max(largest, abs(float(logprobs[stock[agreed + wrong]] - logprobs[ours[wrong]])))
         ties += 1
         agreed += wrong + 1
-    return largest, f"{ties} tokens differ, near-ties" if ties else ""
+    return largest / logit_spread(subject), f"{ties} tokens differ, near-ties" if ties else ""
 
 
-def attention_differences(subject: Subject, model: PositionedModel) -> tuple[float, float]:
-    """Captured attention of a set's pass, all layers, against NumPy and against the kernel.
+def attention_difference(subject: Subject, model: PositionedModel) -> tuple[float, str]:
+    """Captured weights of a set's pass, all layers, against NumPy's; and their sums against 1."""
+    largest = 0.0
+    for weights, (queries, keys, _, scale, mask, _) in _captured_pass(subject, model):
+        expected = _attention(_numpy(queries)[0], _numpy(keys)[0], scale, mask)
+        largest = max(largest, np.abs(weights - expected).max())
+        largest = max(largest, np.abs(weights.sum(axis=-1) - 1).max())
+    return float(largest), ""
 
-    Returns:
-        the largest difference of a captured weight from NumPy's, or of a row's sum from 1; and
-        the largest difference between captured weights x values and what the fused kernel
-        returned, in standard deviations of the latter.
-    """
+
+def kernel_difference(subject: Subject, model: PositionedModel) -> tuple[float, str]:
+    """Captured weights x values against what the kernel returned, as a part of its largest."""
+    largest = 0.0
+    for weights, (_, _, values, _, _, output) in _captured_pass(subject, model):
+        groups = weights.shape[0] // values.shape[1]
+        mixed = weights @ np.repeat(_numpy(values)[0], groups, axis=0)
+        largest = max(largest, np.abs(mixed - _numpy(output)[0]).max() / np.abs(mixed).max())
+    return float(largest), ""
+
+
+def _captured_pass(subject: Subject, model: PositionedModel) -> Iterator[tuple[np.ndarray, tuple]]:
+    """A set's pass after the prompt: each layer's captured weights [H, T, S], and its call."""
     length = len(subject.prompt)
     cache = model.make_cache()
     prompt = mx.array(subject.prompt)[None]
@@ -360,16 +354,8 @@ def attention_differences(subject: Subject, model: PositionedModel) -> tuple[flo
             cache,
             capture=Capture(full=True),
         )
-    difference = kernel = 0.0
-    for layer, (queries, keys, values, scale, mask, output) in enumerate(calls):
-        weights = _numpy(captured[layer])[0].astype(np.float64)
-        expected = _attention(_numpy(queries)[0], _numpy(keys)[0], scale, mask)
-        difference = max(difference, np.abs(weights - expected).max())
-        difference = max(difference, np.abs(weights.sum(axis=-1) - 1).max())
-        groups = weights.shape[0] // values.shape[1]
-        mixed = weights @ np.repeat(_numpy(values)[0], groups, axis=0)
-        kernel = max(kernel, np.abs(mixed - _numpy(output)[0]).max() / mixed.std())
-    return float(difference), float(kernel)
+    for layer, call in enumerate(calls):
+        yield _numpy(captured[layer])[0].astype(np.float64), call
 
 
 def _attention(queries: np.ndarray, keys: np.ndarray, scale: float, mask: Any) -> np.ndarray:
@@ -396,7 +382,7 @@ def _listening(model: nn.Module) -> Iterator[list[tuple]]:
     def listener(original):
         def call(queries, keys, values, cache, scale, mask, **kwargs):
             output = original(queries, keys, values, cache=cache, scale=scale, mask=mask, **kwargs)
-            if isinstance(cache.offset, Positions):
+            if getattr(cache, "attention_recorder", None) is not None:
                 calls.append((queries, keys, values, scale, mask, output))
             return output
 
@@ -414,3 +400,33 @@ def _listening(model: nn.Module) -> Iterator[list[tuple]]:
 def _numpy(array: mx.array) -> np.ndarray:
     # NumPy has no bf16.
     return np.array(array.astype(mx.float32))
+
+
+@dataclass(frozen=True)
+class Oracle:
+    """One comparison.
+
+    Args:
+        compare: (subject, its positioned model) -> the largest difference, and a note.
+        limit: what bounds it: "rounding" of the dtype, "attention", or "none".
+        captures: whether it needs a model whose attention can be captured.
+    """
+
+    compare: Callable[[Subject, PositionedModel], tuple[float, str]]
+    limit: str = "rounding"
+    captures: bool = False
+
+
+#: Name -> oracle, in the order in which they run.
+ORACLES: dict[str, Oracle] = {
+    "mlx-lm: cached = uncached": Oracle(stock_difference, "none"),
+    **{
+        f"{name}: cached = replay": Oracle(functools.partial(replay_difference, visibility=name))
+        for name in VISIBILITY
+    },
+    "hindsight: cached = replay": Oracle(hindsight_difference),
+    "isolated: set = mlx-lm's": Oracle(sibling_difference),
+    "threshold 1 = mlx-lm greedy": Oracle(greedy_difference),
+    "attention = NumPy, sum 1": Oracle(attention_difference, "attention", captures=True),
+    "attention x values = kernel": Oracle(kernel_difference, captures=True),
+}

@@ -40,12 +40,16 @@ class StepResponse:
     Args:
         step: the step just made; its tokens are final except for ``pruned_at``.
         result: the run so far; complete with the last response.
+        slots_held: slots in the cache.
+        cache_bytes: bytes of its keys and values, room for slots to come included.
         finish_reason: None, or "stop" (end of text or a stop text), "length" (``max_tokens``) or
             "context" (the model's context is full).
     """
 
     step: Step
     result: GenerationResult
+    slots_held: int
+    cache_bytes: int
     finish_reason: str | None = None
 
 
@@ -242,12 +246,12 @@ def run(
             found = upcoming
             if step % CLEAR_CACHE_EVERY == CLEAR_CACHE_EVERY - 1:
                 mx.clear_cache()
-            yield StepResponse(record, result)
+            yield StepResponse(record, result, state.cache.n_slots, state.cache.nbytes)
         if state.logits is not None:
             result.verification = verify_run(model, lattice, settings, state.logits)
     reason = "stop" if ended else "length" if limit == settings.max_tokens else "context"
     result.finish_reason = reason
-    yield StepResponse(record, result, reason)
+    yield StepResponse(record, result, state.cache.n_slots, state.cache.nbytes, reason)
 
 
 def text_so_far(lattice: Lattice) -> str:

@@ -24,7 +24,9 @@ class Hindsight:
         self._settings = settings
         pruning = settings.pruning
         seed = settings.seed or 0
-        self._pruner = pruning and Pruner(pruning, settings.max_tokens, seed, settings.samples)
+        self._pruner: Pruner | None = None
+        if pruning is not None:
+            self._pruner = Pruner(pruning, settings.max_tokens, seed, settings.samples)
         self._lookback = settings.lookback
         self._beliefs = Beliefs(self._lookback)
         self._layers: tuple[int, ...] = ()

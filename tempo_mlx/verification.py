@@ -11,7 +11,8 @@ import mlx.core as mx
 import numpy as np
 
 from .lattice import Lattice
-from .models import PositionedModel
+from .models import Capture, PositionedModel
+from .models.attention import AttentionRecorder
 from .settings import Settings
 
 
@@ -32,10 +33,16 @@ class Verification:
 class _Stateless:
     """What an attention module sees as its cache when a whole sequence is read at once."""
 
-    attention_recorder = None
-
-    def __init__(self, offset: Any, positions: np.ndarray, mask: np.ndarray, window: int | None):
+    def __init__(
+        self,
+        offset: Any,
+        positions: np.ndarray,
+        mask: np.ndarray,
+        window: int | None,
+        recorder: AttentionRecorder | None,
+    ):
         self.offset = offset
+        self.attention_recorder = recorder
         self._positions, self._mask, self._window = positions, mask, window
 
     def make_mask(
@@ -70,6 +77,45 @@ def verify(
         settings: the run's visibility, weighting and repair.
         seen: (slots [N], logits [N, V]) of each forward pass of the run.
     """
+    logits = replay(model, lattice, settings)
+    differences = []
+    compared = 0
+    for slots, cached in seen:
+        # A pass that started before the end of the text was known has no slots in the record.
+        if slots[-1] < len(logits):
+            compared += len(slots)
+            replayed = logits[mx.array(slots)]
+            differences.append(mx.abs(cached.astype(mx.float32) - replayed).max())
+    return Verification(float(mx.stack(differences).max()), compared)
+
+
+def received_attention(
+    model: PositionedModel, lattice: Lattice, settings: Settings
+) -> dict[int, np.ndarray]:
+    """Attention that the rows of each step pay to each slot, by one uncached pass.
+
+    Returns:
+        step -> [S], the mean over the step's rows, all heads and all layers.
+
+    Raises:
+        UnsupportedModelError: if the model's attention cannot be captured.
+    """
+    model.require_capture()
+    recorder = AttentionRecorder(Capture(full=True))
+    mx.eval(replay(model, lattice, settings, recorder)[:1])
+    layers = [weights[0].mean(axis=0) for weights in recorder.weights.values()]  # [S, S] each
+    mean = np.array(mx.stack(layers).mean(axis=0))
+    slots = {step.step: [token.slot for token in step.tokens] for step in lattice.steps}
+    return {step: mean[rows].mean(axis=0) for step, rows in slots.items() if rows}
+
+
+def replay(
+    model: PositionedModel,
+    lattice: Lattice,
+    settings: Settings,
+    recorder: AttentionRecorder | None = None,
+) -> mx.array:
+    """Logits [S, V], fp32, of all recorded slots, by one uncached pass; see :func:`verify`."""
     length = len(lattice.prompt_tokens)
     rows: list[tuple[int, int, int, int, int | None]] = [
         (id, i, i - length, 1, None) for i, id in enumerate(lattice.prompt_tokens)
@@ -93,18 +139,10 @@ def verify(
                 mask[q, k] = np.log(max(weights[k], 1e-30)) if k_size > 1 or q_size > 1 else 0.0
     offset = model.as_offset(positions[None])
     caches = [
-        _Stateless(offset, positions, mask, layer.window) for layer in model.make_cache().layers
+        _Stateless(offset, positions, mask, layer.window, recorder)
+        for layer in model.make_cache().layers
     ]
-    logits = model.model(mx.array(tokens)[None], cache=caches)[0].astype(mx.float32)
-    differences = []
-    compared = 0
-    for slots, cached in seen:
-        # A pass that started before the end of the text was known has no slots in the record.
-        if slots[-1] < len(rows):
-            compared += len(slots)
-            replayed = logits[mx.array(slots)]
-            differences.append(mx.abs(cached.astype(mx.float32) - replayed).max())
-    return Verification(float(mx.stack(differences).max()), compared)
+    return model.model(mx.array(tokens)[None], cache=caches)[0].astype(mx.float32)
 
 
 def _sees(

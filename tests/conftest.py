@@ -6,12 +6,9 @@ import os
 # second test run for example, that makes everything ten times slower and more.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-# Before any test imports mlx, so that the fast BLAS is loaded first.
-import tempo_mlx  # isort: skip  # noqa: E402, F401
+from tempo_mlx.models.loading import load  # noqa: E402
 
 import pytest  # noqa: E402
-
-from tempo_mlx.models.loading import load  # noqa: E402
 
 
 @pytest.fixture(scope="session")

@@ -15,12 +15,12 @@ import pkgutil
 import sys
 from types import ModuleType
 
+from tests.tiny_configs import GENERIC, OUTER, SPECIAL, WRAPPERS, Config
+
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm.models
 from mlx.utils import tree_flatten, tree_unflatten
-
-from tests.tiny_configs import GENERIC, OUTER, SPECIAL, WRAPPERS, Config
 
 MATRIX_GAIN = 1.2  # standard deviation of a matrix product whose input has standard deviation 1
 BIAS_STD = 0.2

@@ -1,10 +1,10 @@
 """``tempo-mlx bench``: speed and memory, measured here."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import mlx.core as mx
 import typer
@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from ..bench.decode import Report, bench_decode
+from ..bench.decode import Report, Target, bench_decode
+from ..bench.pruning import bench_pruning
 from ..bench.timing import Spread
 from ..files import check_writable, write_atomically
 from ..models import load
@@ -125,7 +126,82 @@ def decode(
         console.print(f"written: {output}", style="dim")
 
 
-def parse_widths(text: str) -> list[int]:
+@bench.command("pruning")
+def pruning(
+    model: Annotated[
+        str, typer.Option(help="Recipe name, folder in mlx-lm layout, or Hugging Face Hub id.")
+    ] = "smollm2-135m",
+    prompt_tokens: Annotated[
+        int, typer.Option("--prompt-tokens", "-p", help="Tokens of the prompt, at least 1.")
+    ] = 64,
+    siblings: Annotated[int, typer.Option(help="Tokens of each forced set, at least 2.")] = 4,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", "-m", help="Steps of each timed run, at least 4.")
+    ] = 24,
+    rounds: Annotated[
+        int, typer.Option("--rounds", "-n", help="Runs of each variant that count, at least 1.")
+    ] = 7,
+    steps: Annotated[
+        str,
+        typer.Option(
+            help="Lengths of the runs with and without compaction, separated by commas, "
+            "at least 4 each; 256,2048 takes a while on a CPU."
+        ),
+    ] = "256",
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write the measurements as JSON.")
+    ] = None,
+) -> None:
+    """Cost of each kind of evidence for pruning, and what compaction saves.
+
+    The timed runs judge every set and prune nothing, so that all variants make the same sets. The
+    long runs lose half of their tokens at random, without and with compaction of the cache.
+    """
+    lengths = parse_widths(steps, "--steps")
+    if output is not None:
+        check_writable("--output", output)
+    language_model, tokenizer = load(model)
+    with ticking((rounds + 1) * 4 + 2 * len(lengths)) as tick:
+        report = bench_pruning(
+            language_model,
+            tokenizer,
+            prompt_tokens=prompt_tokens,
+            siblings=siblings,
+            max_tokens=max_tokens,
+            rounds=rounds,
+            steps=tuple(lengths),
+            model_name=model,
+            progress=tick,
+        )
+    console = Console(highlight=False)
+    print_setting(report.model, report.setting, console)
+    costs = Table("variant", title=f"sets of {siblings}")
+    for name in ("ms/step", "over no pruning"):
+        costs.add_column(name, justify="right")
+    for cost in report.costs:
+        milliseconds = f"{cost.step_seconds.median * 1e3:.2f}"
+        costs.add_row(cost.name, milliseconds, spread(cost.over_off, 3))
+    console.print(costs)
+    savings = Table("steps", "compaction", title="half of the tokens pruned")
+    for name in ("ms/step", "slots held", "cache MB", "peak MB beside weights"):
+        savings.add_column(name, justify="right")
+    for saving in report.savings:
+        savings.add_row(
+            str(saving.steps),
+            "yes" if saving.compacted else "no",
+            f"{saving.step_seconds * 1e3:.2f}",
+            str(saving.slots),
+            f"{saving.cache_bytes / 1e6:.1f}",
+            f"{saving.peak_bytes / 1e6:.1f}",
+        )
+    console.print(savings)
+    print_targets(report.targets, console)
+    if output is not None:
+        write_atomically(output, json.dumps(report.to_dict(), indent=1) + "\n")
+        console.print(f"written: {output}", style="dim")
+
+
+def parse_widths(text: str, argument: str = "--siblings") -> list[int]:
     """Widths from "1,2,4"; each once, in the order given.
 
     Raises:
@@ -137,7 +213,7 @@ def parse_widths(text: str) -> list[int]:
         widths = []
     if not widths or min(widths) < 1:
         raise ValueError(
-            f"--siblings must be integers of at least 1 separated by commas, got {text!r}"
+            f"{argument} must be integers of at least 1 separated by commas, got {text!r}"
         )
     return widths
 
@@ -170,14 +246,9 @@ def spread(value: Spread, digits: int) -> str:
 
 
 def print_report(report: Report, console: Console) -> None:
-    setting = report.setting
-    versions = ", ".join(f"{name} {version}" for name, version in setting["versions"].items())
+    print_setting(report.model, report.setting, console)
     console.print(
-        f"{report.model} ({setting['architecture']}, {setting['dtype']}, weights "
-        f"{report.weight_bytes / 1e6:.1f} MB) on {setting['device']}\n"
-        f"{versions}, BLAS {setting['blas']}\n"
-        f"{setting['prompt_tokens']} prompt tokens, {setting['max_tokens']} steps, "
-        f"{setting['rounds']} rounds; median [quartiles]; "
+        f"weights {report.weight_bytes / 1e6:.1f} MB; "
         f"copying an array: {report.copy_bandwidth / 1e9:.1f} GB/s"
     )
     table = Table()
@@ -202,8 +273,24 @@ def print_report(report: Report, console: Console) -> None:
     console.print(table)
     if report.long is not None:
         print_long(report.long.block, report.long.stock, report.long.ours, console)
+    print_targets(report.targets, console)
+
+
+def print_setting(model: str, setting: dict[str, Any], console: Console) -> None:
+    """What was measured, on what, and how."""
+    versions = ", ".join(f"{name} {version}" for name, version in setting["versions"].items())
+    console.print(
+        f"{model} ({setting['architecture']}, {setting['dtype']}) on {setting['device']}\n"
+        f"{versions}, BLAS {setting['blas']}\n"
+        f"{setting['prompt_tokens']} prompt tokens, {setting['max_tokens']} steps, "
+        f"{setting['rounds']} rounds; median [quartiles]"
+    )
+
+
+def print_targets(wanted: Sequence[Target], console: Console) -> None:
+    """Measurements beside what they should be."""
     targets = Table("target", "wanted", "found", "")
-    for target in report.targets:
+    for target in wanted:
         verdict = "[green]met[/green]" if target.met else "[yellow]not met[/yellow]"
         targets.add_row(
             target.name, f"{target.relation} {target.wanted:.2f}", f"{target.value:.3f}", verdict

@@ -1,8 +1,7 @@
 """``tempo-mlx doctor``: what is here, what is missing, and whether every mode is exact."""
 
 import json
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from math import isfinite
 from typing import Annotated
@@ -134,7 +133,7 @@ def print_checks(checks: Sequence[Check], console: Console) -> None:
             console.print(f"{check.model} {check.form}, {check.oracle}: {check.note}", markup=False)
     limits = ", ".join(f"{limit:g} in {str(dtype)[9:]}" for dtype, limit in TOLERANCE.items())
     console.print(
-        f"Logits differ by at most {limits}, in standard deviations of the model's logits; "
+        f"Logits may differ by {limits}, in standard deviations of the model's logits; "
         f"attention weights by {ATTENTION_TOLERANCE:g}.",
         style="dim",
     )

@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files import check_writable, write_atomically
-from .labels import FONTS, installed, readable
+from ..lattice import Lattice
+from ..result import GenerationResult
+from ..settings import Settings
+from .labels import FONTS, installed, readable, width
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -18,13 +21,15 @@ MISSING = "plots need Matplotlib: pip install 'tempo-mlx[plots]'"
 FORMATS = (".svg", ".png", ".pdf")
 
 POINTS_PER_INCH = 72
+#: Around every picture, and of its title, in points.
+MARGIN, TITLE = 18.0, 30.0
 DPI = 200
 #: Longest side of a PNG, in pixels; longer pictures get fewer dots per inch.
 MAX_PIXELS = 20_000
 
 # Okabe and Ito's colours, which the common kinds of colour blindness keep apart, and greys.
 INK, GREY, PALE = "#1a1a1a", "#7a7a7a", "#ededed"
-BLUE, GREEN, ORANGE, PURPLE = "#0072b2", "#009e73", "#e69f00", "#a3447e"
+BLUE, SKY, GREEN, ORANGE, PURPLE = "#0072b2", "#56b4e9", "#009e73", "#e69f00", "#a3447e"
 
 
 def check_plot(path: Path, argument: str = "--plot") -> None:
@@ -99,27 +104,42 @@ def save(figure: "Figure", path: Path) -> None:
     write_atomically(path, picture.getvalue())
 
 
-def describe(run: Any) -> tuple[str, str]:
-    """Title and subtitle of a run: its prompt, and the settings that make it what it is.
-
-    Args:
-        run: a result, or a lattice, which knows neither.
-    """
-    settings = getattr(run, "settings", None)
-    if settings is None:
-        return f"{len(run.prompt_tokens)} prompt tokens, {len(run)} steps", ""
-    chosen = settings.to_dict()
-    usual = type(settings)().to_dict()
-    shown = {name: chosen[name] for name in ("threshold", "visibility")}
-    for name, value in chosen.items():
-        if value != usual[name] and name not in UNSEEN:
-            shown[name] = value
-    words = [f"{name.replace('_', ' ')} {_plain(value)}" for name, value in shown.items()]
-    return readable(run.prompt), ", ".join(words)
-
+#: Characters of a prompt that are looked at; more than any picture is wide.
+LONGEST_TITLE = 500
 
 #: Settings that do not change what a picture shows.
 UNSEEN = ("max_tokens", "prefill_step_size", "stop")
+
+
+def draw_title(axes: Any, page_width: float, run: GenerationResult | Lattice, note: str) -> None:
+    """The prompt, and below it the settings that make the run what it is, and a note."""
+    room = page_width - 2 * MARGIN
+    if isinstance(run, Lattice):
+        title, details = f"{len(run.prompt_tokens)} prompt tokens, {len(run)} steps", []
+    else:
+        title, details = readable(run.prompt[:LONGEST_TITLE]), unusual(run.settings)
+    text: dict[str, Any] = {"parse_math": False}
+    title = cut(title, room / 11, bold=True)
+    axes.text(MARGIN, MARGIN + 8, title, size=11, weight="bold", **text)
+    details = [*details, note] if note else details
+    axes.text(MARGIN, MARGIN + 21, cut(", ".join(details), room / 8), size=8, color=GREY, **text)
+
+
+def cut(text: str, room: float, bold: bool = False) -> str:
+    """The text, or as much of it as the room holds, in multiples of the font size."""
+    if width(text, bold) <= room:
+        return text
+    while width(text + "…", bold) > room:
+        text = text[:-1]
+    return text + "…"
+
+
+def unusual(settings: Settings) -> list[str]:
+    """Threshold and visibility, and every other setting that differs from its default."""
+    chosen, usual = settings.to_dict(), Settings().to_dict()
+    names = ["threshold", "visibility"]
+    names += [n for n in chosen if chosen[n] != usual[n] and n not in (*names, *UNSEEN)]
+    return [f"{name.replace('_', ' ')} {_plain(chosen[name])}" for name in names]
 
 
 def _plain(value: Any) -> str:

@@ -7,7 +7,8 @@ from functools import cache
 #: Families in order of preference. Matplotlib brings the first; the others know more scripts.
 FONTS = ("DejaVu Sans", "Arial Unicode MS", "Noto Sans CJK JP", "Noto Sans CJK SC")
 
-WHITESPACE = {" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍"}
+BEFORE_WORD = "·"
+WHITESPACE = {"\n": "⏎", "\t": "⇥", "\r": "␍"}
 
 #: What a tokenizer decodes bytes to that are only a part of a character.
 PARTIAL = "\ufffd"
@@ -15,32 +16,29 @@ PARTIAL = "\ufffd"
 #: Characters of a label at most.
 LONGEST = 24
 
-#: Equal characters in a row above this number are counted instead.
-LONGEST_RUN = 6
+#: Equal characters in a row that are counted instead.
+REPEATED = re.compile(r"(.)\1{6,}")
 
 
 def label(text: str, id: int) -> str:
-    """A token's text for a picture.
+    """A token's text for a picture: a point for the space before a word, signs for other space.
 
     Args:
         text: as the tokenizer decodes it.
-        id: tells tokens apart that have no text of their own.
+        id: tells tokens apart whose texts do not.
     """
-    if not text.strip(PARTIAL):
-        return f"{PARTIAL if text else ''}#{id}"
-    visible = "".join(WHITESPACE.get(character, character) for character in text)
-    run = re.compile(rf"(.)\1{{{LONGEST_RUN},}}", re.DOTALL)
-    return shorten(readable(run.sub(lambda found: f"{found[1]}×{len(found[0])}", visible)))
+    word = text.removeprefix(" ")
+    start = BEFORE_WORD if word != text and word[:1].strip() else ""
+    visible = readable(word.replace(" ", "␣")) if start else readable(text.replace(" ", "␣"))
+    visible = REPEATED.sub(lambda found: f"{found[1]}×{len(found[0])}", visible)
+    if len(visible) > LONGEST:
+        visible = visible[: LONGEST - 1] + "…"
+    return f"{start}{visible}#{id}" if PARTIAL in text or not text else start + visible
 
 
 def readable(text: str) -> str:
     """The text in one line, with escapes for what is invisible or in no font."""
-    return "".join(_escape(WHITESPACE.get(c, c) if c != " " else c) for c in text)
-
-
-def shorten(text: str, longest: int = LONGEST) -> str:
-    """At most ``longest`` characters, the last an ellipsis where some are left out."""
-    return text if len(text) <= longest else text[: longest - 1] + "…"
+    return "".join(_escape(WHITESPACE.get(character, character)) for character in text)
 
 
 def _escape(character: str) -> str:

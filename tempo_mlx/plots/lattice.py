@@ -8,13 +8,25 @@ import numpy as np
 
 from ..lattice import Lattice
 from ..result import GenerationResult
-from .figure import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, blank, check_plot, describe, look, save
-from .labels import width
+from .figure import (
+    BLUE,
+    GREEN,
+    GREY,
+    INK,
+    MARGIN,
+    ORANGE,
+    PURPLE,
+    blank,
+    check_plot,
+    draw_title,
+    look,
+    save,
+)
+from .labels import BEFORE_WORD, width
 from .layout import (
     ARC_ROOM,
     GAP,
     HEADER,
-    MARGIN,
     SMALLEST,
     Cell,
     Column,
@@ -86,9 +98,13 @@ def lattice_figure(
     lattice = run if isinstance(run, Lattice) else run.lattice
     path = [] if best is None else best_tokens(lattice, best)
     page = arrange(prompt_columns(run) + step_columns(lattice, path), arcs=bool(attention))
-    arcs = [arc for step in sorted(attention or {}) for arc in strongest(page, step, attention[step])]
+    arcs = [
+        arc
+        for step, paid in sorted((attention or {}).items())
+        for arc in strongest(page, step, paid)
+    ]
     figure, axes = blank(page.width, page.height)
-    draw_title(axes, page, *describe(run))
+    draw_title(axes, page.width, run, "")
     heaviest = max((weight for *_, weight in arcs), default=1.0)
     for source, column, cell, weight in arcs:
         draw_arc(axes, page, source, column, cell, weight / heaviest)
@@ -100,9 +116,7 @@ def lattice_figure(
     return figure
 
 
-def strongest(
-    page: Page, step: int, paid: np.ndarray
-) -> list[tuple[Column, Column, Cell, float]]:
+def strongest(page: Page, step: int, paid: np.ndarray) -> list[tuple[Column, Column, Cell, float]]:
     """A step's arcs: its column, the column and text that it goes to, and the attention."""
     paid = np.asarray(paid)
     source = next((c for c in page.columns if c.step is not None and c.step.step == step), None)
@@ -116,20 +130,6 @@ def strongest(
         if cell.token is not None and cell.token.slot < len(paid) and paid[cell.token.slot] > 0
     ]
     return sorted(found, key=lambda arc: -arc[-1])[:ARCS]
-
-
-def draw_title(axes: Any, page: Page, title: str, subtitle: str) -> None:
-    room = page.width - 2 * MARGIN
-    title = cut(title, room / 11, bold=True)
-    axes.text(MARGIN, MARGIN + 8, title, size=11, weight="bold", parse_math=False)
-    axes.text(MARGIN, MARGIN + 21, cut(subtitle, room / 8), size=8, color=GREY, parse_math=False)
-
-
-def cut(text: str, room: float, bold: bool = False) -> str:
-    """The text, or as much of it as the room holds, in multiples of the font size."""
-    while width(text, bold) > room:
-        text = text[:-2] + "…"
-    return text
 
 
 def draw_column(axes: Any, column: Column) -> None:
@@ -196,10 +196,10 @@ def draw_path(axes: Any, page: Page) -> None:
             if column.row != row:
                 if row is not None:
                     pen.glide(pen.points[-1][0] + GAP / 2, pen.points[-1][1])
-                pen.move(column.left - GAP / 2, cell.middle)
+                pen.move(column.left - GAP / 2, cell.on_path)
                 row = column.row
-            pen.glide(column.left, cell.middle)
-            pen.line(column.right, cell.middle)
+            pen.glide(column.left, cell.on_path)
+            pen.line(column.right, cell.on_path)
     pen.draw(axes, gid="best-path", **HIGHLIGHT)
 
 
@@ -257,6 +257,9 @@ def draw_key(axes: Any, page: Page, arcs: bool) -> None:
     for probability in (0.05, 0.25, 1.0):
         note(f"{probability:g}", font_size(probability), **LOOKS["token"])
     x += GAP
+    if any(cell.text.startswith(BEFORE_WORD) for column in page.columns for cell in column.cells):
+        note(f"{BEFORE_WORD} space before it")
+        x += GAP
     if "best" in kinds:
         axes.plot([x, x + 18], [y - 3] * 2, solid_capstyle="round", **HIGHLIGHT)
         x += 28

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from ..lattice import Lattice, Step, Token
 from ..result import GenerationResult
+from .figure import MARGIN, TITLE
 from .labels import label, width
 
 #: Prompt tokens that are shown, the last ones.
@@ -12,21 +13,22 @@ PROMPT_TOKENS = 6
 
 PAGE_WIDTH = 900.0
 NARROWEST_PAGE = 400.0
-MARGIN = 18.0
 GAP = 15.0  # between columns
 ROW_GAP = 20.0
-TITLE = 30.0
 HEADER = 13.0  # the position above a column
 KEY = 14.0
 ARC_ROOM = 44.0
 
 #: Font sizes of probabilities 0 and 1.
-SMALLEST, LARGEST = 7.0, 15.0
+SMALLEST, LARGEST = 7.0, 17.0
 PROMPT_SIZE = 10.0
 
 # Of a line, in font sizes.
 ASCENT, DESCENT = 0.95, 0.27
 HALF_SMALL_LETTER = 0.28
+
+#: Height of the line through the best path above the baseline.
+PATH_HEIGHT = 3.5
 
 
 @dataclass
@@ -63,6 +65,11 @@ class Cell:
     def middle(self) -> float:
         """Height of the middle of its small letters."""
         return self.y - HALF_SMALL_LETTER * self.size
+
+    @property
+    def on_path(self) -> float:
+        """Where the best path runs: the same on one baseline, whatever the sizes on it."""
+        return self.y - PATH_HEIGHT
 
 
 @dataclass
@@ -112,18 +119,34 @@ def arrange(columns: list[Column], arcs: bool) -> Page:
         columns: in order of position, at least one.
         arcs: leave room for arcs above each row.
     """
-    left, row = MARGIN, 0
-    for column in columns:
-        if left > MARGIN and left + column.width > PAGE_WIDTH - MARGIN:
-            left, row = MARGIN, row + 1
-        column.left, column.row = left, row
-        left = column.right + GAP
+    place(columns, balanced(columns))
     top = MARGIN + TITLE
-    for number in range(row + 1):
+    for number in range(columns[-1].row + 1):
         top += HEADER + (ARC_ROOM if arcs else 0.0)
         top = stack([column for column in columns if column.row == number], top) + ROW_GAP
     wide = max(NARROWEST_PAGE, max(column.right for column in columns) + MARGIN)
     return Page(columns, wide, top + KEY + MARGIN)
+
+
+def place(columns: list[Column], room: float) -> int:
+    """Put the columns into rows no wider than ``room``, where they fit; returns the rows."""
+    left, row = 0.0, 0
+    for column in columns:
+        if left and left + column.width > room:
+            left, row = 0.0, row + 1
+        column.left, column.row = MARGIN + left, row
+        left += column.width + GAP
+    return row + 1
+
+
+def balanced(columns: list[Column]) -> float:
+    """The least room that takes no more rows than the page: no row is left nearly empty."""
+    widest = PAGE_WIDTH - 2 * MARGIN
+    rows = place(columns, widest)
+    room = sum(column.width + GAP for column in columns) / rows - GAP
+    while room < widest and place(columns, room) > rows:
+        room += GAP
+    return min(room, widest)
 
 
 def stack(columns: list[Column], top: float) -> float:
@@ -148,7 +171,9 @@ def prompt_columns(run: GenerationResult | Lattice) -> list[Column]:
     """The last tokens of the prompt, behind an ellipsis if there are more."""
     ids = (run if isinstance(run, Lattice) else run.lattice).prompt_tokens
     first = max(0, len(ids) - PROMPT_TOKENS)
-    texts = [f"#{id}" if isinstance(run, Lattice) else run.vocabulary.text(id) for id in ids[first:]]
+    texts = [
+        f"#{id}" if isinstance(run, Lattice) else run.vocabulary.text(id) for id in ids[first:]
+    ]
     columns = [
         Column(first + i, [Cell(label(text, id), PROMPT_SIZE, "prompt")])
         for i, (text, id) in enumerate(zip(texts, ids[first:], strict=True))
@@ -184,8 +209,8 @@ def step_columns(lattice: Lattice, best: Sequence[Token]) -> list[Column]:
 
 
 def font_size(probability: float) -> float:
-    """Rises with the root, so that the area that a text covers follows its probability."""
-    return SMALLEST + (LARGEST - SMALLEST) * float(probability) ** 0.5
+    """Between height and area: the small ones stay legible, and the large ones stand out."""
+    return SMALLEST + (LARGEST - SMALLEST) * float(probability) ** 0.7
 
 
 def best_tokens(lattice: Lattice, ids: Sequence[int]) -> list[Token]:

@@ -5,10 +5,23 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..lattice import Lattice
+from ..lattice import Lattice, Slots
 from ..result import GenerationResult
 from ..visibility import VISIBILITY, may_attend
-from .figure import BLUE, GREY, INK, ORANGE, PALE, POINTS_PER_INCH, check_plot, describe, look, save
+from .figure import (
+    GREY,
+    INK,
+    MARGIN,
+    ORANGE,
+    PALE,
+    SKY,
+    TITLE,
+    blank,
+    check_plot,
+    draw_title,
+    look,
+    save,
+)
 from .labels import label, width
 
 if TYPE_CHECKING:
@@ -17,22 +30,24 @@ if TYPE_CHECKING:
 #: Prompt tokens that are shown, the last ones.
 PROMPT_TOKENS = 8
 
-#: What the numbers of :func:`visibility_matrix` mean, and their colours.
-MEANING = ("may not attend", "may attend", "pruned before")
-COLOURS = (PALE, BLUE, ORANGE)
+#: Meaning and colour of each number in :func:`visibility_matrix`.
+MEANINGS = (("not visible", PALE), ("visible", SKY), ("pruned before", ORANGE))
 
 # Lengths are in points.
 LARGEST_CELL = 12.0
 LARGEST_MATRIX = 1000.0
 SMALLEST_LABELLED = 5.0
-MARGIN = 18.0
-TITLE = 36.0
-KEY = 24.0
-NARROWEST = 300.0
+AXIS = 18.0  # room for the name of an axis
+KEY = 22.0
+NARROWEST_PAGE = 330.0
+
+#: Where cells are too small for texts, about as many slots are numbered instead.
+NUMBERS = 20
+NUMBER_SIZE = 6.5
 
 
 def plot_mask(run: GenerationResult | Lattice, visibility: str, path: Path) -> None:
-    """Draw which slot may attend to which and save it as SVG, PNG or PDF.
+    """Draw which slot saw which, and save it as SVG, PNG or PDF.
 
     Args:
         run: a result, or its lattice alone, which does not know the prompt's text.
@@ -48,17 +63,19 @@ def plot_mask(run: GenerationResult | Lattice, visibility: str, path: Path) -> N
         save(mask_figure(run, visibility), path)
 
 
-def visibility_matrix(lattice: Lattice, visibility: str, shown: np.ndarray) -> np.ndarray:
-    """[shown, shown], queries x keys, indices into :data:`MEANING`.
+def visibility_matrix(slots: Slots, visibility: str, shown: np.ndarray) -> np.ndarray:
+    """What each query of ``shown`` may do with each key of ``shown``: indices of MEANINGS.
 
     Args:
-        lattice: of the run.
+        slots: all of the run.
         visibility: a key of :data:`tempo_mlx.visibility.VISIBILITY`.
-        shown: indices of slots.
+        shown: numbers of slots, [n].
+
+    Returns:
+        integers [n, n], queries x keys.
     """
     if visibility not in VISIBILITY:
         raise ValueError(f"visibility must be one of {', '.join(VISIBILITY)}, got {visibility!r}")
-    slots = lattice.slots
     allowed = may_attend(visibility, slots[shown], slots)[:, shown]
     by_rule = VISIBILITY[visibility](slots[shown], slots)[:, shown]
     return np.where(allowed, 1, np.where(by_rule, 2, 0))
@@ -67,62 +84,89 @@ def visibility_matrix(lattice: Lattice, visibility: str, shown: np.ndarray) -> n
 def mask_figure(run: GenerationResult | Lattice, visibility: str) -> "Figure":
     """The figure that :func:`plot_mask` saves, made inside :func:`~.figure.look`."""
     from matplotlib.colors import ListedColormap
-    from matplotlib.figure import Figure
 
     lattice = run if isinstance(run, Lattice) else run.lattice
     left_out = max(0, len(lattice.prompt_tokens) - PROMPT_TOKENS)
     shown = np.arange(left_out, lattice.n_slots)
-    matrix = visibility_matrix(lattice, visibility, shown)
+    matrix = visibility_matrix(lattice.slots, visibility, shown)
 
     cell = min(LARGEST_CELL, LARGEST_MATRIX / len(shown))
     side = cell * len(shown)
-    texts = labels(run, shown)
-    size = 0.7 * cell
-    room = 12 + (size * max(width(text) for text in texts) if cell >= SMALLEST_LABELLED else 16)
-    wide = max(NARROWEST, 2 * MARGIN + room + 14 + side)
-    high = 2 * MARGIN + TITLE + room + 14 + side + KEY
-    figure = Figure(figsize=(wide / POINTS_PER_INCH, high / POINTS_PER_INCH))
-    left, bottom = (MARGIN + room + 14) / wide, (MARGIN + KEY) / high
-    axes = figure.add_axes((left, bottom, side / wide, side / high))
-    axes.imshow(
-        matrix, cmap=ListedColormap(COLOURS), vmin=0, vmax=len(COLOURS) - 1, interpolation="nearest"
-    )
-    boundaries(axes, lattice.slots.step[shown])
-    if cell >= SMALLEST_LABELLED:
-        ticks = np.arange(len(shown))
-    else:
-        # Too small for texts: the numbers of the slots.
-        ticks = np.arange(0, len(shown), max(1, len(shown) // 20))
-        texts, size = [str(slot) for slot in shown], 7.0
-    named = [texts[i] for i in ticks]
-    style: dict[str, Any] = {"fontsize": size, "color": INK, "parse_math": False}
-    axes.xaxis.tick_top()
-    axes.xaxis.set_label_position("top")
-    axes.set_xticks(ticks, named, rotation=90, **style)
-    axes.set_yticks(ticks, named, **style)
-    axes.tick_params(length=0, pad=2)
-    axes.spines[:].set_visible(False)
-    axes.set_xlabel("key: the token that is seen")
-    axes.set_ylabel("query: the token that looks")
+    texts = slot_labels(run, left_out)
+    size, labelled, unit = 0.75 * cell, range(len(shown)), ""
+    if cell < SMALLEST_LABELLED:
+        size, texts, unit = NUMBER_SIZE, [str(slot) for slot in shown], ", numbers of slots"
+        every = 50 * -(-len(shown) // (50 * NUMBERS))
+        labelled = range(-left_out % every, len(shown), every)
+    room = size * max(width(text) for text in texts) + 4
 
-    prompt, settings = describe(run)
-    note = f", {left_out} earlier prompt tokens left out" if left_out else ""
-    figure.text(
-        MARGIN / wide, 1 - (MARGIN + 8) / high, prompt, size=11, weight="bold", parse_math=False
+    left, top = MARGIN + AXIS + room, MARGIN + TITLE + AXIS + room
+    page = max(NARROWEST_PAGE, left + side + MARGIN)
+    figure, axes = blank(page, top + side + KEY + MARGIN)
+    note = f"the first {left_out} prompt tokens are left out" if left_out else ""
+    draw_title(axes, page, run, note)
+    colours = [colour for _, colour in MEANINGS]
+    axes.imshow(
+        matrix,
+        cmap=ListedColormap(colours),
+        vmin=0,
+        vmax=len(colours) - 1,
+        extent=(left, left + side, top + side, top),
+        aspect="auto",
+        interpolation="nearest",
     )
-    figure.text(MARGIN / wide, 1 - (MARGIN + 21) / high, settings + note, size=8, color=GREY)
-    key(figure, wide, high, sorted(set(matrix.flat)))
+    draw_lines(axes, left, top, cell, lattice.slots[shown])
+    for i in labelled:
+        # On a baseline, so that a full stop looks like one.
+        baseline = (i + 0.5) * cell + 0.28 * size
+        name = {"size": size, "parse_math": False}
+        axes.text(left - 3, top + baseline, texts[i], ha="right", **name)
+        turned = {"rotation": 90, "rotation_mode": "anchor"}
+        axes.text(left + baseline, top - 3, texts[i], **turned, **name)
+    axis = {"color": GREY, "size": 8}
+    axes.text(left, MARGIN + TITLE + 8, f"seen: the keys{unit}", **axis)
+    axes.text(
+        MARGIN + 6, top, f"looking: the queries{unit}", rotation=90, va="top", ha="center", **axis
+    )
+    draw_key(axes, MARGIN, top + side + KEY, sorted(set(matrix.flat)))
     return figure
 
 
-def labels(run: GenerationResult | Lattice, shown: np.ndarray) -> list[str]:
-    """The texts of the slots."""
+def slot_labels(run: GenerationResult | Lattice, first: int) -> list[str]:
+    """The texts of the slots from ``first`` on."""
     lattice = run if isinstance(run, Lattice) else run.lattice
-    texts = {
-        token.slot: label(token.text, token.id) for step in lattice.steps for token in step.tokens
-    }
-    for slot, id in enumerate(lattice.prompt_tokens):
-        if slot in shown:
-            text = "" if isinstance(run, Lattice) else run.vocabulary.text(id)
-            texts[slot] = label(text, id)
-    return [texts[slot] for slot in shown]
+    texts = []
+    for id in lattice.prompt_tokens[first:]:
+        texts.append(label("" if isinstance(run, Lattice) else run.vocabulary.text(id), id))
+    for step in lattice.steps:
+        texts.extend(label(token.text, token.id) for token in step.tokens)
+    # The tokens of the last step have no slot: nothing was computed from them.
+    return texts[: lattice.n_slots - first]
+
+
+def draw_lines(axes: Any, left: float, top: float, cell: float, slots: Slots) -> None:
+    """Pale lines between slots, dark ones around sets of several tokens and after the prompt."""
+    side, thickness = cell * len(slots), min(0.5, 0.07 * cell)
+    for i in range(1, len(slots)):
+        before, after = slots.step[i - 1], slots.step[i]
+        several = max(slots.set_size[i - 1], slots.set_size[i]) > 1
+        dark = before != after and (several or before < 0 <= after)
+        if not dark and cell < SMALLEST_LABELLED:
+            continue
+        style = {
+            "color": INK if dark else "white",
+            "linewidth": thickness,
+            "zorder": 3 if dark else 2,
+        }
+        axes.plot([left, left + side], [top + i * cell] * 2, **style)
+        axes.plot([left + i * cell] * 2, [top, top + side], **style)
+
+
+def draw_key(axes: Any, x: float, y: float, meanings: list[int]) -> None:
+    from matplotlib.patches import Rectangle
+
+    for meaning in meanings:
+        text, colour = MEANINGS[meaning]
+        axes.add_patch(Rectangle((x, y - 7), 9, 9, facecolor=colour, edgecolor=GREY, linewidth=0.4))
+        axes.text(x + 13, y, text, size=8, color=GREY)
+        x += 13 + 8 * width(text) + 16

@@ -2,16 +2,16 @@
 
 import json
 
+from tempo_mlx.models import gguf
+from tempo_mlx.models.loading import load, locate
+from tempo_mlx.models.recipes import recipes
+
 import mlx.core as mx
 import mlx_lm
 import pytest
 import regex
 from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step
-
-from tempo_mlx.models import gguf
-from tempo_mlx.models.loading import load, locate
-from tempo_mlx.models.recipes import recipes
 
 RECIPE = recipes()["smollm2-135m"]
 

@@ -1,17 +1,17 @@
 """Generation on the embedded model: greedy text, the oracle in every mode, isolation."""
 
-import mlx.core as mx
-import numpy as np
-import pytest
-from mlx_lm.generate import generate_step
-from mlx_lm.models.cache import make_prompt_cache
-
 from tempo_mlx import PositionedModel, generate
 from tempo_mlx.combining import COMBINE
 from tempo_mlx.decoding import SequenceState
 from tempo_mlx.lattice import Lattice
 from tempo_mlx.models import Capture
 from tempo_mlx.visibility import VISIBILITY
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_lm.generate import generate_step
+from mlx_lm.models.cache import make_prompt_cache
 
 PROMPTS = [
     "Once upon a time",

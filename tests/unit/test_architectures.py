@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from tempo_mlx.models import Capture, PositionedModel, UnsupportedModelError
+from tempo_mlx.models.architectures import EXACT
+from tests.tiny_models import KNOWN_STOCK_FAILURES, architectures, tiny_model
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
-
-from tempo_mlx.models import Capture, PositionedModel, UnsupportedModelError
-from tempo_mlx.models.architectures import EXACT
-from tests.tiny_models import KNOWN_STOCK_FAILURES, architectures, tiny_model
 
 TABLE = Path(__file__).parents[2] / "docs" / "architectures.md"
 TOLERANCE = 5e-4

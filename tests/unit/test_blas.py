@@ -7,10 +7,10 @@ import subprocess
 import sys
 from importlib import metadata
 
+from tempo_mlx import blas
+
 import numpy as np
 import pytest
-
-from tempo_mlx import blas
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="nothing is replaced elsewhere")
 installed = {distribution.name for distribution in metadata.distributions()}

@@ -1,13 +1,13 @@
 """BatchedKVCache against a NumPy array of slots, through random sequences of operations."""
 
+from tempo_mlx.models import BatchedKVCache
+from tempo_mlx.models.cache import BLOCK
+
 import mlx.core as mx
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from tempo_mlx.models import BatchedKVCache
-from tempo_mlx.models.cache import BLOCK
 
 H, D, LAYERS = 2, 4, 3
 

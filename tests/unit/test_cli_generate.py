@@ -8,10 +8,10 @@ import subprocess
 import sys
 import time
 
-import pytest
-
 from tempo_mlx import cli
 from tests.tiny_folder import save_tiny_model
+
+import pytest
 
 
 @pytest.fixture(scope="module")

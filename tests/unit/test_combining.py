@@ -1,12 +1,12 @@
 """Combining rules against NumPy in double precision."""
 
+from tempo_mlx.combining import COMBINE, combine
+
 import mlx.core as mx
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from tempo_mlx.combining import COMBINE, combine
 
 
 @st.composite

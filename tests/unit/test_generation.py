@@ -2,12 +2,6 @@
 
 import json
 
-import mlx.core as mx
-import numpy as np
-import pytest
-from mlx_lm.generate import generate_step
-from mlx_lm.models.cache import make_prompt_cache
-
 from tempo_mlx.combining import COMBINE, combine
 from tempo_mlx.decoding import SequenceState
 from tempo_mlx.generation import generate, stream_generate
@@ -18,6 +12,12 @@ from tempo_mlx.selection import NonFiniteLogitsError
 from tempo_mlx.visibility import VISIBILITY
 from tests.tiny_models import tiny_model
 from tests.tiny_tokenizer import TinyTokenizer
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_lm.generate import generate_step
+from mlx_lm.models.cache import make_prompt_cache
 
 PROMPT = [3, 14, 15, 9, 2, 6, 5, 35, 8, 9, 7, 9, 32]
 

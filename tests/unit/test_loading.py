@@ -6,6 +6,10 @@ import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
+from tempo_mlx.models.loading import ModelLoadError, load
+from tempo_mlx.models.recipes import RecipeError
+from tests.tiny_folder import save_tiny_model
+
 import huggingface_hub.constants
 import mlx.core as mx
 import mlx_lm
@@ -13,10 +17,6 @@ import mlx_lm.tuner.utils
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-
-from tempo_mlx.models.loading import ModelLoadError, load
-from tempo_mlx.models.recipes import RecipeError
-from tests.tiny_folder import save_tiny_model
 
 PROMPT = mx.array([[3, 40, 100, 7, 7, 90]])
 

@@ -2,16 +2,16 @@
 
 import itertools
 
-import mlx.core as mx
-import numpy as np
-import pytest
-from mlx_lm.models.cache import make_prompt_cache
-
 from tempo_mlx.generation import generate
 from tempo_mlx.models import PositionedModel
 from tempo_mlx.paths import best_paths
 from tests.tiny_models import tiny_model
 from tests.tiny_tokenizer import TinyTokenizer
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_lm.models.cache import make_prompt_cache
 
 PROMPT = [3, 14, 15, 9, 2, 6, 5, 35, 8, 9, 7, 9, 32]
 

@@ -2,12 +2,12 @@
 
 import itertools
 
+from tempo_mlx.posterior import backward, forward, posteriors, viterbi
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from tempo_mlx.posterior import backward, forward, posteriors, viterbi
 
 
 @st.composite

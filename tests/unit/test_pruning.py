@@ -1,11 +1,5 @@
 """Pruning: decisions by their properties, runs by the oracle, a case whose answer is known."""
 
-import mlx.core as mx
-import numpy as np
-import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-
 from tempo_mlx.decoding import SequenceState
 from tempo_mlx.generation import generate
 from tempo_mlx.hindsight import Hindsight
@@ -17,6 +11,12 @@ from tempo_mlx.settings import WEIGHTINGS, Settings
 from tempo_mlx.visibility import VISIBILITY
 from tests.tiny_models import tiny_model
 from tests.tiny_tokenizer import TinyTokenizer
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 PROMPT = [3, 14, 15, 9, 2, 6, 5, 35, 8, 9, 7, 9, 32]
 

@@ -8,11 +8,6 @@ import threading
 from dataclasses import replace
 from pathlib import Path
 
-import mlx.core as mx
-import mlx_lm
-import numpy as np
-import pytest
-
 from tempo_mlx.models import gguf, package_index, recipes
 from tempo_mlx.models.recipes import RecipeError, prepare
 from tests.fake_index import (
@@ -26,6 +21,11 @@ from tests.fake_index import (
     serve,
     tiny_llama,
 )
+
+import mlx.core as mx
+import mlx_lm
+import numpy as np
+import pytest
 
 INDEX_VARIABLES = ("PIP_INDEX_URL", "UV_DEFAULT_INDEX", "UV_INDEX_URL")
 

@@ -1,11 +1,11 @@
 """Schedules against their formulas and properties."""
 
+from tempo_mlx.schedules import Bezier, Constant, Relu, interpolate, parse_schedule
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from tempo_mlx.schedules import Bezier, Constant, Relu, interpolate, parse_schedule
 
 unit = st.floats(0, 1)
 

@@ -1,12 +1,12 @@
 """Selection: what is kept, in which order, and how it is drawn."""
 
+from tempo_mlx.selection import Candidates, NonFiniteLogitsError, gumbel_top_k, keep, most_probable
+
 import mlx.core as mx
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from tempo_mlx.selection import Candidates, NonFiniteLogitsError, gumbel_top_k, keep, most_probable
 
 
 @st.composite

@@ -1,9 +1,9 @@
 """Settings say what is wrong with them: argument, value, range."""
 
-import pytest
-
 from tempo_mlx.schedules import Bezier
 from tempo_mlx.settings import Settings
+
+import pytest
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,6 @@
 
 import functools
 
-import mlx.core as mx
-import mlx.nn as nn
-import numpy as np
-import pytest
-from mlx.utils import tree_flatten
-from mlx_lm.models.cache import make_prompt_cache
-
 from tests.tiny_configs import VOCAB
 from tests.tiny_models import (
     KNOWN_STOCK_FAILURES,
@@ -19,6 +12,13 @@ from tests.tiny_models import (
     tiny_model,
     window_fields,
 )
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.models.cache import make_prompt_cache
 
 PROMPT_LENGTH = 14
 TOLERANCE = 1e-4

@@ -1,12 +1,12 @@
 """Visibility rules against the definitions, slot by slot."""
 
+from tempo_mlx.lattice import Lattice
+from tempo_mlx.visibility import VISIBILITY, attention_mask, may_attend
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from tempo_mlx.lattice import Lattice
-from tempo_mlx.visibility import VISIBILITY, attention_mask, may_attend
 
 
 @st.composite

@@ -1,0 +1,133 @@
+"""``tempo-mlx schedule``: the curve of a schedule, in the terminal and as a picture."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ..plots import check_plot, plot_schedule
+from ..schedules import check_range, parse_schedule
+
+#: Rows of the curve in the terminal, an odd number: half the base has a row of its own.
+ROWS = 13
+
+#: Columns of the curve; beyond the most, it is no easier to read.
+FEWEST_COLUMNS, MOST_COLUMNS = 10, 100
+
+#: Bits of the dots of a Braille character, [row][column], over U+2800.
+DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
+
+
+def register(app: typer.Typer) -> None:
+    app.command("schedule")(schedule)
+
+
+def schedule(
+    schedule: Annotated[
+        str,
+        typer.Argument(
+            metavar="SCHEDULE",
+            help="constant, bezier(p1,p2) with p1, p2 in [0, 1], or relu(activation) with "
+            "activation in [0, 1). Quote it: the shell reads parentheses.",
+        ),
+    ],
+    steps: Annotated[int, typer.Option("--steps", "-n", help="Steps of the run, at least 1.")] = 50,
+    base: Annotated[
+        float,
+        typer.Option(metavar="THRESHOLD", help="Threshold where the curve is 1, in (0, 1]."),
+    ] = 1.0,
+    values: Annotated[
+        bool, typer.Option("--values", help="Print the threshold of every step as a table.")
+    ] = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="Save the curve as a picture: .png, .svg or .pdf. Needs Matplotlib."),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the values as JSON and nothing else.")
+    ] = False,
+) -> None:
+    """Show how a schedule moves a threshold over a run.
+
+    The threshold at a step is base x f(t), t = step / steps. The steps of a run count from 0, so
+    that the last value, at t = 1, is where the curve ends and the run has ended just before.
+    """
+    curve = parse_schedule(schedule)
+    if steps < 1:
+        raise ValueError(f"--steps must be at least 1, got {steps}")
+    check_range("--base", base, 0.0, 1.0, low_open=True)
+    if plot is not None:
+        check_plot(plot)
+    found = [(step, step / steps, base * curve(step / steps)) for step in range(steps + 1)]
+    if as_json:
+        entries = [{"step": step, "t": t, "threshold": value} for step, t, value in found]
+        data = {"schedule": str(curve), "steps": steps, "base": base, "values": entries}
+        typer.echo(json.dumps(data, indent=1))
+    else:
+        console = Console(highlight=False, soft_wrap=True)
+        console.print(Text(f"threshold = {base:g} x {curve}", style="bold"))
+        print_curve(curve, steps, base, console)
+        if values:
+            console.print(table(found))
+    if plot is not None:
+        plot_schedule(curve, steps, base, plot)
+        Console(stderr=True, highlight=False).print(f"written: {plot}", style="dim")
+
+
+def print_curve(curve: Callable[[float], float], steps: int, base: float, console: Console) -> None:
+    """The curve between its axes, as wide as the console."""
+    fine = "utf" in console.encoding.lower()
+    corner, level, upright = "└─│" if fine else "+-|"
+    marks = {0: f"{base:g}", ROWS // 2: f"{base / 2:g}", ROWS - 1: "0"}
+    margin = max(len(mark) for mark in marks.values())
+    room = console.width - margin - 2
+    columns = max(FEWEST_COLUMNS, min(MOST_COLUMNS, room))
+    for row, line in enumerate(draw(curve, columns, ROWS, fine)):
+        axis = f"{marks.get(row, ''):>{margin}} {upright}"
+        console.print(Text.assemble((axis, "dim"), (line, "cyan")))
+    console.print(Text(f"{'':{margin}} {corner}{level * columns}", style="dim"))
+    end = str(steps)
+    ticks = f"0{'step':^{columns - 1 - len(end)}}{end}"
+    console.print(Text(f"{'':{margin}}  {ticks}", style="dim"))
+
+
+def draw(curve: Callable[[float], float], columns: int, rows: int, fine: bool) -> list[str]:
+    """The curve as lines of characters, the topmost first.
+
+    Args:
+        curve: values in [0, 1] over [0, 1].
+        columns, rows: characters.
+        fine: eight dots to a character, in Braille; otherwise one asterisk.
+    """
+    across, down = (2, 4) if fine else (1, 1)
+    width, height = columns * across, rows * down
+    levels = [round(curve(x / (width - 1)) * (height - 1)) for x in range(width)]
+    cells = [[0] * columns for _ in range(rows)]
+    for x, level in enumerate(levels):
+        before = levels[max(0, x - 1)]
+        # Where it is steep, dots above or below join it to the column before.
+        for y in range(min(level, before + 1), max(level, before - 1) + 1):
+            row, dot = divmod(height - 1 - y, down)
+            cells[row][x // across] |= DOTS[dot][x % across]
+    return ["".join(character(bits, fine) for bits in line).rstrip() for line in cells]
+
+
+def character(dots: int, fine: bool) -> str:
+    if not dots:
+        return " "
+    return chr(0x2800 + dots) if fine else "*"
+
+
+def table(values: list[tuple[int, float, float]]) -> Table:
+    """Steps, moments and thresholds."""
+    found = Table(box=None)
+    for name in ("step", "t", "threshold"):
+        found.add_column(name, justify="right")
+    for step, t, value in values:
+        found.add_row(str(step), f"{t:.3f}", f"{value:.4f}")
+    return found
