@@ -11,7 +11,7 @@ from .paths import Path, best_paths
 from .posterior import viterbi
 from .settings import Settings
 from .tokens import Vocabulary
-from .verification import Verification
+from .verification import Verification, received_attention
 
 #: Version of the dictionary that :meth:`GenerationResult.to_dict` returns.
 SCHEMA = 1
@@ -89,6 +89,14 @@ class GenerationResult:
             paths = [Path(self.vocabulary.decode(ids), ids, logprob) for ids, logprob in found]
             self._paths = (made, paths)
         return self._paths[1][:k]
+
+    def received_attention(self) -> dict[int, np.ndarray]:
+        """Attention that each step's rows paid to each slot, [S], by one more pass.
+
+        Raises:
+            UnsupportedModelError: if the model's attention cannot be captured.
+        """
+        return received_attention(self.model, self.lattice, self.settings)
 
     def chain(self) -> Path:
         """The best chain through the transitions that the run saw, without another pass.

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -361,7 +361,7 @@ def weight_bytes(model: nn.Module) -> int:
     Of an embedding table that is no output layer, a step reads a few rows, which do not count. Of
     a mixture of experts all experts count, though a step of few tokens does not read all.
     """
-    total = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+    total = _nbytes(model)
     modules = model.modules()
     outputs = {
         module.weight.shape[0]
@@ -371,8 +371,13 @@ def weight_bytes(model: nn.Module) -> int:
     for module in modules:
         if isinstance(module, nn.Embedding | nn.QuantizedEmbedding):
             untied = module.weight.shape[0] in outputs
-            total -= untied * sum(array.nbytes for _, array in tree_flatten(module.parameters()))
+            total -= untied * _nbytes(module)
     return total
+
+
+def _nbytes(module: nn.Module) -> int:
+    parameters = cast(list[tuple[str, mx.array]], tree_flatten(module.parameters()))
+    return sum(array.nbytes for _, array in parameters)
 
 
 def prompt_of(tokenizer: Any, length: int) -> list[int]:

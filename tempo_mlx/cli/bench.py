@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import mlx.core as mx
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -281,7 +282,7 @@ def print_setting(model: str, setting: dict[str, Any], console: Console) -> None
     versions = ", ".join(f"{name} {version}" for name, version in setting["versions"].items())
     console.print(
         f"{model} ({setting['architecture']}, {setting['dtype']}) on {setting['device']}\n"
-        f"{versions}, BLAS {setting['blas']}\n"
+        f"{versions}, BLAS {escape(setting['blas'])}\n"
         f"{setting['prompt_tokens']} prompt tokens, {setting['max_tokens']} steps, "
         f"{setting['rounds']} rounds; median [quartiles]"
     )

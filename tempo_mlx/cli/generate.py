@@ -16,6 +16,7 @@ from ..files import check_writable, write_atomically
 from ..generation import stream_generate
 from ..lattice import Step
 from ..models import load
+from ..plots import check_plot, plot_lattice, plot_mask
 from ..pruning import (
     DECISIONS,
     LAYER_WEIGHTS,
@@ -207,10 +208,10 @@ def generate(
         typer.Option("--explain", help="Print every verdict: set, scores, threshold, pruned."),
     ] = False,
     plot: Annotated[
-        Path | None,
+        list[Path] | None,
         typer.Option(
-            help="Draw the lattice into this file (.svg, .png, .pdf); with 'mask' in its name, "
-            "who saw whom."
+            help="Draw the lattice into this file (.svg, .png, .pdf); where its name begins with "
+            "'mask', who saw whom. Repeatable."
         ),
     ] = None,
     plot_attention: Annotated[
@@ -287,9 +288,14 @@ def generate(
         raise ValueError(f"--paths must be at least 0, got {paths}")
     if output is not None:
         check_writable("--output", output)
+    for picture in plot or ():
+        check_plot(picture)
     text = read_prompt(prompt if prompt is not None else prompt_option, prompt_file)
     if system_prompt is not None and not chat:
         raise ValueError("--system-prompt is used by the chat template; add --chat")
+
+    if plot_attention and not plot:
+        raise ValueError("--plot-attention draws into the picture of --plot; name one")
 
     out, notes = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False)
     if quiet:
@@ -366,6 +372,18 @@ def generate(
     if output is not None:
         write_atomically(output, json.dumps(data, ensure_ascii=False, indent=1) + "\n")
         notes.print(f"written: {output}", style="dim")
+    for picture in plot or ():
+        if picture.name.startswith("mask"):
+            plot_mask(result, settings.visibility, picture)
+        else:
+            chain = result.paths(1)[0].tokens if result.lattice.sets else None
+            plot_lattice(
+                result,
+                picture,
+                best=chain,
+                attention=result.received_attention() if plot_attention else None,
+            )
+        notes.print(f"drawn: {picture}", style="dim")
     if interrupted:
         raise KeyboardInterrupt
 

@@ -54,8 +54,8 @@ def schedule(
 ) -> None:
     """Show how a schedule moves a threshold over a run.
 
-    The threshold at a step is base x f(t), t = step / steps. The steps of a run count from 0, so
-    that the last value, at t = 1, is where the curve ends and the run has ended just before.
+    The threshold at a step is base x f(t), t = step / steps. The steps of a run count from 0: it
+    ends one step before t = 1, the last value shown.
     """
     curve = parse_schedule(schedule)
     if steps < 1:

@@ -1,0 +1,267 @@
+"""The benches report what they say they report; how fast anything is, is not tested."""
+
+import itertools
+import json
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from tempo_mlx import generate
+from tempo_mlx.bench import decode, timing
+from tempo_mlx.bench.decode import SINGLE, STOCK, bench_decode, long_run, timed, weight_bytes
+from tempo_mlx.bench.timing import Spread, alternate, copy_bandwidth, ratio
+from tempo_mlx.random_models import Letters, random_model
+from tests.tiny_folder import save_tiny_model
+
+
+class StreamingLetters(Letters):
+    """Also what mlx-lm's own generation asks of a tokenizer."""
+
+    eos_token_ids = {0, 1, 2, 3}
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that each test sets; time passes only when the test says so."""
+
+    class Clock:
+        now = 0.0
+
+        def perf_counter(self):
+            return self.now
+
+    clock = Clock()
+    monkeypatch.setattr(decode, "time", clock)
+    monkeypatch.setattr(timing, "time", clock)
+    return clock
+
+
+def test_variants_take_turns_and_the_first_round_does_not_count():
+    order = []
+    counter = itertools.count()
+
+    def variant(name):
+        def run():
+            order.append(name)
+            return next(counter)
+
+        return run
+
+    taken = alternate({name: variant(name) for name in "abc"}, rounds=3)
+    assert "".join(order) == "abccbaabccba"
+    assert taken == {"a": [5, 6, 11], "b": [4, 7, 10], "c": [3, 8, 9]}
+    with pytest.raises(ValueError, match="rounds must be at least 1, got 0"):
+        alternate({}, rounds=0)
+
+
+def test_spread_is_median_and_quartiles():
+    assert Spread.of([5, 1, 2, 4, 3]) == Spread(3, 2, 4)
+    assert Spread(4, 2, 5).scaled(10) == Spread(40, 20, 50)
+    assert Spread(4, 2, 5).inverse() == Spread(1 / 4, 1 / 5, 1 / 2)
+
+
+def test_ratios_are_paired():
+    # The machine was ten times slower in the second round, for both.
+    assert ratio([2, 20, 2], [1, 10, 1]) == Spread(2, 2, 2)
+
+
+def test_copy_counts_bytes_read_and_written(clock, monkeypatch):
+    evaluate = mx.eval
+
+    def taking_half_a_second(*arrays):
+        evaluate(*arrays)
+        clock.now += 0.5
+
+    monkeypatch.setattr(timing.mx, "eval", taking_half_a_second)
+    assert copy_bandwidth(n_bytes=1 << 20) == 2 * (1 << 20) / 0.5
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "qwen3_moe"])
+@pytest.mark.parametrize("quantised", [False, True])
+def test_weight_bytes_are_the_parameters_without_an_untied_embedding(name, quantised):
+    model = random_model(name)
+    if quantised:
+        nn.quantize(model, group_size=32, bits=4)
+    parameters = dict(tree_flatten(model.parameters()))
+    embedding = [path for path in parameters if "embed_tokens" in path]
+    assert embedding
+    tied = not any(path.startswith("lm_head") for path in parameters)
+    assert tied == (name == "gemma3_text")
+    expected = sum(
+        array.nbytes for path, array in parameters.items() if tied or path not in embedding
+    )
+    assert weight_bytes(model) == expected
+
+
+def test_a_run_is_the_median_of_its_steps_after_the_warm_up(clock):
+    def steps():
+        for seconds in (100, 50, 9, 2, 3, 4):
+            clock.now += seconds
+            yield [7, 8]
+
+    run = timed(steps(), 2)
+    # The first entry holds the prompt, the next two are steps that warm up.
+    assert run.step_seconds == 3
+    assert run.tokens.tolist() == [[7, 8]] * 6
+    with pytest.raises(ValueError, match="3 tokens"):
+        timed(steps(), 3)
+
+
+def test_memory_of_a_run_is_its_own():
+    def steps(size):
+        held = mx.zeros(size, mx.uint8)
+        mx.eval(held)
+        for _ in range(5):
+            yield [1]
+
+    large = timed(steps(1 << 26), 1).peak_bytes
+    small = timed(steps(1 << 20), 1).peak_bytes
+    assert (1 << 26) <= large and small < (1 << 26)
+
+
+def test_long_run_takes_turns_and_reports_seconds_for_each_step(clock):
+    def side(seconds):
+        for step in itertools.count():
+            clock.now += seconds * (1 + step // 20)
+            yield [0]
+
+    found = long_run({STOCK: side(1.0), SINGLE: side(2.0)}, steps=100)
+    assert found.block == 10
+    assert found.stock == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+    assert found.ours == [2 * seconds for seconds in found.stock]
+    # Both slow down alike.
+    assert found.target.value == 1 and found.target.met
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory):
+    from tempo_mlx import load
+
+    return load(save_tiny_model(tmp_path_factory.mktemp("bench") / "tiny"))
+
+
+@pytest.fixture(scope="module")
+def report(loaded):
+    model, tokenizer = loaded
+    return bench_decode(
+        model,
+        tokenizer,
+        prompt_tokens=11,
+        max_tokens=6,
+        rounds=1,
+        siblings=(1, 3),
+        long_steps=10,
+        model_name="tiny",
+    )
+
+
+def test_variants_decode_as_many_steps_of_the_width_that_they_name(loaded, monkeypatch):
+    model, tokenizer = loaded
+    runs = {}
+    alternate_ = decode.alternate
+
+    def kept(variants, rounds, progress):
+        runs.update(alternate_(variants, rounds, progress))
+        return runs
+
+    monkeypatch.setattr(decode, "alternate", kept)
+    bench_decode(model, tokenizer, prompt_tokens=9, max_tokens=6, rounds=1, siblings=(1, 2, 5))
+    shapes = {name: taken[0].tokens.shape for name, taken in runs.items()}
+    assert shapes == {
+        "mlx-lm": (6, 1),
+        "threshold 1": (6, 1),
+        "1 sibling": (6, 1),
+        "2 siblings": (6, 2),
+        "5 siblings": (6, 5),
+    }
+    # Greedy decoding, three times over.
+    stock = runs["mlx-lm"][0].tokens
+    np.testing.assert_array_equal(stock, runs["threshold 1"][0].tokens)
+    np.testing.assert_array_equal(stock, runs["1 sibling"][0].tokens)
+
+
+def test_end_tokens_do_not_cut_runs_short(loaded):
+    model, tokenizer = loaded
+    prompt = decode.prompt_of(tokenizer, 9)
+    first = generate(model, tokenizer, prompt, threshold=1.0, max_tokens=3).lattice.sets[0][0].id
+    ending = decode.without_end(tokenizer)
+    ending.eos_token_ids = {first}
+    assert len(generate(model, ending, prompt, threshold=1.0, max_tokens=3).lattice) == 0
+    found = bench_decode(model, ending, prompt_tokens=9, max_tokens=6, rounds=1, siblings=(2,))
+    assert [m.slots for m in found.measured] == [9 + 6, 9 + 6, 9 + 12]
+    assert ending.eos_token_ids == {first}
+
+
+def test_numbers_follow_from_the_times(report, loaded):
+    model, _ = loaded
+    assert report.weight_bytes == weight_bytes(model)
+    stock, single, one, three = report.measured
+    assert [m.slots for m in report.measured] == [17, 17, 17, 11 + 18]
+    for m in report.measured:
+        seconds = m.step_seconds.median
+        assert m.steps_per_second.median == pytest.approx(1 / seconds)
+        assert m.tokens_per_second.median == pytest.approx(m.siblings / seconds)
+        assert m.weight_bandwidth == pytest.approx(report.weight_bytes / seconds)
+        assert m.time_to_stock.median == pytest.approx(seconds / stock.step_seconds.median)
+        assert m.time_to_single.median == pytest.approx(seconds / single.step_seconds.median)
+        assert m.peak_bytes > report.weight_bytes
+    assert (one.siblings, three.siblings) == (1, 3)
+
+
+def test_report_is_json_and_targets_are_those_that_were_measured(report):
+    data = json.loads(json.dumps(report.to_dict()))
+    assert data["schema"] == 1 and data["model"] == "tiny"
+    assert {"device", "dtype", "prompt_tokens", "max_tokens", "rounds", "versions", "blas"} <= set(
+        data
+    )
+    assert [run["name"] for run in data["runs"]] == [
+        "mlx-lm", "threshold 1", "1 sibling", "3 siblings",
+    ]  # fmt: skip
+    assert len(data["long"]["stock"]) == len(data["long"]["ours"]) == 10
+    # A step of eight siblings was not measured, so nothing is said about it.
+    assert [target["wanted"] for target in data["targets"]] == [0.97, 1.05, 1.05]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompt_tokens": 0}, "prompt_tokens must be at least 1, got 0"),
+        ({"max_tokens": 3}, "max_tokens must be at least 4, got 3"),
+        ({"siblings": (1, 0)}, r"siblings must be at least 1, got \[1, 0\]"),
+        ({"rounds": 0}, "rounds must be at least 1, got 0"),
+        ({"long_steps": 300}, "300 steps exceed the model's context of 256"),
+    ],
+)
+def test_bad_arguments_are_named(loaded, arguments, message):
+    model, tokenizer = loaded
+    with pytest.raises(ValueError, match=message):
+        bench_decode(model, tokenizer, **arguments)
+
+
+def test_command_prints_a_table_and_writes_the_report(tmp_path, monkeypatch, capsys):
+    import sys
+
+    from tempo_mlx import cli
+
+    folder = save_tiny_model(tmp_path / "tiny")
+    output = tmp_path / "bench.json"
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["tempo-mlx", "bench", "decode", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit:
+            cli.main()
+        out, err = capsys.readouterr()
+        return exit.value.code, out, err
+
+    common = ("--model", folder, "-m", 5, "-n", 1, "-p", 8)
+    code, out, err = run(*common, "--siblings", "8", "--dtype", "float16", "-o", output)
+    assert (code, err) == (0, "")
+    assert "8 siblings" in out and "mlx-lm" in out and "float16" in out
+    assert json.loads(output.read_text())["dtype"] == "float16"
+    code, _, err = run(*common, "--siblings", "1,x")
+    assert code == 2 and "--siblings must be integers" in err and err.count("\n") == 1
+    code, _, err = run(*common, "--dtype", "int8")
+    assert code == 2 and "--dtype must be one of" in err
