@@ -125,6 +125,22 @@ def bad_inputs(folder, tmp_path):
         "output is a folder": ([*common, "-o", str(tmp_path)], ["--output", "folder"]),
         "prompt file": (["--prompt-file", str(tmp_path / "no.txt")], ["no.txt"]),
         "adapter": ([*common, "--adapter-path", str(tmp_path / "none")], ["adapter"]),
+        "rule": ([*common, "--prune", "best"], ["rule", "best", "posterior"]),
+        "prune threshold": (
+            [*common, "--prune", "posterior", "--prune-threshold", "2"],
+            ["threshold", "2", "[0, 1]"],
+        ),
+        "control points": (
+            [*common, "--prune", "posterior", "--prune-schedule", "bezier(3,0)"],
+            ["p1", "3", "[0, 1]"],
+        ),
+        "layers": (
+            [*common, "--prune", "attention", "--prune-layers", "0,9"],
+            ["layers", "9", "0 to 1"],
+        ),
+        "layer list": ([*common, "--prune", "attention", "--prune-layers", "x"], ["layers", "x"]),
+        "weighting": ([*common, "--weighting", "some"], ["weighting", "some"]),
+        "plot": ([*common, "--plot", str(tmp_path / "x.bmp")], ["--plot", ".svg"]),
         "paths": ([*common, "--paths", "-1"], ["paths", "-1"]),
     }
 
@@ -137,6 +153,33 @@ def test_bad_input_is_one_line_and_exit_code_2(run, folder, tmp_path, monkeypatc
         assert err.count("\n") == 1 and err.startswith("tempo-mlx: error: "), (name, err)
         assert all(word in err for word in words), (name, err)
         assert "Traceback" not in err + out, name
+
+
+def test_defaults_prune_something_and_show_it(run, folder):
+    common = ("generate", "hello", "--model", folder, "--threshold", 0.02, "-m", 12)
+    code, out, _ = run(*common, "--prune", "posterior", "--explain")
+    assert code == 0 and re.search(r"^pruned: .*~[^~]+~", out, re.MULTILINE)
+    assert "threshold" in out and "kept" in out
+
+
+@pytest.mark.parametrize("rule", ["attention", "posterior", "probability", "random"])
+def test_every_rule_and_weighting_runs_and_verifies(run, folder, rule):
+    common = ("generate", "hello", "--model", folder, "--threshold", 0.02, "-m", 12, "--verify")
+    for weighting in ("none", "prior", "posterior"):
+        options = ("--prune", rule, "--weighting", weighting, "--prune-schedule", "constant")
+        code, _, err = run(*common, *options)
+        assert code == 0
+        assert float(re.search(r"largest difference (\S+) of", err)[1]) < 1e-3
+
+
+def test_plot_draws_the_lattice_and_the_mask(run, folder, tmp_path):
+    pytest.importorskip("matplotlib")
+    lattice, mask = tmp_path / "lattice.svg", tmp_path / "mask.png"
+    arguments = ("--model", folder, "--threshold", 0.02, "-m", 6, "--plot-attention")
+    code, _, _ = run("generate", "hello", *arguments, "--plot", lattice, "--plot", mask)
+    assert code == 0
+    assert lattice.read_text().lstrip().startswith("<?xml")
+    assert mask.read_bytes().startswith(b"\x89PNG")
 
 
 def test_ctrl_c_prints_and_saves_what_is_there(folder, tmp_path):
