@@ -105,19 +105,23 @@ def main(
     prompts: Annotated[int, typer.Option(help="Prompts of scripts/prompts.txt, 2 to 100.")] = 20,
     tokens: Annotated[int, typer.Option(help="Steps of each run.")] = 20,
     threshold: Annotated[float, typer.Option(help="Selection threshold.")] = 0.1,
-    keep_rate: Annotated[float, typer.Option(help="Share of set tokens that quotas keep.")] = 0.75,
+    keep_rate: Annotated[float, typer.Option(help="Share of set tokens that quotas keep.")] = 0.5,
     runs: Annotated[Path, typer.Option(help="File that keeps the runs.")] = Path("pruning.jsonl"),
     only: Annotated[str, typer.Option(help="Only modes whose name contains this.")] = "",
 ) -> None:
     """Compare pruning rules on the best text of their lattices."""
     texts = PROMPTS.read_text().splitlines()[:prompts]
     language_model, tokenizer = load(model)
+
+    def setting(mode: str) -> list[Any]:
+        """What a run depends on besides its mode and prompt."""
+        return [model, tokens, threshold, keep_rate if "quota" in mode else None]
+
     done: dict[tuple[str, str], dict[str, float]] = {}
-    setting = [model, tokens, threshold, keep_rate]
     if runs.exists():
         for line in runs.read_text().splitlines():
             run = json.loads(line)
-            if run["setting"] == setting:
+            if run["setting"] == setting(run["mode"]):
                 done[run["mode"], run["prompt"]] = run["measured"]
     chosen = [m for m in modes(threshold, keep_rate) if only in m.name or m.name == "greedy"]
     todo = [(m, p) for p in texts for m in chosen if (m.name, p) not in done]
@@ -125,7 +129,8 @@ def main(
         for mode, prompt in track(todo, "Decoding", console=Console(stderr=True), disable=not todo):
             measured = measure(language_model, tokenizer, prompt, tokens, mode)
             done[mode.name, prompt] = measured
-            row = {"setting": setting, "mode": mode.name, "prompt": prompt, "measured": measured}
+            row = {"setting": setting(mode.name), "mode": mode.name, "prompt": prompt}
+            row["measured"] = measured
             print(json.dumps(row), file=file, flush=True)
 
     print(f"{len(texts)} prompts x {tokens} tokens, threshold {threshold}, {model}")

@@ -8,7 +8,16 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from tempo_mlx.models.loading import load  # noqa: E402
 
+import mlx.core as mx  # noqa: E402
 import pytest  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def uncompiled():
+    """On a CPU, mx.compile takes a C++ compiler to each model's functions: minutes in all."""
+    mx.disable_compile()
+    yield
+    mx.enable_compile()
 
 
 @pytest.fixture(scope="session")

@@ -34,6 +34,9 @@ NEARLY_ONE = 1 - 1e-9
 #: Steps at the start of a run whose times are dropped: buffers grow and caches warm up.
 WARM_UP = 2
 
+#: Blocks of a long run.
+LONG_BLOCKS = 10
+
 #: What the targets ask for.
 MIN_SPEED_RATIO = 0.97
 MAX_MEMORY_RATIO = 1.05
@@ -244,8 +247,8 @@ def bench_decode(
         raise ValueError(f"max_tokens must be at least {WARM_UP + 2}, got {max_tokens}")
     if not siblings or min(siblings) < 1:
         raise ValueError(f"siblings must be at least 1, got {list(siblings)}")
-    if long_steps and long_steps < 2:
-        raise ValueError(f"long_steps must be 0 or at least 2, got {long_steps}")
+    if long_steps and long_steps < 2 * LONG_BLOCKS:
+        raise ValueError(f"long_steps must be 0 or at least {2 * LONG_BLOCKS}, got {long_steps}")
     needed = prompt_tokens + max(max_tokens, long_steps)
     if positioned.context_length is not None and needed > positioned.context_length:
         raise ValueError(
@@ -336,12 +339,12 @@ def long_run(
 
     Args:
         sides: the generations named :data:`STOCK` and :data:`SINGLE`.
-        steps: of each, at least 2; in ten blocks, or in as many as there are steps.
+        steps: of each, at least two for each of the :data:`LONG_BLOCKS` blocks.
         progress: called with the name of a side before each of its blocks.
     """
-    block = max(1, steps // 10)
+    block = steps // LONG_BLOCKS
     seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for turn in range(steps // block):
+    for turn in range(LONG_BLOCKS):
         for name in sorted(sides, key=list(sides).index, reverse=turn % 2 == 1):
             if progress is not None:
                 progress(name)

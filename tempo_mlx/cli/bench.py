@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from ..bench.decode import Report, Target, bench_decode
+from ..bench.decode import LONG_BLOCKS, Report, Target, bench_decode
 from ..bench.pruning import bench_pruning
 from ..bench.timing import Spread
 from ..files import check_writable, write_atomically
@@ -34,11 +34,6 @@ bench = typer.Typer(
 
 def register(app: typer.Typer) -> None:
     app.add_typer(bench)
-
-
-@bench.callback()
-def group() -> None:
-    """Keeps `decode` a command of its own where it is the only one."""
 
 
 @bench.command("decode")
@@ -84,8 +79,8 @@ def decode(
         bool,
         typer.Option(
             "--long",
-            help=f"Also decode {LONG_STEPS} steps on both sides and print the time per step in ten "
-            "blocks: a rise beyond mlx-lm's is not attention over more slots.",
+            help=f"Also decode {LONG_STEPS} steps on both sides and print the time per step in "
+            f"{LONG_BLOCKS} blocks: a rise beyond mlx-lm's is not attention over more slots.",
         ),
     ] = False,
     output: Annotated[
@@ -107,7 +102,7 @@ def decode(
     language_model, tokenizer = load(model)
     if dtype is not None:
         language_model.set_dtype(DTYPES[dtype])
-    blocks = 2 * 10 if long else 0
+    blocks = 2 * LONG_BLOCKS if long else 0
     with ticking((rounds + 1) * (2 + len(widths)) + blocks) as tick:
         report = bench_decode(
             language_model,
@@ -281,10 +276,10 @@ def print_setting(model: str, setting: dict[str, Any], console: Console) -> None
     """What was measured, on what, and how."""
     versions = ", ".join(f"{name} {version}" for name, version in setting["versions"].items())
     console.print(
-        f"{model} ({setting['architecture']}, {setting['dtype']}) on {setting['device']}\n"
+        f"{escape(model)} ({setting['architecture']}, {setting['dtype']}) on {setting['device']}\n"
         f"{versions}, BLAS {escape(setting['blas'])}\n"
         f"{setting['prompt_tokens']} prompt tokens, {setting['max_tokens']} steps, "
-        f"{setting['rounds']} rounds; median [quartiles]"
+        f"{setting['rounds']} rounds; median \\[quartiles]"
     )
 
 

@@ -63,6 +63,10 @@ def load(
     model = _load_model(folder, config["model_type"], lazy)
     if adapter_path is not None:
         model = _load_adapters(model, Path(adapter_path))
+    # What results call the model: a recipe with its variant, a folder, or a Hub id.
+    path = Path(path_or_hf_repo)
+    is_recipe = str(path_or_hf_repo).partition("/")[0] in recipes() and not path.exists()
+    model.loaded_as = "/".join(folder.parts[-2:]) if is_recipe else str(path_or_hf_repo)
     return model, _load_tokenizer(folder, config, tokenizer_config)
 
 

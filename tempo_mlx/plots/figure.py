@@ -1,5 +1,6 @@
 """What every picture needs: Matplotlib where it is there, one look, and files that are whole."""
 
+from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
@@ -129,9 +130,9 @@ def cut(text: str, room: float, bold: bool = False) -> str:
     """The text, or as much of it as the room holds, in multiples of the font size."""
     if width(text, bold) <= room:
         return text
-    while width(text + "…", bold) > room:
-        text = text[:-1]
-    return text + "…"
+    lengths = range(len(text) + 1)
+    fitting = bisect_right(lengths, room, key=lambda length: width(text[:length] + "…", bold))
+    return text[: max(0, fitting - 1)] + "…"
 
 
 def unusual(settings: Settings) -> list[str]:

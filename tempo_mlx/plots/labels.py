@@ -8,7 +8,7 @@ from functools import cache
 FONTS = ("DejaVu Sans", "Arial Unicode MS", "Noto Sans CJK JP", "Noto Sans CJK SC")
 
 BEFORE_WORD = "·"
-WHITESPACE = {"\n": "⏎", "\t": "⇥", "\r": "␍"}
+WHITESPACE = {"\n": "⏎", "\t": "⇥"}
 
 #: What a tokenizer decodes bytes to that are only a part of a character.
 PARTIAL = "\ufffd"

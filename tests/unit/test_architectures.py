@@ -19,6 +19,8 @@ import numpy as np
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
 
+pytestmark = pytest.mark.usefixtures("uncompiled")
+
 TABLE = Path(__file__).parents[2] / "docs" / "architectures.md"
 TOLERANCE = 5e-4
 PROMPT_LENGTH = 14

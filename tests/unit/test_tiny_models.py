@@ -31,12 +31,7 @@ RUNNING = [name for name in architectures() if name not in KNOWN_STOCK_FAILURES]
 WINDOWED = [(name, field) for name in RUNNING for field in window_fields(name)]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def uncompiled():
-    """On a CPU, mx.compile takes a C++ compiler to each model's functions: minutes in all."""
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
+pytestmark = pytest.mark.usefixtures("uncompiled")
 
 
 def text(length: int = PROMPT_LENGTH + 1) -> mx.array:
