@@ -215,28 +215,22 @@ def run(
                     found = repaired(fallen)
                     kept = keep(found, threshold, settings.max_parallel, vocabulary.end_tokens)
                     kept = kept.with_rows([t.pruned_at is None for t in lattice.steps[-1].tokens])
-                    hindsight.select(kept.probabilities, kept.transitions, again=True)
+                    if len(kept.ids):
+                        hindsight.select(kept.probabilities, kept.transitions, again=True)
             if not settings.always_single:
                 queries = lattice.reserve(len(kept.ids), step)
-            record = Step(
-                step,
-                length + step,
-                threshold,
-                [
-                    Token(int(id), vocabulary.text(int(id)), float(p), int(slot))
-                    for id, p, slot in zip(
-                        kept.ids, kept.probabilities, queries.index, strict=False
-                    )
-                ],
-                kept.endings,
-            )
+            tokens = [
+                Token(int(id), vocabulary.text(int(id)), float(p), int(slot))
+                for id, p, slot in zip(kept.ids, kept.probabilities, queries.index, strict=False)
+            ]
+            record = Step(step, length + step, threshold, tokens, kept.endings)
             lattice.steps.append(record)
             lattice.transitions.append(kept.transitions)
             if hindsight:
                 hindsight.weigh()
             stats.generation_seconds = time.perf_counter() - start
             stats.peak_memory_gb = mx.get_peak_memory() / 1e9
-            ended = not record.tokens or any(text in text_so_far(lattice) for text in settings.stop)
+            ended = not tokens or any(text in text_so_far(lattice) for text in settings.stop)
             if ended or not more:
                 break
             if hindsight:

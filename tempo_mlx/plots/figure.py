@@ -3,6 +3,7 @@
 from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from ..files import check_writable, write_atomically
 from ..lattice import Lattice
 from ..result import GenerationResult
-from ..settings import Settings
 from .labels import FONTS, installed, readable, width
 
 if TYPE_CHECKING:
@@ -108,8 +108,9 @@ def save(figure: "Figure", path: Path) -> None:
 #: Characters of a prompt that are looked at; more than any picture is wide.
 LONGEST_TITLE = 500
 
-#: Settings that do not change what a picture shows.
-UNSEEN = ("max_tokens", "prefill_step_size", "stop")
+#: Settings that a title always names, and those that do not change what a picture shows.
+SHOWN = ("rule", "threshold", "visibility")
+UNSEEN = ("max_tokens", "prefill_step_size", "stop", "compact_above")
 
 
 def draw_title(axes: Any, page_width: float, run: GenerationResult | Lattice, note: str) -> None:
@@ -135,15 +136,21 @@ def cut(text: str, room: float, bold: bool = False) -> str:
     return text[: max(0, fitting - 1)] + "…"
 
 
-def unusual(settings: Settings) -> list[str]:
-    """Threshold and visibility, and every other setting that differs from its default."""
-    chosen, usual = settings.to_dict(), Settings().to_dict()
-    names = ["threshold", "visibility"]
-    names += [n for n in chosen if chosen[n] != usual[n] and n not in (*names, *UNSEEN)]
-    return [f"{name.replace('_', ' ')} {_plain(chosen[name])}" for name in names]
+def unusual(settings: Any) -> list[str]:
+    """What a title says of settings: the most important, and what differs from its default."""
+    usual = type(settings)()
+    values = {field.name: getattr(settings, field.name) for field in fields(settings)}
+    shown = [name for name in SHOWN if name in values]
+    shown += [
+        name
+        for name, value in values.items()
+        if value != getattr(usual, name) and name not in (*SHOWN, *UNSEEN)
+    ]
+    return [f"{name.replace('_', ' ')} {_plain(values[name])}" for name in shown]
 
 
 def _plain(value: Any) -> str:
-    if isinstance(value, dict):
-        return "(" + ", ".join(f"{k.replace('_', ' ')} {_plain(v)}" for k, v in value.items()) + ")"
+    # Schedules are dataclasses too, and have a text of their own.
+    if is_dataclass(value) and not callable(value):
+        return f"({', '.join(unusual(value))})"
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 PROMPT_TOKENS = 8
 
 #: Meaning and colour of each number in :func:`visibility_matrix`.
-MEANINGS = (("not visible", PALE), ("visible", SKY), ("pruned before", ORANGE))
+MEANINGS = (("not visible", PALE), ("visible", SKY), ("pruned", ORANGE))
 
 # Lengths are in points.
 LARGEST_CELL = 12.0

@@ -16,6 +16,7 @@ from tempo_mlx.plots.lattice import ARCS, lattice_figure
 from tempo_mlx.plots.layout import MARGIN, NARROWEST_PAGE, PAGE_WIDTH
 from tempo_mlx.plots.mask import PROMPT_TOKENS, mask_figure
 from tempo_mlx.plots.schedule import schedule_figure
+from tempo_mlx.pruning import Pruning
 from tempo_mlx.result import GenerationResult
 from tempo_mlx.schedules import Bezier, Constant, Relu
 from tempo_mlx.settings import Settings
@@ -280,6 +281,15 @@ def test_a_long_prompt_is_cut_to_the_width_of_the_page():
     box = extents(figure)[0][1]
     assert title.get_text().endswith("…") and len(title.get_text()) > 20
     assert box.x1 <= figure.bbox.x1 - 0.9 * MARGIN * DPI / 72
+
+
+def test_the_title_names_settings_that_differ_from_their_defaults():
+    pruning = Pruning(rule="attention", lookback=5)
+    result = make_result(make_lattice([["a"]] * 9), max_parallel=4, pruning=pruning)
+    assert draw(result).axes[0].texts[1].get_text() == (
+        "threshold 0.1, visibility isolated, max parallel 4, "
+        "pruning (rule attention, threshold 0.5, lookback 5)"
+    )
 
 
 # Labels.
