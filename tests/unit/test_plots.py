@@ -285,7 +285,7 @@ def test_a_long_prompt_is_cut_to_the_width_of_the_page():
 
 def test_the_title_names_settings_that_differ_from_their_defaults():
     pruning = Pruning(rule="attention", lookback=5)
-    result = make_result(make_lattice([["a"]] * 9), max_parallel=4, pruning=pruning)
+    result = make_result(make_lattice([[" environment"]] * 9), max_parallel=4, pruning=pruning)
     assert draw(result).axes[0].texts[1].get_text() == (
         "threshold 0.1, visibility isolated, max parallel 4, "
         "pruning (rule attention, threshold 0.5, lookback 5)"
