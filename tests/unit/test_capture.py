@@ -4,12 +4,11 @@ from tempo_mlx.decoding import SequenceState
 from tempo_mlx.lattice import Lattice
 from tempo_mlx.models import Capture, PositionedModel, UnsupportedModelError
 from tempo_mlx.visibility import VISIBILITY, may_attend
+from tests.tiny_models import tiny_model
 
 import mlx.core as mx
 import numpy as np
 import pytest
-
-from tests.tiny_models import tiny_model
 
 PROMPT = [3, 14, 15, 9, 2, 6, 5, 35, 8, 9, 7, 9, 32]
 SETS = [[4, 20, 11], [7], [30, 5]]
