@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
+LOG2_E = 1.4426950408889634
+
 
 def mixture(p: mx.array, logits: mx.array, weights: mx.array) -> mx.array:
     """p(x) = sum_i w_i p_i(x). The order of the rows does not matter."""
@@ -25,6 +27,13 @@ def product(p: mx.array, logits: mx.array, weights: mx.array) -> mx.array:
 def last(p: mx.array, logits: mx.array, weights: mx.array) -> mx.array:
     """p(x) = p_N(x): what an implementation that feeds the tokens one by one would read."""
     return p[-1]
+
+
+def _softmax(logits: mx.array) -> mx.array:
+    """softmax over the last axis, by powers of 2: on x86 mlx's exp takes 2.7 times as long."""
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    powers = mx.power(2.0, shifted * LOG2_E)
+    return powers / powers.sum(axis=-1, keepdims=True)
 
 
 #: Name -> rule (rows p_i [N, V], their logits [N, V], weights [N] summing to 1) -> p [V]; all fp32.
@@ -54,7 +63,7 @@ def combine(
     logits = logits.astype(mx.float32)
     if temp != 1.0:
         logits = logits / temp
-    rows = mx.softmax(logits, axis=-1)
+    rows = _softmax(logits)
     if rows.shape[0] == 1:
         return rows[0], rows
     return COMBINE[rule](rows, logits, weights / weights.sum()), rows

@@ -39,11 +39,12 @@ class _Stateless:
         positions: np.ndarray,
         mask: np.ndarray,
         window: int | None,
+        dtype: mx.Dtype,
         recorder: AttentionRecorder | None,
     ):
         self.offset = offset
         self.attention_recorder = recorder
-        self._positions, self._mask, self._window = positions, mask, window
+        self._positions, self._mask, self._window, self._dtype = positions, mask, window, dtype
 
     def make_mask(
         self, N: int, return_array: bool = False, window_size: int | None = None
@@ -53,7 +54,8 @@ class _Stateless:
             if window is not None:
                 far = self._positions[:, None] - self._positions[None] >= window
                 mask = np.where(far, False if mask.dtype == bool else -np.inf, mask)
-        return mx.array(mask)[None, None]
+        made = mx.array(mask)[None, None]
+        return made if mask.dtype == bool else made.astype(self._dtype)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         self._keys_and_values = keys, values
@@ -139,7 +141,7 @@ def replay(
                 mask[q, k] = np.log(max(weights[k], 1e-30)) if k_size > 1 or q_size > 1 else 0.0
     offset = model.as_offset(positions[None])
     caches = [
-        _Stateless(offset, positions, mask, layer.window, recorder)
+        _Stateless(offset, positions, mask, layer.window, model.dtype, recorder)
         for layer in model.make_cache().layers
     ]
     return model.model(mx.array(tokens)[None], cache=caches)[0].astype(mx.float32)

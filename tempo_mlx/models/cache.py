@@ -1,5 +1,6 @@
 """The key-value cache: slots, one sequence state for all layers and batch rows."""
 
+import weakref
 from collections.abc import Callable, Sequence
 
 import mlx.core as mx
@@ -21,11 +22,18 @@ class LayerCache:
     """
 
     def __init__(self, owner: "BatchedKVCache", window: int | None):
-        self.owner = owner
+        # Weak, so that a cache that goes out of use frees its memory at once.
+        self._owner = weakref.ref(owner)
         self.window = window
         self.keys: mx.array | None = None  # [B, H_kv, capacity, D]
         self.values: mx.array | None = None  # [B, H_kv, capacity, D_v]
         self.n_slots = 0
+
+    @property
+    def owner(self) -> "BatchedKVCache":
+        owner = self._owner()
+        assert owner is not None
+        return owner
 
     @property
     def offset(self) -> "Positions | mx.array | int":

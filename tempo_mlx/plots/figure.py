@@ -1,5 +1,6 @@
 """What every picture needs: Matplotlib where it is there, one look, and files that are whole."""
 
+import logging
 from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..files import check_writable, write_atomically
 from ..lattice import Lattice
 from ..result import GenerationResult
-from .labels import FONTS, installed, readable, width
+from .labels import fonts, readable, width
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -60,17 +61,19 @@ def _import() -> Any:
 def look() -> Iterator[None]:
     """Matplotlib's own defaults and ours, whatever the user's are, while a picture is made."""
     matplotlib = _import()
-    with matplotlib.rc_context():
+    with matplotlib.rc_context(), _quiet("matplotlib.font_manager"):
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(
             {
-                "font.family": installed(FONTS),
+                "font.family": list(fonts()),
                 "font.size": 8,
                 "text.color": INK,
                 "axes.edgecolor": GREY,
                 "axes.labelcolor": GREY,
                 "xtick.color": GREY,
                 "ytick.color": GREY,
+                # Letters as wide as they were measured, whatever the resolution.
+                "text.hinting": "none",
                 # Text stays text, which can be searched and selected.
                 "svg.fonttype": "none",
                 "pdf.fonttype": 42,
@@ -79,6 +82,18 @@ def look() -> Iterator[None]:
             }
         )
         yield
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Without a logger's warnings; here, that a family has no bold letters and is drawn plain."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def blank(width: float, height: float) -> tuple["Figure", Any]:

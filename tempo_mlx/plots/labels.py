@@ -5,7 +5,9 @@ import unicodedata
 from functools import cache
 
 #: Families in order of preference. Matplotlib brings the first; the others know more scripts.
-FONTS = ("DejaVu Sans", "Arial Unicode MS", "Noto Sans CJK JP", "Noto Sans CJK SC")
+FAMILIES = ("DejaVu Sans", "Arial Unicode MS", "Noto Sans CJK JP", "Noto Sans CJK SC")
+
+WEIGHTS = ("normal", "bold")
 
 BEFORE_WORD = "·"
 WHITESPACE = {"\n": "⏎", "\t": "⇥"}
@@ -17,7 +19,7 @@ PARTIAL = "\ufffd"
 LONGEST = 24
 
 #: Equal characters in a row that are counted instead.
-REPEATED = re.compile(r"(.)\1{6,}")
+REPEATED = re.compile(r"(.)\1{6,}", re.DOTALL)
 
 
 def label(text: str, id: int) -> str:
@@ -29,8 +31,11 @@ def label(text: str, id: int) -> str:
     """
     word = text.removeprefix(" ")
     start = BEFORE_WORD if word != text and word[:1].strip() else ""
-    visible = readable(word.replace(" ", "␣")) if start else readable(text.replace(" ", "␣"))
-    visible = REPEATED.sub(lambda found: f"{found[1]}×{len(found[0])}", visible)
+    short = REPEATED.sub(lambda run: f"{run[1]}×{len(run[0])}", word if start else text)
+    visible = readable(short.replace(" ", "␣"))
+    if unicodedata.combining(visible[:1] or " "):
+        # A mark that stands alone needs something to stand on.
+        visible = f"◌{visible}"
     if len(visible) > LONGEST:
         visible = visible[: LONGEST - 1] + "…"
     return f"{start}{visible}#{id}" if PARTIAL in text or not text else start + visible
@@ -43,30 +48,32 @@ def readable(text: str) -> str:
 
 def _escape(character: str) -> str:
     code = ord(character)
-    if character.isprintable() and code in _glyphs():
-        # A mark that stands alone needs something to stand on.
-        return f"◌{character}" if unicodedata.combining(character) else character
+    hidden = unicodedata.name(character, "").startswith("VARIATION SELECTOR")
+    if character.isprintable() and not hidden and code in _glyphs():
+        return character
     if code < 0x100:
         return f"\\x{code:02x}"
     return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
-def installed(families: tuple[str, ...]) -> list[str]:
-    """Those of the font families that are here."""
+@cache
+def fonts() -> tuple[str, ...]:
+    """Those of our font families that are here."""
     from matplotlib.font_manager import fontManager
 
     here = {font.name for font in fontManager.ttflist}
-    return [family for family in families if family in here]
+    return tuple(family for family in FAMILIES if family in here)
 
 
 @cache
 def _glyphs() -> frozenset[int]:
-    """The characters that our fonts can draw."""
+    """The characters that our fonts can draw, both plain and bold."""
     from matplotlib.font_manager import FontProperties, findfont, get_font
 
     codes: set[int] = set()
-    for family in installed(FONTS):
-        codes.update(get_font(findfont(FontProperties(family=family))).get_charmap())
+    for family in fonts():
+        files = [findfont(FontProperties(family=family, weight=weight)) for weight in WEIGHTS]
+        codes.update(set.intersection(*(set(get_font(file).get_charmap()) for file in files)))
     return frozenset(codes)
 
 
@@ -76,6 +83,6 @@ def width(text: str, bold: bool = False) -> float:
     from matplotlib.font_manager import FontProperties
     from matplotlib.textpath import text_to_path
 
-    font = FontProperties(family=installed(FONTS), size=100, weight="bold" if bold else "normal")
+    font = FontProperties(family=list(fonts()), size=100, weight=WEIGHTS[bold])
     measured, _, _ = text_to_path.get_text_width_height_descent(text, font, False)
     return measured / 100

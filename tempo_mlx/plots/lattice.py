@@ -97,12 +97,13 @@ def lattice_figure(
     """
     lattice = run if isinstance(run, Lattice) else run.lattice
     path = [] if best is None else best_tokens(lattice, best)
-    page = arrange(prompt_columns(run) + step_columns(lattice, path), arcs=bool(attention))
+    columns = prompt_columns(run) + step_columns(lattice, path)
     arcs = [
         arc
         for step, paid in sorted((attention or {}).items())
-        for arc in strongest(page, step, paid)
+        for arc in strongest(columns, step, paid)
     ]
+    page = arrange(columns, arcs=bool(arcs))
     figure, axes = blank(page.width, page.height)
     draw_title(axes, page.width, run, "")
     heaviest = max((weight for *_, weight in arcs), default=1.0)
@@ -116,15 +117,17 @@ def lattice_figure(
     return figure
 
 
-def strongest(page: Page, step: int, paid: np.ndarray) -> list[tuple[Column, Column, Cell, float]]:
+def strongest(
+    columns: list[Column], step: int, paid: np.ndarray
+) -> list[tuple[Column, Column, Cell, float]]:
     """A step's arcs: its column, the column and text that it goes to, and the attention."""
     paid = np.asarray(paid)
-    source = next((c for c in page.columns if c.step is not None and c.step.step == step), None)
+    source = next((c for c in columns if c.step is not None and c.step.step == step), None)
     if source is None or paid.ndim != 1:
         raise ValueError(f"attention[{step}] must be an array [n_slots] for a step of the lattice")
     found = [
         (source, column, cell, float(paid[cell.token.slot]))
-        for column in page.columns
+        for column in columns
         if column.step is not None and column.step.step < step and len(column.step.tokens) > 1
         for cell in column.cells
         if cell.token is not None and cell.token.slot < len(paid) and paid[cell.token.slot] > 0
@@ -273,9 +276,9 @@ def draw_key(axes: Any, page: Page, arcs: bool) -> None:
         x += GAP
     if "ending" in kinds:
         note("<end>", SMALLEST + 1, **LOOKS["ending"])
-        note("the text could end here")
+        note("possible")
         x += GAP
     if arcs:
         axes.plot([x, x + 18], [y - 3] * 2, color=GREEN, **arc_style(0.6))
         x += 26
-        note("attention, strongest of each step")
+        note("strongest attention")

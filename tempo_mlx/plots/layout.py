@@ -12,7 +12,7 @@ from .labels import label, width
 PROMPT_TOKENS = 6
 
 PAGE_WIDTH = 900.0
-NARROWEST_PAGE = 400.0
+NARROWEST_PAGE = 580.0  # holds the key
 GAP = 15.0  # between columns
 ROW_GAP = 20.0
 HEADER = 13.0  # the position above a column

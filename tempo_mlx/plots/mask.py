@@ -39,7 +39,7 @@ LARGEST_MATRIX = 1000.0
 SMALLEST_LABELLED = 5.0
 AXIS = 18.0  # room for the name of an axis
 KEY = 22.0
-NARROWEST_PAGE = 330.0
+NARROWEST_PAGE = 440.0
 
 #: Where cells are too small for texts, about as many slots are numbered instead.
 NUMBERS = 20
@@ -140,7 +140,7 @@ def slot_labels(run: GenerationResult | Lattice, first: int) -> list[str]:
         texts.append(label("" if isinstance(run, Lattice) else run.vocabulary.text(id), id))
     for step in lattice.steps:
         texts.extend(label(token.text, token.id) for token in step.tokens)
-    # The tokens of the last step have no slot: nothing was computed from them.
+    # The last set has no slots where nothing was computed from it.
     return texts[: lattice.n_slots - first]
 
 

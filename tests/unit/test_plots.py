@@ -34,7 +34,7 @@ WORDS = [" cat", "'s", "\n", " determined", ".", " environment", "She", " a", " 
 
 
 def make_lattice(sets, prompt=3, pruned=(), endings=()):
-    """A lattice of the texts in ``sets``; the last set has no slots, as in a run.
+    """A lattice of the texts in ``sets``; nothing was computed from the last set.
 
     ``pruned`` holds triples (step, rank, pruned_at), ``endings`` pairs (step, probability).
     """
@@ -103,9 +103,10 @@ def svg_texts(path):
 def extents(figure):
     """(text, its box in dots) of everything that is written, as a PNG has it."""
     figure.set_dpi(DPI)
-    renderer = FigureCanvasAgg(figure).get_renderer()
     texts = [text for text in figure.axes[0].texts if text.get_text()]
-    return [(text.get_text(), text.get_window_extent(renderer)) for text in texts]
+    with look():
+        renderer = FigureCanvasAgg(figure).get_renderer()
+        return [(text.get_text(), text.get_window_extent(renderer)) for text in texts]
 
 
 def assert_apart(boxes, slack=1.0):
@@ -132,16 +133,22 @@ def test_every_token_of_the_lattice_is_text_of_the_svg(tmp_path):
     assert found["…"] == 1 and found["·p11"] == 1 and "·p5" not in found
 
 
-def test_no_text_overlaps_another_or_leaves_the_page():
-    lattice = busy_lattice()
+@pytest.mark.parametrize(
+    "lattice",
+    [busy_lattice(), make_lattice([[" a", "b"], ["c"]], 1, pruned=[(0, 1, 1)], endings=[(1, 0.1)])],
+    ids=["busy", "small"],
+)
+def test_no_text_overlaps_another_or_leaves_the_page(lattice):
     options = {"best": first_live(lattice), "attention": random_attention(lattice)}
     figure = draw(make_result(lattice), **options)
     boxes = extents(figure)
     assert len(boxes) > lattice.n_tokens
+    assert {"best path", "pruned", "strongest attention", "possible"} < {text for text, _ in boxes}
     assert_apart(boxes)
     page = figure.bbox
-    assert all(page.x0 <= box.x0 and box.x1 <= page.x1 for _, box in boxes)
-    assert all(page.y0 <= box.y0 and box.y1 <= page.y1 for _, box in boxes)
+    for text, box in boxes:
+        assert page.x0 <= box.x0 and box.x1 <= page.x1, text
+        assert page.y0 <= box.y0 and box.y1 <= page.y1, text
 
 
 @settings(max_examples=15, deadline=None)
@@ -280,7 +287,7 @@ def test_a_long_prompt_is_cut_to_the_width_of_the_page():
     title = figure.axes[0].texts[0]
     box = extents(figure)[0][1]
     assert title.get_text().endswith("…") and len(title.get_text()) > 20
-    assert box.x1 <= figure.bbox.x1 - 0.9 * MARGIN * DPI / 72
+    assert box.x1 <= figure.bbox.x1 - 0.99 * MARGIN * DPI / 72
 
 
 def test_the_title_names_settings_that_differ_from_their_defaults():
@@ -313,7 +320,12 @@ def test_the_title_names_settings_that_differ_from_their_defaults():
         (" \ufffd", "·\ufffd#7"),
         ("\x00\x7f", "\\x00\\x7f"),
         ("\u200b", "\\u200b"),
+        ("\ufe0f", "\\ufe0f"),
         ("\u0301", "◌\u0301"),
+        (" \u0301", "·◌\u0301"),
+        ("e\u0301", "e\u0301"),
+        ("\x00" + "0" * 8, "\\x000×8"),
+        ("\n" * 9, "⏎×9"),
         ("\U0010fffd", "\\U0010fffd"),
         ("$x^2$", "$x^2$"),
         ("café", "café"),
