@@ -115,7 +115,7 @@ def decode(
             model_name=model,
             progress=tick,
         )
-    console = Console(highlight=False)
+    console = wide_console()
     print_report(report, console)
     if output is not None:
         write_atomically(output, json.dumps(report.to_dict(), indent=1) + "\n")
@@ -169,7 +169,7 @@ def pruning(
             model_name=model,
             progress=tick,
         )
-    console = Console(highlight=False)
+    console = wide_console()
     print_setting(report.model, report.setting, console)
     costs = Table("variant", title=f"sets of {siblings}")
     for name in ("ms/step", "over no pruning"):
@@ -236,6 +236,12 @@ def ticking(total: int) -> Iterator[Callable[[str], None]]:
         yield tick
 
 
+def wide_console() -> Console:
+    """A console for wide tables; a file or a pipe has no width of its own."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=140)
+
+
 def spread(value: Spread, digits: int) -> str:
     """Median and quartiles: "1.02 [1.01, 1.04]"."""
     return f"{value.median:.{digits}f} [{value.low:.{digits}f}, {value.high:.{digits}f}]"
@@ -251,8 +257,8 @@ def print_report(report: Report, console: Console) -> None:
     table.add_column("variant", no_wrap=True)
     for name in ("tokens/s", "steps/s", "ms/step", "weights GB/s", "of copy", "peak GB", "slots"):
         table.add_column(name, justify="right")
-    table.add_column("ms/step over mlx-lm's", justify="right", no_wrap=True)
-    table.add_column("over threshold 1's", justify="right", no_wrap=True)
+    table.add_column("ms over mlx-lm's", justify="right")
+    table.add_column("ms over one sibling's", justify="right")
     for m in report.measured:
         table.add_row(
             m.name,
@@ -264,7 +270,7 @@ def print_report(report: Report, console: Console) -> None:
             f"{m.peak_bytes / 1e9:.3f}",
             str(m.slots),
             spread(m.time_to_stock, 3),
-            spread(m.time_to_single, 3),
+            spread(m.time_to_one, 3),
         )
     console.print(table)
     if report.long is not None:

@@ -201,7 +201,7 @@ def test_numbers_follow_from_the_times(report, loaded):
         assert m.tokens_per_second.median == pytest.approx(m.siblings / seconds)
         assert m.weight_bandwidth == pytest.approx(report.weight_bytes / seconds)
         assert m.time_to_stock.median == pytest.approx(seconds / stock.step_seconds.median)
-        assert m.time_to_single.median == pytest.approx(seconds / single.step_seconds.median)
+        assert m.time_to_one.median == pytest.approx(seconds / single.step_seconds.median)
         assert m.peak_bytes > report.weight_bytes
     assert (one.siblings, three.siblings) == (1, 3)
 
