@@ -119,8 +119,10 @@ def test_memory_of_a_run_is_its_own():
         for _ in range(5):
             yield [1]
 
-    large = timed(steps(1 << 26), 1).peak_bytes
-    small = timed(steps(1 << 20), 1).peak_bytes
+    # What other tests hold in this process is in both.
+    others = mx.get_active_memory()
+    large = timed(steps(1 << 26), 1).peak_bytes - others
+    small = timed(steps(1 << 20), 1).peak_bytes - others
     assert small < (1 << 26) <= large
 
 
@@ -193,7 +195,7 @@ def test_end_tokens_do_not_cut_runs_short(loaded):
 def test_numbers_follow_from_the_times(report, loaded):
     model, _ = loaded
     assert report.weight_bytes == weight_bytes(model)
-    stock, single, one, three = report.measured
+    stock, _, one, three = report.measured
     assert [m.slots for m in report.measured] == [17, 17, 17, 11 + 18]
     for m in report.measured:
         seconds = m.step_seconds.median
@@ -201,7 +203,7 @@ def test_numbers_follow_from_the_times(report, loaded):
         assert m.tokens_per_second.median == pytest.approx(m.siblings / seconds)
         assert m.weight_bandwidth == pytest.approx(report.weight_bytes / seconds)
         assert m.time_to_stock.median == pytest.approx(seconds / stock.step_seconds.median)
-        assert m.time_to_one.median == pytest.approx(seconds / single.step_seconds.median)
+        assert m.time_to_one.median == pytest.approx(seconds / one.step_seconds.median)
         assert m.peak_bytes > report.weight_bytes
     assert (one.siblings, three.siblings) == (1, 3)
 
