@@ -3,7 +3,8 @@
 The fused kernel returns no weights. mlx-lm's model files import ``scaled_dot_product_attention``
 by name, so a replacement in the model file's namespace sees the queries, keys, mask and cache of
 the real call. It recomputes softmax(q k^T) for what a :class:`Capture` asks for and leaves the
-output to the original; without a capture, and for any other cache, it is the original.
+output to the original; without a capture, and for any other cache, it is the original. Tokens that
+come packed, rows of a batch side by side, are put into their rows for the call.
 """
 
 import functools
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 
 @dataclass(frozen=True)
@@ -24,21 +26,25 @@ class Capture:
         rows: query rows, indices into the T new tokens; None means all.
         full: report matrices [B, H, T, S + T] instead of the attention that each slot
             received, averaged over the chosen heads and rows, [B, S + T].
-        row_weights: weights of the chosen rows in that average, summing to 1; None means equal.
+        row_weights: weights of the rows in that average; None means equal. [len(rows)], or for
+            every row of the batch its own, [B, T], or for every chosen layer too, [layers, B, T].
     """
 
     layers: tuple[int, ...] | None = None
     heads: tuple[int, ...] | None = None
     rows: tuple[int, ...] | None = None
     full: bool = False
-    row_weights: tuple[float, ...] | None = None
+    row_weights: np.ndarray | tuple[float, ...] | None = None
 
-    def received(self, weights: mx.array) -> mx.array:
-        """Attention that each slot received, [B, S], of weights [B, H, T, S]."""
+    def received(self, weights: mx.array, nth: int) -> mx.array:
+        """Attention that each slot received, [B, S], of weights [B, H, T, S] of the nth layer."""
         by_row = weights.mean(axis=1)  # [B, T, S]
         if self.row_weights is None:
             return by_row.mean(axis=1)
-        return mx.array(self.row_weights) @ by_row
+        given = np.asarray(self.row_weights, np.float32)
+        rows = mx.array(given[nth] if given.ndim == 3 else given)
+        # Not a matrix product: GPUs may round its operands to TF32.
+        return (mx.expand_dims(rows, -1) * by_row).sum(axis=1)
 
 
 class AttentionRecorder:
@@ -67,7 +73,8 @@ class AttentionRecorder:
         if capture is None or (capture.layers is not None and layer not in capture.layers):
             return
         weights = attention_weights(queries, keys, scale, mask, sinks, capture.heads, capture.rows)
-        self.weights[layer] = weights if capture.full else capture.received(weights)
+        nth = len(self.weights)
+        self.weights[layer] = weights if capture.full else capture.received(weights, nth)
 
 
 def attention_weights(
@@ -123,12 +130,16 @@ def _recording(original):
     def scaled_dot_product_attention(
         queries, keys, values, cache, scale, mask, sinks=None, **kwargs
     ):
+        packing = getattr(cache, "packing", None)
+        if packing is not None:
+            queries = packing.unpack(queries)
         recorder = getattr(cache, "attention_recorder", None)
         if recorder is not None:
             recorder.record(queries, keys, scale, mask, sinks)
         if sinks is not None:
             kwargs["sinks"] = sinks
-        return original(queries, keys, values, cache=cache, scale=scale, mask=mask, **kwargs)
+        output = original(queries, keys, values, cache=cache, scale=scale, mask=mask, **kwargs)
+        return output if packing is None else packing.pack(output)
 
     scaled_dot_product_attention.records_attention = True  # type: ignore[attr-defined]
     return scaled_dot_product_attention

@@ -1,15 +1,17 @@
 """The key-value cache: slots, one sequence state for all layers and batch rows."""
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import mlx.core as mx
 import numpy as np
 
 from .attention import AttentionRecorder
+from .forward_pass import AsOffset, ForwardPass
+from .layout import Layout
 from .positions import Positions
 
-#: Slots by which the buffers grow.
+#: Slots by which the buffers of a single row grow.
 BLOCK = 256
 
 
@@ -17,7 +19,7 @@ class LayerCache:
     """One layer's keys and values, behind the protocol that mlx-lm's attention modules speak.
 
     Args:
-        owner: the cache whose positions and mask hold for the running forward pass.
+        owner: the cache whose forward pass is running.
         window: sliding window of the layer in logical positions; None where it sees everything.
     """
 
@@ -36,13 +38,24 @@ class LayerCache:
         return owner
 
     @property
-    def offset(self) -> "Positions | mx.array | int":
+    def running(self) -> ForwardPass:
+        running = self.owner.running
+        assert running is not None, "a cache is used by a PositionedModel only"
+        return running
+
+    @property
+    def offset(self) -> Positions | mx.array | int:
         """Positions of the new tokens: what the model hands to its rotary modules."""
-        return self.owner.offset
+        running = self.owner.running
+        return 0 if running is None else running.offset
 
     @property
     def attention_recorder(self) -> AttentionRecorder | None:
-        return self.owner.recorder
+        return self.running.recorder
+
+    @property
+    def packing(self) -> Layout | None:
+        return self.running.packing
 
     def make_mask(
         self, N: int, return_array: bool = False, window_size: int | None = None
@@ -52,12 +65,12 @@ class LayerCache:
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Append keys [B, H_kv, T, D] and values; returns those of all slots."""
-        start, end = self.n_slots, self.n_slots + keys.shape[2]
-        self.keys = _room(self.keys, keys, start, end)
-        self.values = _room(self.values, values, start, end)
-        self.keys[..., start:end, :] = keys
-        self.values[..., start:end, :] = values
-        self.n_slots = end
+        running, owner = self.running, self.owner
+        self.keys = owner.with_room(self.keys, keys, running.end)
+        self.values = owner.with_room(self.values, values, running.end)
+        running.write(self.keys, keys)
+        running.write(self.values, values)
+        self.n_slots = running.end
         return self.keys_and_values()
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
@@ -70,19 +83,8 @@ class LayerCache:
         return [] if self.keys is None or self.values is None else [self.keys, self.values]
 
 
-def _room(buffer: mx.array | None, new: mx.array, used: int, needed: int) -> mx.array:
-    """A buffer with room for ``needed`` slots, grown by whole blocks."""
-    capacity = 0 if buffer is None else buffer.shape[2]
-    if buffer is not None and needed <= capacity:
-        return buffer
-    B, H, _, D = new.shape
-    extra = -(-(needed - used) // BLOCK) * BLOCK
-    grown = mx.zeros((B, H, extra, D), new.dtype)
-    return grown if buffer is None else mx.concatenate([buffer[..., :used, :], grown], axis=2)
-
-
 class BatchedKVCache:
-    """Slots of all layers for B batch rows.
+    """Slots of all layers for B batch rows, each row with a number of slots of its own.
 
     A slot is one entry of the cache: a token's key, rotated once at its logical position, and its
     value. Slots are appended and later, by :meth:`compact`, dropped; they are never rewritten.
@@ -98,27 +100,36 @@ class BatchedKVCache:
         self,
         batch_size: int,
         windows: Sequence[int | None],
-        as_offset: Callable[[np.ndarray], Positions | mx.array] = Positions,
+        as_offset: AsOffset = Positions,
         grouped_scores: bool = False,
     ):
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        self.batch_size = batch_size
         self._as_offset = as_offset
         self._grouped_scores = grouped_scores
         self.layers = [LayerCache(self, window) for window in windows]
         self._table = np.zeros((batch_size, BLOCK), np.int32)
-        self.n_slots = 0
-        self.offset: Positions | mx.array | int = 0
-        self.recorder: AttentionRecorder | None = None
-        self._new: np.ndarray | None = None
-        self._mask: mx.array | str | None = None
-        self._windowed: dict[int, mx.array] = {}
+        #: slots of each row, [B]
+        self.counts = np.zeros(batch_size, np.int64)
+        #: slots that the buffers have room for
+        self.capacity = 0
+        self.running: ForwardPass | None = None
+
+    @property
+    def batch_size(self) -> int:
+        """Rows."""
+        return len(self.counts)
+
+    @property
+    def n_slots(self) -> int:
+        """Slots of the longest row: the width S of the next mask before its new tokens."""
+        return int(self.counts.max())
 
     @property
     def slot_positions(self) -> np.ndarray:
-        """Logical position of each slot, [B, S], in slot order."""
-        return self._table[:, : self.n_slots]
+        """Logical position of each slot, [B, S], in slot order; 0 behind a row's last slot."""
+        present = np.arange(self.n_slots) < self.counts[:, None]
+        return np.where(present, self._table[:, : self.n_slots], 0)
 
     @property
     def nbytes(self) -> int:
@@ -130,11 +141,40 @@ class BatchedKVCache:
         """The arrays to evaluate with the logits, so that no graph outlives its step."""
         return [array for layer in self.layers for array in layer.state]
 
+    def room(self, needed: int) -> int:
+        """Slots that the buffers will have room for once ``needed`` are in the longest row.
+
+        A single row grows by blocks of 256. Several rows grow by smaller blocks, and by an eighth
+        at least, so that a growing batch is copied a bounded number of times.
+        """
+        if needed <= self.capacity:
+            return self.capacity
+        step = max(16, BLOCK // self.batch_size)
+        grown = needed if self.batch_size == 1 else max(needed, self.capacity * 9 // 8)
+        return -(-grown // step) * step
+
+    def with_room(self, buffer: mx.array | None, new: mx.array, needed: int) -> mx.array:
+        """A buffer [B, H, capacity, D] with room for ``needed`` slots of the new tokens' kind."""
+        capacity = 0 if buffer is None else buffer.shape[2]
+        if buffer is not None and needed <= capacity:
+            return buffer
+        self.capacity = self.room(needed)
+        _, H, _, D = new.shape
+        used = min(capacity, self.n_slots)
+        grown = mx.zeros((self.batch_size, H, self.capacity - used, D), new.dtype)
+        return grown if buffer is None else mx.concatenate([buffer[..., :used, :], grown], axis=2)
+
     def replicate(self, n: int) -> None:
-        """Repeat every row n times, its copies side by side: rows 0, 0, 1, 1, ... for n = 2."""
+        """Repeat every row n times, its copies side by side: rows 0, 0, 1, 1, ... for n = 2.
+
+        Nothing is copied before the first token is appended to one of them.
+        """
         if n < 1:
             raise ValueError(f"n must be at least 1, got {n}")
-        self.select(np.repeat(np.arange(self.batch_size), n))
+        for layer in self.layers:
+            layer.keys, layer.values = _repeated(layer.keys, n), _repeated(layer.values, n)
+        self._table = np.repeat(self._table, n, axis=0)
+        self.counts = np.repeat(self.counts, n)
 
     def select(self, rows: Sequence[int] | np.ndarray) -> None:
         """Keep these rows, in this order; a row may be named more than once.
@@ -150,108 +190,244 @@ class BatchedKVCache:
             if layer.keys is not None and layer.values is not None:
                 layer.keys, layer.values = layer.keys[chosen], layer.values[chosen]
         self._table = self._table[rows]
-        self.batch_size = rows.size
+        self.counts = self.counts[rows]
 
-    def compact(self, keep: Sequence[int] | np.ndarray) -> None:
+    def compact(self, keep: np.ndarray | Sequence[int] | Sequence[np.ndarray]) -> None:
         """Keep these slots, in this order; positions do not change. One gather for each layer.
 
         Args:
-            keep: slot indices in [0, S), [S'] for all rows alike or [B, S'] row by row.
+            keep: slot indices in [0, S): [S'] for all rows alike, [B, S'] row by row, or one
+                array for each row, of any lengths.
         """
-        keep = np.asarray(keep, np.int64)
-        if keep.ndim not in (1, 2) or (keep.ndim == 2 and keep.shape[0] != self.batch_size):
-            raise ValueError(f"keep must be [S'] or [{self.batch_size}, S'], got {keep.shape}")
-        if keep.size and (keep.min() < 0 or keep.max() >= self.n_slots):
-            raise ValueError(f"keep must be slots in [0, {self.n_slots}), got {keep.tolist()}")
-        kept = keep.shape[-1]
-        index = mx.array(keep.astype(np.int32))
+        if len(keep) and not np.isscalar(keep[0]) and not isinstance(keep, np.ndarray):
+            if len(keep) != self.batch_size:
+                raise ValueError(f"keep must name {self.batch_size} rows, got {len(keep)}")
+            each = [np.asarray(slots, np.int64) for slots in keep]
+            counts = np.array([len(slots) for slots in each])
+            index = np.zeros((self.batch_size, counts.max()), np.int64)
+            for row, slots in enumerate(each):
+                index[row, : len(slots)] = slots
+        else:
+            index = np.asarray(keep, np.int64)
+            if index.ndim not in (1, 2) or (index.ndim == 2 and len(index) != self.batch_size):
+                raise ValueError(f"keep must be [S'] or [{self.batch_size}, S'], got {index.shape}")
+            counts = np.full(self.batch_size, index.shape[-1])
+        if index.size and (index.min() < 0 or index.max() >= self.n_slots):
+            raise ValueError(f"keep must be slots in [0, {self.n_slots}), got {index.tolist()}")
+
+        device = mx.array(index.astype(np.int32))
+
+        def gather(buffer: mx.array) -> mx.array:
+            if index.ndim == 1:
+                return mx.take(buffer, device, axis=2)
+            return mx.take_along_axis(buffer, device[:, None, :, None], axis=2)
+
+        table = np.take_along_axis(
+            self._table, np.broadcast_to(index, (self.batch_size, index.shape[-1])), axis=1
+        )
+        self._replace(gather, table, counts)
+
+    def rearrange(self, rows: np.ndarray, slots: np.ndarray, counts: np.ndarray) -> None:
+        """Make new rows of the slots of any rows: slot s of row b comes from (rows, slots)[b, s].
+
+        Args:
+            rows, slots: [B', S'], sources; anything valid behind a row's last slot.
+            counts: slots of each new row, [B'].
+        """
+        row_index, slot_index = mx.array(rows.astype(np.int32)), mx.array(slots.astype(np.int32))
+
+        def gather(buffer: mx.array) -> mx.array:
+            return mx.contiguous(buffer[row_index, :, slot_index].transpose(0, 2, 1, 3))
+
+        self._replace(gather, self._table[rows, slots], np.asarray(counts, np.int64))
+
+    def _replace(self, gather, table: np.ndarray, counts: np.ndarray) -> None:
+        width = table.shape[1]
         for layer in self.layers:
             for name in ("keys", "values"):
                 buffer = getattr(layer, name)
-                if buffer is None:
-                    continue
-                if keep.ndim == 1:
-                    gathered = mx.take(buffer, index, axis=2)
-                else:
-                    gathered = mx.take_along_axis(buffer, index[:, None, :, None], axis=2)
-                setattr(layer, name, gathered)
-                # Evaluated layer by layer, so that one layer at a time exists twice.
-                mx.eval(gathered)
-            layer.n_slots = min(layer.n_slots, kept)
-        chosen = np.broadcast_to(keep, (self.batch_size, kept))
-        self._table = np.take_along_axis(self._table, chosen, axis=1)
-        self.n_slots = kept
+                if buffer is not None:
+                    gathered = gather(buffer)
+                    del buffer
+                    setattr(layer, name, gathered)
+                    # Evaluated layer by layer, so that one layer at a time exists twice.
+                    mx.eval(gathered)
+            layer.n_slots = min(layer.n_slots, width)
+        self._table, self.counts = table, counts
+        self.capacity = min(self.capacity, width)
+
+    def extract(self, row: int) -> "BatchedKVCache":
+        """A cache of its own for one row, with that row's slots only."""
+        if not 0 <= row < self.batch_size:
+            raise ValueError(f"row must be in [0, {self.batch_size}), got {row}")
+        count = int(self.counts[row])
+        alone = self._empty(1)
+        for layer, copy in zip(self.layers, alone.layers, strict=True):
+            if layer.keys is not None and layer.values is not None:
+                copy.keys = layer.keys[row : row + 1, :, :count]
+                copy.values = layer.values[row : row + 1, :, :count]
+                copy.n_slots = count
+        alone._table = self._table[row : row + 1, :count].copy()
+        alone.counts, alone.capacity = np.array([count]), count
+        return alone
+
+    @classmethod
+    def merge(cls, caches: Sequence["BatchedKVCache"]) -> "BatchedKVCache":
+        """One cache with the rows of all, in order; the caches of one model."""
+        if not caches:
+            raise ValueError("caches must name at least 1 cache")
+        merged = caches[0]._empty(sum(cache.batch_size for cache in caches))
+        width = max(cache.n_slots for cache in caches)
+        for i, layer in enumerate(merged.layers):
+            parts = [cache.layers[i] for cache in caches]
+            for name in ("keys", "values"):
+                filled = [(p, getattr(p, name)) for p in parts if getattr(p, name) is not None]
+                if filled:
+                    like = filled[0][1]
+                    rows = [
+                        _padded(getattr(part, name), like, cache.batch_size, width)
+                        for part, cache in zip(parts, caches, strict=True)
+                    ]
+                    setattr(layer, name, mx.concatenate(rows, axis=0))
+                    layer.n_slots = width
+        merged._table = np.zeros((merged.batch_size, max(width, 1)), np.int32)
+        merged.counts = np.concatenate([cache.counts for cache in caches])
+        merged._table[:, :width] = np.concatenate(
+            [np.pad(c.slot_positions, ((0, 0), (0, width - c.n_slots))) for c in caches]
+        )
+        merged.capacity = width
+        return merged
+
+    def adopt(self, other: "BatchedKVCache", source: int, row: int) -> np.ndarray:
+        """Append the slots of a row of another cache to a row of this one; returns their slots."""
+        count, start = int(other.counts[source]), int(self.counts[row])
+        end = start + count
+        for layer, theirs in zip(self.layers, other.layers, strict=True):
+            for name in ("keys", "values"):
+                new = getattr(theirs, name)
+                if new is not None:
+                    buffer = self.with_room(getattr(layer, name), new, end)
+                    buffer[row, :, start:end] = new[source, :, :count]
+                    setattr(layer, name, buffer)
+                    layer.n_slots = max(layer.n_slots, end)
+        self._widen(end)
+        self._table[row, start:end] = other._table[source, :count]
+        self.counts[row] = end
+        return np.arange(start, end)
+
+    def align(self) -> None:
+        """Let all rows append at the same slot from now on; what is skipped stays unused."""
+        self.counts[:] = self.n_slots
+
+    def clear(self, row: int) -> None:
+        """Forget the slots of a row."""
+        self.counts[row] = 0
+
+    def _empty(self, batch_size: int) -> "BatchedKVCache":
+        windows = [layer.window for layer in self.layers]
+        return BatchedKVCache(batch_size, windows, self._as_offset, self._grouped_scores)
+
+    def _widen(self, needed: int) -> None:
+        """Room in the table of positions for ``needed`` slots."""
+        width = self._table.shape[1]
+        if needed > width:
+            grown = np.zeros((self.batch_size, max(needed, 2 * width)), np.int32)
+            grown[:, :width] = self._table
+            self._table = grown
 
     def begin(
-        self, positions: np.ndarray, mask: mx.array | str, recorder: AttentionRecorder | None
-    ) -> None:
-        """Open a forward pass over new tokens at positions [B, T], seeing what mask allows."""
+        self,
+        positions: np.ndarray,
+        mask: mx.array | str,
+        recorder: AttentionRecorder | None,
+        layout: Layout | None = None,
+        packed: bool = False,
+    ) -> np.ndarray:
+        """Open a forward pass over new tokens.
+
+        Args:
+            positions: of the new tokens, [B, T], by rows.
+            mask: "causal" or [B, 1, T, S + T'], as they see the slots after this pass.
+            recorder: takes note of attention.
+            layout: how the tokens lie in the rows; None where every row has T of them.
+            packed: whether the model sees the tokens as [1, N], not by rows.
+
+        Returns:
+            the positions as the model is to see them.
+        """
+        positions = np.asarray(positions)
         B, T = positions.shape
-        S = self.n_slots
         if self.batch_size != B:
             raise ValueError(f"positions have {B} rows, the cache has {self.batch_size}")
+        counts = np.full(B, T) if layout is None else layout.counts
+        after = self.counts + counts
+        end = int(after.max())
         if isinstance(mask, str):
             if mask != "causal":
                 raise ValueError(f'mask must be "causal" or an array, got {mask!r}')
-        elif mask.ndim != 4 or mask.shape[-2:] != (T, S + T) or mask.shape[0] not in (1, B):
-            raise ValueError(f"mask must be [{B}, 1, {T}, {S + T}], got {list(mask.shape)}")
-        self.offset = self._as_offset(positions)
-        self.recorder = recorder
-        self._new = positions
-        self._mask = mask
-        self._windowed = {}
+            if (after != end).any() or (counts != T).any():
+                raise ValueError('mask "causal" needs rows of equally many slots; give an array')
+        elif mask.ndim != 4 or mask.shape[-2:] != (T, end) or mask.shape[0] not in (1, B):
+            raise ValueError(f"mask must be [{B}, 1, {T}, {end}], got {list(mask.shape)}")
+        start = slots = None
+        if not packed and (counts == T).all() and (self.counts == self.counts[0]).all():
+            start, layout = int(self.counts[0]), None
+        elif layout is None:
+            layout = Layout(np.repeat(np.arange(B), T), B)
+        self._widen(end)
+        if layout is None:
+            self._table[:, end - T : end] = positions
+        else:
+            slots = self.counts[layout.rows] + layout.rank
+            self._table[layout.rows, slots] = positions[layout.rows, layout.rank]
+        seen = positions
+        if packed and layout is not None:
+            seen = positions[layout.rows, layout.rank][None]
+        self.running = ForwardPass(
+            self._as_offset(seen),
+            positions,
+            self._table[:, :end],
+            mask,
+            start,
+            layout,
+            slots,
+            packed,
+            recorder,
+            self._grouped_scores,
+        )
+        self._after = after
+        return seen
 
     def end(self) -> None:
         """Close the forward pass: the new tokens are slots now."""
-        assert self._new is not None
-        B, T = self._new.shape
-        needed = self.n_slots + T
-        if needed > self._table.shape[1]:
-            grown = np.zeros((B, max(needed, 2 * self.n_slots)), np.int32)
-            grown[:, : self.n_slots] = self.slot_positions
-            self._table = grown
-        self._table[:, self.n_slots : needed] = self._new
-        self.n_slots = needed
-        self._close()
+        self.counts = self._after
+        self.running = None
 
     def abandon(self) -> None:
         """Close a forward pass that failed: forget what it appended."""
         for layer in self.layers:
             layer.n_slots = min(layer.n_slots, self.n_slots)
-        self._close()
-
-    def _close(self) -> None:
-        self.offset = 0
-        self.recorder = self._new = self._mask = None
-        self._windowed = {}
+        self.running = None
 
     def mask_within(self, window: int | None, return_array: bool) -> mx.array | str | None:
-        """This pass's mask, narrowed to keys less than ``window`` logical positions behind."""
-        assert self._new is not None and self._mask is not None
-        new = self._new
-        T, S = new.shape[1], self.n_slots
-        oldest = min(int(new.min()), int(self.slot_positions.min())) if S else int(new.min())
-        if window is None or int(new.max()) - oldest < window:
-            window = 0
-        if isinstance(self._mask, str) and window == 0 and not return_array:
-            # The kernels do plain causality without an array; one query sees everything.
-            return None if T == 1 else self._mask
-        if window not in self._windowed:
-            narrowed = self._narrowed(self._mask, window)
-            self._windowed[window] = narrowed[:, :, None] if self._grouped_scores else narrowed
-        return self._windowed[window]
+        """The running pass's mask, narrowed to keys less than ``window`` positions behind."""
+        assert self.running is not None
+        return self.running.mask_within(window, return_array)
 
-    def _narrowed(self, mask: mx.array | str, window: int) -> mx.array:
-        assert self._new is not None
-        B, T = self._new.shape
-        S = self.n_slots
-        if isinstance(mask, str):
-            mask = (mx.arange(S, S + T)[:, None] >= mx.arange(S + T)[None])[None, None]
-        if window == 0:
-            return mask
-        queries = mx.array(self._new)  # [B, T]
-        keys = mx.array(np.concatenate([self.slot_positions, self._new], axis=1))  # [B, S + T]
-        near = (queries[:, None, :, None] - keys[:, None, None, :]) < window
-        if mask.dtype == mx.bool_:
-            return mask & near
-        return mx.where(near, mask, mx.array(mx.finfo(mask.dtype).min, mask.dtype))
+
+def _repeated(buffer: mx.array | None, n: int) -> mx.array | None:
+    if buffer is None:
+        return None
+    B = buffer.shape[0]
+    views = mx.broadcast_to(buffer[:, None], (B, n, *buffer.shape[1:]))
+    return mx.flatten(views, 0, 1)
+
+
+def _padded(buffer: mx.array | None, like: mx.array, rows: int, width: int) -> mx.array:
+    """The first ``width`` slots of a buffer, [rows, H, width, D]; zeros where it has none."""
+    _, H, _, D = like.shape
+    if buffer is None:
+        return mx.zeros((rows, H, width, D), like.dtype)
+    have = min(width, buffer.shape[2])
+    missing = mx.zeros((rows, H, width - have, D), like.dtype)
+    return mx.concatenate([buffer[:, :, :have], missing], axis=2)

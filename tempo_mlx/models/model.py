@@ -1,5 +1,6 @@
 """An mlx-lm model that takes tokens at explicit positions under an explicit mask."""
 
+from dataclasses import replace
 from typing import Any, cast, overload
 
 import mlx.core as mx
@@ -12,6 +13,7 @@ from . import attention, positions
 from .architectures import ARRAY_OFFSETS, EXACT, GROUPED_SCORES, names, refusal
 from .attention import AttentionRecorder, Capture
 from .cache import BatchedKVCache
+from .layout import Layout
 from .positions import Positions
 
 
@@ -46,6 +48,8 @@ class PositionedModel:
         #: attention layers, counted as they are executed
         self.n_layers = 0
         self.captures_attention, self.takes_additive_masks = self._trace()
+        #: whether rows of different lengths need no padding
+        self.packs_rows = self._packs_rows()
         if not EXACT & set(names(model)):
             raise self._unsupported("has not been compared with mlx-lm's own results")
         #: positions that the model was made for, or None where its configuration does not say
@@ -95,6 +99,8 @@ class PositionedModel:
         positions: np.ndarray,
         mask: mx.array | str,
         cache: BatchedKVCache,
+        capture: None = None,
+        rows: np.ndarray | None = None,
     ) -> mx.array: ...
 
     @overload
@@ -105,24 +111,32 @@ class PositionedModel:
         mask: mx.array | str,
         cache: BatchedKVCache,
         capture: Capture,
+        rows: np.ndarray | None = None,
     ) -> tuple[mx.array, dict[int, mx.array]]: ...
 
-    def __call__(self, tokens, positions, mask, cache, capture=None):
+    def __call__(self, tokens, positions, mask, cache, capture=None, rows=None):
         """One forward pass over T new tokens for each row, which become slots of the cache.
 
+        Rows may also carry different numbers of tokens. Then all N tokens come side by side, and
+        ``rows`` says where each belongs.
+
         Args:
-            tokens: ids, [B, T].
-            positions: logical positions, integers [B, T], on the host.
+            tokens: ids, [B, T], or [1, N] with ``rows``.
+            positions: logical positions, integers on the host, of the same shape.
             mask: "causal" (each token sees all slots and the new tokens up to itself; no array is
                 built), or an array [B, 1, T, S + T] over the S slots and the T new tokens: boolean
-                (True = may attend) or additive, floating point. No row may be masked everywhere.
+                (True = may attend) or additive, floating point. With ``rows`` it is [1, 1, N, S']
+                over the slots of each token's row, S' the most slots that a row has after the
+                pass; a row's new slots follow its last one. No token may be masked everywhere.
                 Sliding windows are applied on top, by logical distance.
-            cache: from :meth:`make_cache`; extended by T slots.
-            capture: what attention to report.
+            cache: from :meth:`make_cache`; extended by the new slots.
+            capture: what attention to report, [B, ...] over rows and slots; row weights are given
+                for the tokens, [N] or [layers, N], where ``rows`` is given.
+            rows: the cache row of each token, [N].
 
         Returns:
-            logits [B, T, V]; with ``capture`` also a dict from layer to its attention, fp32.
-            Both are lazy: evaluate them together with ``cache.state``.
+            logits [B, T, V] or [1, N, V]; with ``capture`` also a dict from layer to its
+            attention, fp32. Both are lazy: evaluate them together with ``cache.state``.
 
         Raises:
             ValueError: if shapes do not fit or the mask is neither boolean nor floating point.
@@ -136,12 +150,43 @@ class PositionedModel:
             mask = mask.astype(self.dtype)
         if capture is not None:
             self.require_capture()
+        positions = np.asarray(positions)
+        layout = None if rows is None else Layout(rows, cache.batch_size)
+        if layout is not None and capture is not None and capture.row_weights is not None:
+            spread = layout.spread(np.asarray(capture.row_weights, np.float32))
+            capture = replace(capture, row_weights=spread)
         recorder = AttentionRecorder(capture) if capture is not None else None
-        logits = self._forward(tokens, positions, mask, cache, recorder)
+        if layout is None:
+            logits = self._forward(tokens, positions, mask, cache, recorder)
+        else:
+            logits = self._in_rows(tokens, positions, mask, cache, recorder, layout)
         return logits if recorder is None else (logits, recorder.weights)
 
-    def _forward(self, tokens, positions, mask, cache, recorder):
-        cache.begin(np.asarray(positions), mask, recorder)
+    def _in_rows(self, tokens, positions, mask, cache, recorder, layout):
+        """A pass over [1, N] tokens: by rows if they are rectangular, else packed or padded."""
+        by_row = positions[0][layout.tokens]
+        if (layout.counts == 0).any():
+            # What stands for a row without tokens looks at that row's first slot.
+            empty = layout.counts == 0
+            by_row[empty] = cache.slot_positions[empty, :1] if cache.n_slots else 0
+        if not isinstance(mask, str):
+            mask = mask[0, 0][mx.array(layout.tokens)][:, None]  # [B, 1, T, S']
+            if (layout.counts == 0).any():
+                first = mx.arange(mask.shape[-1]) == 0
+                if mask.dtype != mx.bool_:
+                    first = mx.where(first, 0.0, -mx.inf).astype(mask.dtype)
+                mask = mx.where(mx.array(layout.counts == 0)[:, None, None, None], first, mask)
+        if layout.is_rectangular:
+            shape = (cache.batch_size, layout.width)
+            logits = self._forward(tokens.reshape(shape), by_row, mask, cache, recorder)
+            return logits.reshape(1, -1, logits.shape[-1])
+        if self.packs_rows:
+            return self._forward(tokens, by_row, mask, cache, recorder, layout, packed=True)
+        padded = tokens[0][mx.array(layout.tokens)]
+        return layout.pack_logits(self._forward(padded, by_row, mask, cache, recorder, layout))
+
+    def _forward(self, tokens, positions, mask, cache, recorder, layout=None, packed=False):
+        cache.begin(positions, mask, recorder, layout, packed)
         try:
             logits = self.model(tokens, cache=cache.layers)
         except BaseException:
@@ -177,8 +222,23 @@ class PositionedModel:
         if logits.shape[:2] != (1, 3):
             raise self._unsupported(f"returns logits of shape {logits.shape}")
         self.n_layers = trace.calls
+        #: bytes of one slot's keys and values in all layers
+        self.slot_bytes = cache.nbytes // cache.capacity
         captures = trace.calls >= sum(n > 0 for n in appended)
         return captures, captures and trace.masks_arrive_unchanged()
+
+    def _packs_rows(self) -> bool:
+        """Whether packed rows can be put side by side wherever they meet: in attention only."""
+        if not self.takes_additive_masks or self.architecture in GROUPED_SCORES:
+            return False
+        cache, layout = self.make_cache(2), Layout(np.array([0, 1, 1]), 2)
+        mask = mx.array(np.tri(2, dtype=bool))[None, None]
+        try:
+            cache.begin(np.array([[0, 0], [0, 1]]), mask, None, layout, packed=True)
+            return self.model(mx.zeros((1, 3), mx.int32), cache=cache.layers).shape[:2] == (1, 3)
+        except ValueError:
+            # Layers that share another layer's keys do not go through its cache.
+            return False
 
     def _unsupported(self, reason: str) -> UnsupportedModelError:
         return UnsupportedModelError(f"{self.architecture}: {reason}")
