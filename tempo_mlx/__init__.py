@@ -5,7 +5,20 @@ from . import blas
 
 blas.preload()
 
+from .batching import batch_generate, stream_batch_generate  # noqa: E402
 from .generation import generate, stream_generate  # noqa: E402
 from .models import PositionedModel, UnsupportedModelError, load  # noqa: E402
+from .prompt_cache import PromptCache  # noqa: E402
+from .settings import Settings  # noqa: E402
 
-__all__ = ["PositionedModel", "UnsupportedModelError", "generate", "load", "stream_generate"]
+__all__ = [
+    "PositionedModel",
+    "PromptCache",
+    "Settings",
+    "UnsupportedModelError",
+    "batch_generate",
+    "generate",
+    "load",
+    "stream_batch_generate",
+    "stream_generate",
+]

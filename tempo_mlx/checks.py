@@ -20,13 +20,13 @@ from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import dequantize_model
 
-from .bench.decode import without_end
-from .decoding import SequenceState
+from .decoding import Batch, SequenceState
 from .generation import generate
 from .lattice import Lattice
 from .models import Capture, PositionedModel, load
 from .pruning import Pruning
 from .random_models import CONFIGS, VOCABULARY, Letters, random_model
+from .tokens import without_end
 from .visibility import VISIBILITY
 
 #: Largest difference of a logit, in standard deviations of the logits, by dtype of the
@@ -286,9 +286,10 @@ def sibling_difference(subject: Subject, model: PositionedModel) -> tuple[float,
     last = stock_logits(subject.model, subject.prompt)[-1]
     siblings = np.argsort(-last)[:SIBLINGS].tolist()
     lattice = Lattice(subject.prompt)
-    state = SequenceState(model, lattice, "isolated")
-    state.prefill(length)
-    rows = _numpy(state.append(mx.array(siblings), lattice.reserve(SIBLINGS, 0))[0])
+    sequence = SequenceState(lattice, "isolated")
+    batch = Batch(model, [sequence])
+    batch.prefill(length)
+    rows = _numpy(batch.append(mx.array(siblings), [(sequence, lattice.reserve(SIBLINGS, 0))])[0])
     separate = [stock_logits(subject.model, [*subject.prompt, id], length)[-1] for id in siblings]
     return float(np.abs(rows - separate).max()) / logit_spread(subject), ""
 

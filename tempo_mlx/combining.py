@@ -1,69 +1,90 @@
-"""One next distribution out of the N rows of a parallel set."""
+"""One next distribution out of the N rows of each parallel set."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
+import numpy as np
 
 LOG2_E = 1.4426950408889634
 
 
-def mixture(p: mx.array, logits: mx.array, weights: mx.array) -> mx.array:
+def mixture(w: np.ndarray) -> np.ndarray:
     """p(x) = sum_i w_i p_i(x). The order of the rows does not matter."""
-    return weights @ p
+    return w / w.sum()
 
 
-def mean(p: mx.array, logits: mx.array, weights: mx.array) -> mx.array:
+def mean(w: np.ndarray) -> np.ndarray:
     """p(x) = 1/N sum_i p_i(x)."""
-    return p.mean(axis=0)
+    return np.full(len(w), 1 / len(w))
 
 
-def product(p: mx.array, logits: mx.array, weights: mx.array) -> mx.array:
+def product(w: np.ndarray) -> np.ndarray:
     """p(x) ~ prod_i p_i(x)^w_i: softmax of the weighted mean of log p_i."""
-    # The rows' normalisers are constants of the softmax. A row that excludes a token vetoes it,
-    # but 0 x -inf would be NaN.
-    return mx.softmax(weights @ mx.maximum(logits, -1e30))
+    return w / w.sum()
 
 
-def last(p: mx.array, logits: mx.array, weights: mx.array) -> mx.array:
+def last(w: np.ndarray) -> np.ndarray:
     """p(x) = p_N(x): what an implementation that feeds the tokens one by one would read."""
-    return p[-1]
+    return np.eye(len(w))[-1]
 
 
-def _softmax(logits: mx.array) -> mx.array:
-    """softmax over the last axis, by powers of 2: on x86 mlx's exp takes 2.7 times as long."""
-    shifted = logits - logits.max(axis=-1, keepdims=True)
-    powers = mx.power(2.0, shifted * LOG2_E)
-    return powers / powers.sum(axis=-1, keepdims=True)
-
-
-#: Name -> rule (rows p_i [N, V], their logits [N, V], weights [N] summing to 1) -> p [V]; all fp32.
-COMBINE: dict[str, Callable[[mx.array, mx.array, mx.array], mx.array]] = {
+#: Name -> rule (selection probabilities of the set's tokens [N]) -> factors of its rows [N], with
+#: which the rows p_i are added up, or log p_i for the rules in :data:`IN_LOGS`.
+COMBINE: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "mixture": mixture,
     "mean": mean,
     "product": product,
     "last": last,
 }
 
+IN_LOGS = frozenset({"product"})
+
+
+def softmax(logits: mx.array) -> mx.array:
+    """softmax over the last axis, by powers of 2: on x86 mlx's exp takes 2.7 times as long."""
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    powers = mx.power(2.0, shifted * LOG2_E)
+    # mlx adds up a long row in fp32 one by one on the CPU; a product with ones is exact to 1e-5.
+    return powers / (powers @ mx.ones((powers.shape[-1], 1)))
+
 
 def combine(
-    rule: str, logits: mx.array, weights: mx.array, temp: float = 1.0
+    logits: mx.array,
+    rules: Sequence[str],
+    weights: Sequence[np.ndarray],
+    temps: Sequence[float] | None = None,
 ) -> tuple[mx.array, mx.array]:
-    """The next distribution, and the rows that it was made of.
+    """The next distribution of each set, and the rows that they were made of.
 
     Args:
-        rule: a key of :data:`COMBINE`.
-        logits: [N, V], one row for each token of the set.
-        weights: selection probabilities of the set's tokens, [N]; renormalised here.
-        temp: temperature of every row's softmax, above 0.
+        logits: the rows of G sets, one set after another, [N, V].
+        rules: of each set, a key of :data:`COMBINE`, [G].
+        weights: of each set the selection probabilities of its tokens; renormalised here.
+        temps: of each set the temperature of its rows' softmax, above 0; None means 1.
 
     Returns:
-        p [V] and the rows p_i [N, V], fp32, each summing to 1. Lazy: rows that the rule does not
-        use and nobody reads are not computed.
+        p [G, V] and the rows p_i [N, V], fp32, each summing to 1. Lazy: rows that no rule uses
+        and nobody reads are not computed.
     """
     logits = logits.astype(mx.float32)
-    if temp != 1.0:
-        logits = logits / temp
-    rows = _softmax(logits)
-    if rows.shape[0] == 1:
-        return rows[0], rows
-    return COMBINE[rule](rows, logits, weights / weights.sum()), rows
+    sizes = [len(w) for w in weights]
+    if temps is not None and any(temp != 1.0 for temp in temps):
+        logits = logits / mx.array(np.repeat(temps, sizes).astype(np.float32))[:, None]
+    rows = softmax(logits)
+    if all(n == 1 for n in sizes):
+        return rows, rows
+    factors = np.zeros((len(sizes), sum(sizes)), np.float32)
+    end = 0
+    for group, (rule, w) in enumerate(zip(rules, weights, strict=True)):
+        factors[group, end : end + len(w)] = COMBINE[rule](np.asarray(w, np.float64))
+        end += len(w)
+    mixed = mx.array(factors)
+    in_logs = np.array([rule in IN_LOGS for rule in rules])
+    if not in_logs.any():
+        return mixed @ rows, rows
+    # The rows' normalisers are constants of the softmax. A row that excludes a token vetoes it,
+    # but 0 x -inf would be NaN.
+    products = mx.softmax(mixed @ mx.maximum(logits, -1e30), axis=-1)
+    if in_logs.all():
+        return products, rows
+    return mx.where(mx.array(in_logs)[:, None], products, mixed @ rows), rows

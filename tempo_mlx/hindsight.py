@@ -1,10 +1,8 @@
 """What a run knows of its sets afterwards: posteriors, verdicts, and weights as keys."""
 
-import mlx.core as mx
 import numpy as np
 
 from .lattice import Lattice
-from .models import Capture
 from .posterior import Beliefs
 from .pruning import Evidence, Pruner
 from .settings import Settings
@@ -29,32 +27,35 @@ class Hindsight:
             self._pruner = Pruner(pruning, settings.max_tokens, seed, settings.samples)
         self._lookback = settings.lookback
         self._beliefs = Beliefs(self._lookback)
+        self._n_layers = n_layers
         self._layers: tuple[int, ...] = ()
         if pruning and pruning.needs_attention:
             self._layers = pruning.chosen_layers(n_layers)
-        self._received: mx.array | None = None
+        self._received = np.zeros(0)
         self._attended = np.zeros(0, np.int64)
 
-    def capture(self, probabilities: np.ndarray) -> Capture | None:
-        """Attention that the next forward pass has to report, for rows of these probabilities."""
+    def capture(self, probabilities: np.ndarray) -> np.ndarray | None:
+        """Weights [layers, n] of the next pass's rows in the attention that earlier slots receive.
+
+        None where no attention is wanted.
+
+        Args:
+            probabilities: selection probabilities of the rows' tokens, [n].
+        """
         if not self._layers:
             return None
         pruning = self._settings.pruning
         assert pruning is not None
-        rows = None
+        rows = np.full(len(probabilities), 1 / len(probabilities))
         if pruning.query_weights == "probability":
-            rows = tuple((probabilities / probabilities.sum()).tolist())
-        return Capture(layers=self._layers, row_weights=rows)
+            rows = probabilities / probabilities.sum()
+        weights = np.zeros((self._n_layers, len(rows)), np.float32)
+        weights[list(self._layers)] = pruning.weights_of_layers(len(self._layers))[:, None] * rows
+        return weights
 
-    def attend(self, attention: dict[int, mx.array], held: np.ndarray) -> list[mx.array]:
-        """Take the captured attention of a pass over the slots ``held``; returns it, lazy [S]."""
-        if not attention:
-            return []
-        assert self._settings.pruning is not None
-        weights = mx.array(self._settings.pruning.weights_of_layers(len(attention)), mx.float32)
-        self._received = weights @ mx.stack([attention[i][0] for i in self._layers])
-        self._attended = held
-        return [self._received]
+    def attend(self, received: np.ndarray, held: np.ndarray) -> None:
+        """Take the attention [S] that the slots ``held`` received, weighted by :meth:`capture`."""
+        self._received, self._attended = received, held
 
     def select(
         self, probabilities: np.ndarray, transitions: np.ndarray, again: bool = False
@@ -78,8 +79,7 @@ class Hindsight:
         # Attention was paid by the rows of the last pass, other evidence is the selection itself.
         latest = now - 1 if pruner.pruning.needs_attention else now
         received = np.zeros(lattice.n_slots)
-        if self._received is not None:
-            received[self._attended] = np.array(self._received)
+        received[self._attended] = self._received
         earliest = None
         for step in range(max(0, latest - self._lookback), now):
             live = lattice.steps[step].live

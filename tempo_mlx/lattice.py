@@ -140,6 +140,12 @@ class Lattice:
         """Weight of each slot as a key, [S]; 1 unless a weighting has set it."""
         return self._weight[: self.n_slots]
 
+    def weights_seen_by(self, queries: Slots) -> np.ndarray:
+        """:attr:`weights` as they stand; recorded as what the queries' steps saw."""
+        for step in np.unique(queries.step):
+            self.key_weights[int(step)] = self.weights.copy()
+        return self.weights
+
     def weigh(self, slots: list[int], weights: np.ndarray) -> None:
         """Set the weights of a set's live tokens as keys; they are made to sum to 1."""
         self._weight[slots] = weights / weights.sum()

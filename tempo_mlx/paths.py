@@ -4,12 +4,15 @@ The hypotheses of the beam live in one sequence as a tree: a slot sees the promp
 and itself, so its logits are those of a separate sequential decode of its path.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
 
-from .models import PositionedModel
+from .decoding import Batch, SequenceState
+from .lattice import Lattice
+from .models import BatchedKVCache, PositionedModel
 
 #: Fraction of unused slots above which the cache is compacted.
 MAX_UNUSED = 0.5
@@ -33,51 +36,100 @@ class Path:
     logprob: float
 
 
+class _Beam:
+    """The hypotheses of one problem: paths so far, their scores, and what they attend to."""
+
+    def __init__(self, prompt: list[int], sets: list[list[int]], beam: int):
+        self.prompt, self.sets, self.beam = prompt, sets, beam
+        self.scores = np.zeros(1)  # [R], nats
+        self.chains: list[list[int]] = [[]]
+        self.sees = np.ones((1, len(prompt)), bool)  # [R, S]: slots that each path's last one sees
+        self.step = 0
+
+    @property
+    def finished(self) -> bool:
+        return self.step == len(self.sets)
+
+    @property
+    def ids(self) -> list[int]:
+        """The set to choose from."""
+        return self.sets[self.step]
+
+    def extend(self, logp: np.ndarray) -> None:
+        """Go on with the best of all paths, log p [R, N] of the set's tokens in each."""
+        joint = self.scores[:, None] + logp
+        best = np.argsort(-joint, axis=None, kind="stable")[: self.beam]
+        parents, choice = np.unravel_index(best, joint.shape)
+        self.scores = joint[parents, choice]
+        ids = np.array(self.ids)[choice]
+        self.chains = [[*self.chains[p], int(t)] for p, t in zip(parents, ids, strict=True)]
+        self.sees = self.sees[parents]
+        self.step += 1
+
+
 def best_paths(
-    model: PositionedModel, prompt: list[int], sets: list[list[int]], beam: int
-) -> list[tuple[list[int], float]]:
-    """Beam search over the sets; all hypotheses of a step in one forward pass.
+    model: PositionedModel, problems: Sequence[tuple[list[int], list[list[int]]]], beam: int
+) -> list[list[tuple[list[int], float]]]:
+    """Beam search over sets; all hypotheses of all problems' steps in one forward pass.
 
     Args:
         model: scores the tokens.
-        prompt: ids, at least one.
-        sets: for each step the ids to choose from, each at least one.
+        problems: prompts, ids of at least one token, and for each step the ids to choose from.
         beam: hypotheses kept at each step, at least 1.
 
     Returns:
-        at most ``beam`` pairs (ids, log-probability in nats), best first.
+        for each problem at most ``beam`` pairs (ids, log-probability in nats), best first.
     """
-    cache = model.make_cache()
-    length = len(prompt)
-    for start in range(0, length - 1, CHUNK):
-        end = min(start + CHUNK, length - 1)
-        positions = np.arange(start, end)[None]
-        model(mx.array(prompt[start:end])[None], positions, "causal", cache)
-        mx.eval(cache.state)
-    logits = model(mx.array(prompt[-1:])[None], np.array([[length - 1]]), "causal", cache)[0]
+    beams = [_Beam(prompt, sets, beam) for prompt, sets in problems]
+    reading = Batch(model, [SequenceState(Lattice(prompt)) for prompt, _ in problems])
+    logits, cache = reading.prefill(CHUNK), reading.cache
+    rows = np.arange(len(beams))  # of the logits
+    while going := [row for row, each in enumerate(beams) if not each.finished]:
+        keep = np.isin(rows, going)
+        of_row, logits = rows[keep], logits[mx.array(np.flatnonzero(keep))]
+        widest = max(len(beams[row].ids) for row in going)
+        ids = np.array([np.resize(beams[row].ids, widest) for row in of_row])
+        logits = logits.astype(mx.float32)
+        logp = mx.take_along_axis(logits, mx.array(ids), axis=1)
+        logp = logp - mx.logsumexp(logits, axis=-1, keepdims=True)
+        mx.eval(logp, cache.state)
+        found = np.array(logp, np.float64)
+        for row in going:
+            beams[row].extend(found[of_row == row, : len(beams[row].ids)])
+        going = [row for row in going if not beams[row].finished]
+        if going:
+            _drop_unused(cache, beams)
+            rows, logits = _read_last(model, cache, beams, going)
+    return [
+        [(chain, float(score)) for chain, score in zip(each.chains, each.scores, strict=True)]
+        for each in beams
+    ]
 
-    scores = np.zeros(1)  # [R], nats
-    chains: list[list[int]] = [[]]
-    sees = np.ones((1, length), bool)  # [R, S]: what each hypothesis' last slot attends to
-    for step, ids in enumerate(sets):
-        rows = logits.astype(mx.float32)
-        rows = rows[:, mx.array(ids)] - mx.logsumexp(rows, axis=-1, keepdims=True)  # [R, N]
-        mx.eval(rows, cache.state)
-        joint = scores[:, None] + np.array(rows, np.float64)
-        best = np.argsort(-joint, axis=None, kind="stable")[:beam]
-        parents, choice = np.unravel_index(best, joint.shape)
-        scores = joint[parents, choice]
-        tokens = np.array(ids)[choice]
-        chains = [[*chains[p], int(t)] for p, t in zip(parents, tokens, strict=True)]
-        if step + 1 == len(sets):
-            break
-        R, S = len(tokens), sees.shape[1]
-        sees = sees[parents]
-        used = sees.any(axis=0)
-        if used.sum() < (1 - MAX_UNUSED) * S:
-            cache.compact(np.flatnonzero(used))
-            sees = sees[:, used]
-        sees = np.concatenate([sees, np.eye(R, dtype=bool)], axis=1)
-        positions = np.full((1, R), length + step)
-        logits = model(mx.array(tokens)[None], positions, mx.array(sees)[None, None], cache)[0]
-    return [(chain, float(score)) for chain, score in zip(chains, scores, strict=True)]
+
+def _read_last(
+    model: PositionedModel, cache: BatchedKVCache, beams: list[_Beam], going: list[int]
+) -> tuple[np.ndarray, mx.array]:
+    """Append each path's last token; returns the row of each and their logits [N, V]."""
+    sizes = [len(beams[row].chains) for row in going]
+    rows = np.repeat(going, sizes)
+    added = np.bincount(rows, minlength=len(beams))
+    mask = np.zeros((len(rows), int((cache.counts + added).max())), bool)
+    done = 0
+    for row, n in zip(going, sizes, strict=True):
+        each = beams[row]
+        each.sees = np.concatenate([each.sees, np.eye(n, dtype=bool)], axis=1)
+        mask[done : done + n, : each.sees.shape[1]] = each.sees
+        done += n
+    tokens = mx.array([chain[-1] for row in going for chain in beams[row].chains])
+    positions = np.repeat([len(beams[r].prompt) + beams[r].step - 1 for r in going], sizes)
+    mask_ = mx.array(mask)[None, None]
+    return rows, model(tokens[None], positions[None], mask_, cache, rows=rows)[0]
+
+
+def _drop_unused(cache: BatchedKVCache, beams: list[_Beam]) -> None:
+    """Drop slots that no path sees, if they are many."""
+    used = [each.sees.any(axis=0) & (not each.finished) for each in beams]
+    if sum(int(u.sum()) for u in used) < (1 - MAX_UNUSED) * cache.counts.sum():
+        cache.compact([np.flatnonzero(u) for u in used])
+        for each, chosen in zip(beams, used, strict=True):
+            each.sees = each.sees[:, chosen]

@@ -71,6 +71,8 @@ RULES: dict[str, Callable[[Evidence], np.ndarray]] = {
 DECISIONS = ("relative", "absolute", "sigmoid", "quota")
 WHEN_ALL_FALL = ("keep_best", "keep_all", "drop_set")
 LAYER_WEIGHTS = ("uniform", "rising")
+#: Share of slots in the cache that may hold nothing of use.
+COMPACT_ABOVE = 0.25
 QUERY_WEIGHTS = ("equal", "probability")
 REPAIRS = ("none", "recompute")
 
@@ -116,7 +118,7 @@ class Pruning:
     layer_weights: str = "uniform"
     query_weights: str = "equal"
     repair: str = "none"
-    compact_above: float = 0.25
+    compact_above: float = COMPACT_ABOVE
 
     def __post_init__(self) -> None:
         for name, choices in (
@@ -187,6 +189,24 @@ class Pruning:
         """One key for each setting; the schedule as its text."""
         layers = list(self.layers) if isinstance(self.layers, tuple) else self.layers
         return {**asdict(self), "schedule": str(self.schedule), "layers": layers}
+
+
+def parse_layers(text: str) -> int | tuple[int, ...] | None:
+    """Layers written as ``all``, ``last:4`` or ``0,5,11``.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if text == "all":
+        return None
+    try:
+        if text.startswith("last:"):
+            return int(text.removeprefix("last:"))
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise ValueError(
+            f"prune layers must be all, last:N or numbers like 3,7,11, got {text!r}"
+        ) from error
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """What a run returns: its lattice, its text, its paths, and one schema for JSON."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -81,13 +82,8 @@ class GenerationResult:
             raise ValueError(f"k must be at least 1, got {k}")
         if beam < 1:
             raise ValueError(f"beam must be at least 1, got {beam}")
-        beam = max(k, beam)
-        made = (beam, self.lattice.n_slots)
-        if self._paths is None or self._paths[0] != made:
-            sets = [[token.id for token in tokens] for tokens in self.lattice.sets]
-            found = best_paths(self.model, self.lattice.prompt_tokens, sets, beam)
-            paths = [Path(self.vocabulary.decode(ids), ids, logprob) for ids, logprob in found]
-            self._paths = (made, paths)
+        find_paths([self], max(k, beam))
+        assert self._paths is not None
         return self._paths[1][:k]
 
     def received_attention(self) -> dict[int, np.ndarray]:
@@ -153,3 +149,26 @@ class GenerationResult:
             "tokens_per_second": lattice.n_tokens / seconds,
             "peak_memory_gb": stats.peak_memory_gb,
         }
+
+
+def find_paths(results: Sequence[GenerationResult], beam: int = BEAM) -> None:
+    """Find the paths of several results of one model together; see :meth:`GenerationResult.paths`.
+
+    Args:
+        results: at least one; those whose paths are known are left as they are.
+        beam: hypotheses kept at each step of each.
+    """
+
+    def made(result: GenerationResult) -> tuple[int, int]:
+        return beam, result.lattice.n_slots
+
+    new = [r for r in results if r._paths is None or r._paths[0] != made(r)]
+    if not new:
+        return
+    problems = [
+        (r.lattice.prompt_tokens, [[token.id for token in tokens] for tokens in r.lattice.sets])
+        for r in new
+    ]
+    for result, found in zip(new, best_paths(new[0].model, problems, beam), strict=True):
+        paths = [Path(result.vocabulary.decode(ids), ids, logprob) for ids, logprob in found]
+        result._paths = made(result), paths

@@ -1,5 +1,6 @@
 """Which tokens of a distribution form the parallel set."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
@@ -14,7 +15,7 @@ class NonFiniteLogitsError(ValueError):
 
 @dataclass(frozen=True)
 class Candidates:
-    """The tokens that may enter the set, still on the device.
+    """The tokens that may enter a set.
 
     Args:
         ids: token ids [K], in the order in which they would be kept.
@@ -22,14 +23,68 @@ class Candidates:
         transitions: p_i(x_j) of each candidate j in each row i of the set before, [N, K], fp32.
     """
 
-    ids: mx.array
-    probabilities: mx.array
-    transitions: mx.array
+    ids: np.ndarray
+    probabilities: np.ndarray
+    transitions: np.ndarray
 
-    @classmethod
-    def of(cls, ids: mx.array, p: mx.array, rows: mx.array) -> "Candidates":
-        """Candidates ``ids`` of p [V], which was combined from rows [N, V]."""
-        return cls(ids, p[ids], rows[:, ids])
+
+class Offers:
+    """Candidates of G sets, computed together on the device and read by the host at once.
+
+    Args:
+        ids: token ids [G, K], in the order in which they would be kept.
+        p: next distributions [G, V].
+        rows: what they were combined from, [N, V], one set after another.
+        sizes: rows of each set, [G].
+        received: attention that the cache's slots received, [B, S], if it was captured.
+    """
+
+    def __init__(
+        self,
+        ids: mx.array,
+        p: mx.array,
+        rows: mx.array,
+        sizes: Sequence[int],
+        received: mx.array | None = None,
+    ):
+        self.ids = ids
+        self.probabilities = mx.take_along_axis(p, ids, axis=1)
+        of_row = (
+            ids
+            if len(sizes) == rows.shape[0]
+            else ids[mx.array(np.repeat(range(len(sizes)), sizes))]
+        )
+        self.transitions = mx.take_along_axis(rows, of_row, axis=1)
+        self.received = received
+        self._ends = np.cumsum(sizes)
+        self._sizes = sizes
+        self._attention: np.ndarray | None = None
+        self._read: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
+
+    @property
+    def state(self) -> list[mx.array]:
+        """The arrays to evaluate."""
+        arrays = [self.ids, self.probabilities, self.transitions]
+        return arrays if self.received is None else [*arrays, self.received]
+
+    def read_received(self) -> np.ndarray:
+        """:attr:`received` on the host."""
+        if self._attention is None:
+            self._attention = np.array(self.received)
+        return self._attention
+
+    def of(self, group: int, k: int | None = None) -> Candidates:
+        """The first k candidates of one set. Reads the device: the step's one synchronisation."""
+        if self._read is None:
+            self._read = (
+                np.array(self.ids),
+                np.array(self.probabilities),
+                np.array(self.transitions),
+            )
+        ids, probabilities, transitions = self._read
+        end = self._ends[group]
+        rows = transitions[end - self._sizes[group] : end]
+        return Candidates(ids[group, :k], probabilities[group, :k], rows[:, :k])
 
 
 @dataclass(frozen=True)
@@ -55,22 +110,49 @@ class Selected:
         return replace(self, transitions=transitions)
 
 
+#: Neighbours in the vocabulary of which first the best one is found.
+NEIGHBOURS = 64
+
+
 def most_probable(p: mx.array, k: int) -> mx.array:
-    """Ids of the k most probable tokens of p [V], most probable first."""
-    k = min(k, p.shape[0])
+    """Ids of the k most probable tokens of each row of p [..., V], most probable first."""
+    V = p.shape[-1]
+    k = min(k, V)
     if k == 1:
-        return mx.argmax(p, keepdims=True)
-    ids = mx.argpartition(-p, k - 1)[:k]
-    return ids[mx.argsort(-p[ids])]
+        return mx.argmax(p, axis=-1, keepdims=True)
+    if 4 * k * NEIGHBOURS >= V:
+        ids = mx.argpartition(-p, k - 1, axis=-1)[..., :k]
+    else:
+        # The k largest lie in the k blocks with the largest maxima: to find those is one pass over
+        # the vocabulary, where partitioning it takes many.
+        blocks = -(-V // NEIGHBOURS)
+        padding = [(0, 0)] * (p.ndim - 1) + [(0, blocks * NEIGHBOURS - V)]
+        if blocks * NEIGHBOURS > V:
+            p = mx.pad(p, padding, constant_values=-mx.inf)
+        best = p.reshape(*p.shape[:-1], blocks, NEIGHBOURS).max(axis=-1)
+        found = mx.argpartition(-best, k - 1, axis=-1)[..., :k]
+        inside = (found[..., None] * NEIGHBOURS + mx.arange(NEIGHBOURS)).flatten(-2)
+        part = mx.argpartition(-mx.take_along_axis(p, inside, axis=-1), k - 1, axis=-1)[..., :k]
+        ids = mx.take_along_axis(inside, part, axis=-1)
+    order = mx.argsort(-mx.take_along_axis(p, ids, axis=-1), axis=-1)
+    return mx.take_along_axis(ids, order, axis=-1)
 
 
-def gumbel_top_k(p: mx.array, k: int, key: mx.array) -> mx.array:
-    """Ids of k tokens drawn from p [V] without replacement, in the order of drawing.
+def gumbel(p: mx.array, keys: Sequence[np.ndarray | None]) -> mx.array:
+    """Scores [G, V] whose k largest are a draw of k tokens from p [G, V] without replacement.
 
-    The k largest of log p + Gumbel noise are such a draw (Kool, van Hoof and Welling,
-    "Stochastic Beams and Where to Find Them", ICML 2019; Vieira 2014 for the trick itself).
+    log p + Gumbel noise (Kool, van Hoof and Welling, "Stochastic Beams and Where to Find Them",
+    ICML 2019; Vieira 2014 for the trick itself). A row without a key keeps its own order.
+
+    Args:
+        p: distributions.
+        keys: of each row's noise, uint32 [2]; None draws nothing.
     """
-    return most_probable(mx.log(p) + mx.random.gumbel(p.shape, key=key), k)
+    drawn = [key is not None for key in keys]
+    device = mx.array(np.stack([np.zeros(2, np.uint32) if key is None else key for key in keys]))
+    noise = mx.vmap(lambda key: mx.random.gumbel(p.shape[-1:], key=key))(device)
+    scores = mx.log(p)
+    return mx.where(mx.array(drawn)[:, None], scores + noise, scores)
 
 
 def keep(
@@ -80,14 +162,12 @@ def keep(
 
     Where none qualifies, the first candidate is kept: the most probable token, or with Gumbel
     sampling the first one drawn. An end token is never kept: it becomes an ending, and where it is
-    the most probable one that qualifies, the set is empty. Reads the device: the step's one
-    synchronisation.
+    the most probable one that qualifies, the set is empty.
 
     Raises:
         NonFiniteLogitsError: if a probability is not a number.
     """
-    ids = np.array(candidates.ids)
-    probabilities = np.array(candidates.probabilities)
+    ids, probabilities = candidates.ids, candidates.probabilities
     if not np.isfinite(probabilities).all():
         raise NonFiniteLogitsError(
             "the model returned logits that are not finite (NaN or inf); its weights may be "
@@ -100,5 +180,4 @@ def keep(
     ends = np.isin(ids[qualified], list(end_tokens))
     endings = [Ending(int(ids[i]), float(probabilities[i])) for i in qualified[ends]]
     kept = qualified[~ends][: 0 if ends[0] else max_parallel]
-    transitions = np.array(candidates.transitions)
-    return Selected(ids[kept], probabilities[kept], transitions[:, kept], endings)
+    return Selected(ids[kept], probabilities[kept], candidates.transitions[:, kept], endings)

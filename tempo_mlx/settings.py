@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from .combining import COMBINE
-from .pruning import Pruning
+from .pruning import COMPACT_ABOVE, Pruning
 from .schedules import Constant, Schedule, check_range
 from .visibility import VISIBILITY
 
@@ -27,8 +27,8 @@ class Settings:
     Args:
         max_tokens: logical steps at most, at least 1.
         threshold: tokens with p >= threshold form the set, (0, 1]; 1 is greedy decoding.
-        final_threshold: where the schedule takes the threshold by the last step, (0, 1];
-            None keeps it.
+        final_threshold: where the schedule takes the threshold at step = max_tokens, (0, 1]; the
+            last step is max_tokens - 1, a step short of it. None keeps the threshold.
         schedule: how the threshold moves from the one to the other.
         max_parallel: tokens of a set at most, at least 1.
         temp: temperature of the softmax that the threshold is compared with, above 0.
@@ -119,7 +119,7 @@ class Settings:
     @property
     def compact_above(self) -> float:
         """Share of dead slots above which the cache is compacted."""
-        return self.pruning.compact_above if self.pruning else 1.0
+        return self.pruning.compact_above if self.pruning else COMPACT_ABOVE
 
     @property
     def lookback(self) -> int:

@@ -1,5 +1,6 @@
 """Between text and token ids."""
 
+import copy
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -31,6 +32,13 @@ class Vocabulary:
         if text.startswith(self._anchor_text):
             return text.removeprefix(self._anchor_text)
         return str(self._tokenizer.decode(list(ids)))
+
+
+def without_end(tokenizer: Any) -> Any:
+    """The tokenizer, with no token that ends a text."""
+    endless = copy.copy(tokenizer)
+    endless.eos_token_ids = set()
+    return endless
 
 
 def encode_prompt(

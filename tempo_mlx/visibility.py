@@ -6,7 +6,6 @@ are single-token sets at steps before 0, so that "an earlier step" is causality 
 
 from collections.abc import Callable
 
-import mlx.core as mx
 import numpy as np
 
 from .lattice import Slots
@@ -43,28 +42,26 @@ def may_attend(rule: str, queries: Slots, keys: Slots) -> np.ndarray:
     return VISIBILITY[rule](queries, keys) & alive
 
 
-def attention_mask(
+def mask_rows(
     rule: str, queries: Slots, keys: Slots, weights: np.ndarray | None = None
-) -> mx.array | str:
-    """The mask of one forward pass, [1, 1, T, S], or "causal" where one query sees every slot.
+) -> np.ndarray:
+    """What each query may attend to, [T, S]: boolean, or additive where keys have weights.
 
-    With weights the mask is additive: log w of each key that may be seen, so that a set draws
-    attention like one token of its weights' sum. A token's own key weighs 1 to it unless it sees
-    its siblings.
+    An additive entry is log w of a key that may be seen and -inf of another one, so that a set
+    draws attention like one token of its weights' sum. A token's own key weighs 1 to it unless it
+    sees its siblings.
 
     Args:
         rule: a key of :data:`VISIBILITY`.
         queries: the T new slots.
-        keys: all slots in the cache's order, the new ones last.
+        keys: all slots of the sequence in the cache's order, the new ones included.
         weights: of the keys, [S], each in (0, 1].
     """
     allowed = may_attend(rule, queries, keys)
-    if weights is not None:
-        logs = np.log(np.maximum(weights, LEAST_WEIGHT))
-        siblings = keys.step == queries.step[:, None]
-        alone = (allowed & siblings).sum(axis=1, keepdims=True) == 1
-        logs = np.where(siblings & alone, 0.0, logs)
-        return mx.array(np.where(allowed, logs, -np.inf).astype(np.float32)[None, None])
-    if len(queries) == 1 and allowed.all():
-        return "causal"
-    return mx.array(allowed[None, None])
+    if weights is None:
+        return allowed
+    logs = np.log(np.maximum(weights, LEAST_WEIGHT))
+    siblings = keys.step == queries.step[:, None]
+    alone = (allowed & siblings).sum(axis=1, keepdims=True) == 1
+    logs = np.where(siblings & alone, 0.0, logs)
+    return np.where(allowed, logs, -np.inf).astype(np.float32)

@@ -5,6 +5,9 @@ import os
 # OpenBLAS's threads spin while they wait for each other. Where other work wants the same cores, a
 # second test run for example, that makes everything ten times slower and more.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# On a GPU, mlx may round the factors of fp32 products to TF32, with errors of about 1e-3. The tests
+# compare at 1e-4.
+os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
 from tempo_mlx.models.loading import load  # noqa: E402
 

@@ -11,15 +11,17 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..generation import run
+from ..generation import steps as steps_of
 from ..lattice import Lattice
 from ..models import PositionedModel
 from ..pruning import Pruning
 from ..result import GenerationResult
 from ..schedules import Constant
 from ..settings import Settings
-from ..tokens import Vocabulary
-from .decode import ANY, WARM_UP, Target, describe, prompt_of, without_end
+from ..tokens import Vocabulary, without_end
+from .runs import ANY, WARM_UP
+from .setting import describe, prompt_of
+from .target import Target
 from .timing import Spread, alternate, ratio
 
 SCHEMA = 1
@@ -167,7 +169,7 @@ def bench_pruning(
 
     def timed(pruning: Pruning | None) -> float:
         stamps = []
-        for _ in run(result_of(max_tokens, pruning)):
+        for _ in steps_of(result_of(max_tokens, pruning)):
             stamps.append(time.perf_counter())
         return float(np.median(np.diff(stamps)[WARM_UP:]))
 
@@ -212,7 +214,7 @@ def _halved(
     before = mx.get_active_memory()
     mx.reset_peak_memory()
     slots = cache_bytes = 0
-    for response in run(result):
+    for response in steps_of(result):
         slots, cache_bytes = response.slots_held, response.cache_bytes
     return Saving(
         steps,

@@ -13,8 +13,12 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from ..bench.decode import LONG_BLOCKS, Report, Target, bench_decode
+from ..bench.batch import MIN_SPEEDUP, SETS, bench_batch
+from ..bench.decode import bench_decode
+from ..bench.decode_report import Report
 from ..bench.pruning import bench_pruning
+from ..bench.runs import LONG_BLOCKS
+from ..bench.target import Target
 from ..bench.timing import Spread
 from ..files import check_writable, write_atomically
 from ..models import load
@@ -191,6 +195,86 @@ def pruning(
             f"{saving.peak_bytes / 1e6:.1f}",
         )
     console.print(savings)
+    print_targets(report.targets, console)
+    if output is not None:
+        write_atomically(output, json.dumps(report.to_dict(), indent=1) + "\n")
+        console.print(f"written: {output}", style="dim")
+
+
+@bench.command("batch")
+def batch(
+    model: Annotated[
+        str, typer.Option(help="Recipe name, folder in mlx-lm layout, or Hugging Face Hub id.")
+    ] = "smollm2-135m",
+    prompt_tokens: Annotated[
+        int, typer.Option("--prompt-tokens", "-p", help="Mean tokens of a prompt, at least 4.")
+    ] = 64,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", "-m", help="Steps of each run, at least 4.")
+    ] = 24,
+    rounds: Annotated[
+        int, typer.Option("--rounds", "-n", help="Runs of each variant that count, at least 1.")
+    ] = 3,
+    batch_sizes: Annotated[
+        str, typer.Option(help="Prompts in a batch, at least 1 each, separated by commas.")
+    ] = "1,2,4,8,16,32",
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write the measurements as JSON.")
+    ] = None,
+) -> None:
+    """Throughput of batches, beside mlx-lm's batches and one prompt after another.
+
+    The prompts of a batch differ in length by up to two thirds. Times of a step are those of a
+    forward pass and what belongs to it; times of a run include the prompts.
+    """
+    sizes = parse_widths(batch_sizes, "--batch-sizes")
+    if output is not None:
+        check_writable("--output", output)
+    language_model, tokenizer = load(model)
+    variants = sum(5 if size in MIN_SPEEDUP else 3 for size in sizes)
+    with ticking((rounds + 1) * variants) as tick:
+        report = bench_batch(
+            language_model,
+            tokenizer,
+            prompt_tokens=prompt_tokens,
+            max_tokens=max_tokens,
+            rounds=rounds,
+            batch_sizes=sizes,
+            model_name=model,
+            progress=tick,
+        )
+    console = wide_console()
+    print_setting(report.model, report.setting, console)
+    table = Table("prompts", "variant")
+    for name in (
+        "ms/step",
+        "steps/s",
+        "tokens/s, whole run",
+        "s, whole run",
+        "ms over mlx-lm's",
+        "one by one / batch",
+    ):
+        table.add_column(name, justify="right")
+    for each in report.throughput:
+        table.add_row(
+            str(each.batch_size),
+            each.name,
+            f"{each.step_seconds.median * 1e3:.1f}",
+            f"{each.steps_per_second:.1f}",
+            f"{each.tokens / each.seconds.median:.1f}",
+            f"{each.seconds.median:.2f}",
+            spread(each.step_to_stock, 3),
+            spread(each.speedup, 2) if each.speedup else "",
+            end_section=each.name == SETS,
+        )
+    console.print(table)
+    copies = report.copies
+    console.print(
+        f"{copies.rows} rows of one prompt of {copies.prompt_tokens} tokens: read "
+        f"{copies.read_seconds.median:.3f} s, replicated {copies.replicate_seconds.median:.3f} s; "
+        f"copies hold {copies.bytes_before / 1e6:.1f} MB before their first tokens, "
+        f"{copies.bytes_after / 1e6:.1f} MB after"
+    )
     print_targets(report.targets, console)
     if output is not None:
         write_atomically(output, json.dumps(report.to_dict(), indent=1) + "\n")

@@ -10,11 +10,14 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.text import Text
 
+from ..batching import BATCH_SIZE
 from ..combining import COMBINE
 from ..files import check_writable, write_atomically
 from ..generation import stream_generate
 from ..models import load
 from ..plots import check_plot, plot_lattice, plot_mask
+from ..prompt_cache import PromptCache
+from ..prompt_files import read_prompts
 from ..pruning import (
     DECISIONS,
     LAYER_WEIGHTS,
@@ -23,11 +26,13 @@ from ..pruning import (
     RULES,
     WHEN_ALL_FALL,
     Pruning,
+    parse_layers,
 )
 from ..schedules import parse_schedule
 from ..settings import SAMPLING, WEIGHTINGS, Settings
 from ..visibility import VISIBILITY
 from .display import render, report, verdicts
+from .prompts import generate_from_file, parse_bytes
 
 #: Prompts longer than this show a progress bar while they are read.
 LONG_PROMPT = 1024
@@ -49,6 +54,31 @@ def generate(
     ] = None,
     prompt_file: Annotated[
         Path | None, typer.Option(help="Read the prompt from this file (UTF-8).")
+    ] = None,
+    prompts_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="Many prompts in one batch: .txt, one a line, or .jsonl, one object a line with "
+            '"prompt" and settings of its own such as "threshold". Results go to --output, one '
+            "JSON object a line in the same order; what is there already is not made again."
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int, typer.Option(help="Prompts of --prompts-file that generate at the same time.")
+    ] = BATCH_SIZE,
+    max_kv_bytes: Annotated[
+        str | None,
+        typer.Option(
+            help="Memory for the keys and values of --prompts-file, such as 800MB or 2GiB; "
+            "prompts wait while they do not fit. Half of what the model leaves, by default."
+        ),
+    ] = None,
+    prompt_cache: Annotated[
+        Path | None,
+        typer.Option(
+            help="A prompt that has been read: prompts that begin with it go on from there. With "
+            "one prompt, a file that does not exist is made of it (.safetensors)."
+        ),
     ] = None,
     chat: Annotated[
         bool, typer.Option("--chat", help="Put the prompt through the model's chat template.")
@@ -76,7 +106,10 @@ def generate(
     ] = DEFAULTS.threshold,
     final_threshold: Annotated[
         float | None,
-        typer.Option(help="Where --schedule takes the threshold by the last step, in (0, 1]."),
+        typer.Option(
+            help="Where --schedule takes the threshold at step = --max-tokens, in (0, 1]; the last "
+            "step is the one before."
+        ),
     ] = None,
     schedule: Annotated[
         str,
@@ -289,7 +322,18 @@ def generate(
         check_writable("--output", output)
     for picture in plot or ():
         check_plot(picture)
-    text = read_prompt(prompt if prompt is not None else prompt_option, prompt_file)
+    given = prompt if prompt is not None else prompt_option
+    rows = None
+    if prompts_file is not None:
+        if given is not None or prompt_file is not None:
+            raise ValueError("give one prompt or --prompts-file, not both")
+        if plot or explain:
+            raise ValueError("--plot and --explain show one prompt's run; leave --prompts-file out")
+        if prompt_cache is not None and not prompt_cache.exists():
+            raise ValueError(f"--prompt-cache {prompt_cache} does not exist; make it of one prompt")
+        rows = read_prompts(prompts_file)
+    kv_bytes = parse_bytes(max_kv_bytes) if max_kv_bytes is not None else None
+    text = read_prompt(given, prompt_file) if rows is None else ""
     if system_prompt is not None and not chat:
         raise ValueError("--system-prompt is used by the chat template; add --chat")
 
@@ -305,11 +349,41 @@ def generate(
     language_model, tokenizer = load(model, adapter_path=adapter_path)
     for token in extra_eos_token or ():
         tokenizer.add_eos_token(token)
+    known = None
+    if prompt_cache is not None and prompt_cache.exists():
+        known = PromptCache.load(prompt_cache, language_model)
+    if rows is not None:
+        failures = generate_from_file(
+            rows,
+            settings,
+            language_model,
+            tokenizer,
+            notes,
+            output,
+            system_prompt,
+            chat,
+            paths,
+            verify,
+            batch_size,
+            kv_bytes,
+            known,
+        )
+        if output is not None:
+            notes.print(f"written: {output}", style="dim")
+        if failures:
+            notes.print(f"{failures} prompts failed, see their records", style="yellow")
+            raise typer.Exit(1)
+        return
     content: Any = text
     if chat:
         system = [{"role": "system", "content": system_prompt}] if system_prompt else []
         content = [*system, {"role": "user", "content": text}]
 
+    if prompt_cache is not None and known is None:
+        check_writable("--prompt-cache", prompt_cache)
+        known = PromptCache.read(language_model, tokenizer, content, settings.prefill_step_size)
+        known.save(prompt_cache)
+        notes.print(f"written: {prompt_cache}", style="dim")
     arguments = {name: getattr(settings, name) for name in settings.__dataclass_fields__}
     response = None
     interrupted = False
@@ -330,6 +404,7 @@ def generate(
             content,
             verify=verify,
             prompt_progress_callback=on_prompt,
+            prompt_cache=known,
             **arguments,
         )
         try:
@@ -405,21 +480,3 @@ def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
             raise ValueError(message) from error
     assert prompt is not None
     return sys.stdin.read() if prompt == "-" else prompt
-
-
-def parse_layers(text: str) -> int | tuple[int, ...] | None:
-    """Layers written as ``all``, ``last:4`` or ``0,5,11``.
-
-    Raises:
-        ValueError: for anything else.
-    """
-    if text == "all":
-        return None
-    try:
-        if text.startswith("last:"):
-            return int(text.removeprefix("last:"))
-        return tuple(int(part) for part in text.split(","))
-    except ValueError as error:
-        raise ValueError(
-            f"--prune-layers must be all, last:N or numbers like 3,7,11, got {text!r}"
-        ) from error

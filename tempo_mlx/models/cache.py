@@ -1,7 +1,7 @@
 """The key-value cache: slots, one sequence state for all layers and batch rows."""
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 import numpy as np
@@ -113,6 +113,8 @@ class BatchedKVCache:
         self.counts = np.zeros(batch_size, np.int64)
         #: slots that the buffers have room for
         self.capacity = 0
+        #: slots that a row may have room for, where that is less than a whole block more
+        self.capacity_limit: int | None = None
         self.running: ForwardPass | None = None
 
     @property
@@ -151,7 +153,10 @@ class BatchedKVCache:
             return self.capacity
         step = max(16, BLOCK // self.batch_size)
         grown = needed if self.batch_size == 1 else max(needed, self.capacity * 9 // 8)
-        return -(-grown // step) * step
+        rounded = -(-grown // step) * step
+        if self.capacity_limit is None:
+            return rounded
+        return max(needed, min(rounded, self.capacity_limit))
 
     def with_room(self, buffer: mx.array | None, new: mx.array, needed: int) -> mx.array:
         """A buffer [B, H, capacity, D] with room for ``needed`` slots of the new tokens' kind."""
@@ -241,7 +246,15 @@ class BatchedKVCache:
 
         self._replace(gather, self._table[rows, slots], np.asarray(counts, np.int64))
 
-    def _replace(self, gather, table: np.ndarray, counts: np.ndarray) -> None:
+    def rearrange_row(self, row: int, slots: np.ndarray) -> None:
+        """Keep these slots of one row, in this order, and no other row."""
+        if self.batch_size > 1:
+            self.select([row])
+        self.compact(slots)
+
+    def _replace(
+        self, gather: Callable[[mx.array], mx.array], table: np.ndarray, counts: np.ndarray
+    ) -> None:
         width = table.shape[1]
         for layer in self.layers:
             for name in ("keys", "values"):
@@ -314,6 +327,29 @@ class BatchedKVCache:
         self._table[row, start:end] = other._table[source, :count]
         self.counts[row] = end
         return np.arange(start, end)
+
+    def fill(self, arrays: dict[str, mx.array], positions: np.ndarray) -> None:
+        """Take the slots of an empty cache from arrays.
+
+        Args:
+            arrays: ``layers.<i>.keys`` and ``layers.<i>.values``, [B, H_kv, S, D] each.
+            positions: of the slots, [B, S].
+
+        Raises:
+            ValueError: if their shapes do not fit.
+        """
+        B, S = positions.shape
+        for i, layer in enumerate(self.layers):
+            keys, values = (arrays.pop(f"layers.{i}.{name}", None) for name in ("keys", "values"))
+            if keys is not None and values is not None:
+                layer.keys, layer.values, layer.n_slots = keys, values, S
+        for layer in self.layers:
+            if any(a.ndim != 4 or (a.shape[0], a.shape[2]) != (B, S) for a in layer.state):
+                raise ValueError(f"the arrays are not [{B}, H_kv, {S}, D]")
+        if arrays:
+            raise ValueError(f"the model has no {sorted(arrays)[0]}")
+        self._table = positions.astype(np.int32)
+        self.counts, self.capacity = np.full(B, S), S
 
     def align(self) -> None:
         """Let all rows append at the same slot from now on; what is skipped stays unused."""

@@ -165,6 +165,12 @@ class PositionedModel:
     def _in_rows(self, tokens, positions, mask, cache, recorder, layout):
         """A pass over [1, N] tokens: by rows if they are rectangular, else packed or padded."""
         by_row = positions[0][layout.tokens]
+        if layout.is_rectangular:
+            shape = (cache.batch_size, layout.width)
+            if not isinstance(mask, str):
+                mask = mask.reshape(*shape, -1)[:, None]
+            logits = self._forward(tokens.reshape(shape), by_row, mask, cache, recorder)
+            return logits.reshape(1, -1, logits.shape[-1])
         if (layout.counts == 0).any():
             # What stands for a row without tokens looks at that row's first slot.
             empty = layout.counts == 0
@@ -176,10 +182,6 @@ class PositionedModel:
                 if mask.dtype != mx.bool_:
                     first = mx.where(first, 0.0, -mx.inf).astype(mask.dtype)
                 mask = mx.where(mx.array(layout.counts == 0)[:, None, None, None], first, mask)
-        if layout.is_rectangular:
-            shape = (cache.batch_size, layout.width)
-            logits = self._forward(tokens.reshape(shape), by_row, mask, cache, recorder)
-            return logits.reshape(1, -1, logits.shape[-1])
         if self.packs_rows:
             return self._forward(tokens, by_row, mask, cache, recorder, layout, packed=True)
         padded = tokens[0][mx.array(layout.tokens)]

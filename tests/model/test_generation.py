@@ -2,7 +2,6 @@
 
 from tempo_mlx import PositionedModel, generate
 from tempo_mlx.combining import COMBINE
-from tempo_mlx.decoding import SequenceState
 from tempo_mlx.lattice import Lattice
 from tempo_mlx.models import Capture
 from tempo_mlx.visibility import VISIBILITY
@@ -12,6 +11,8 @@ import numpy as np
 import pytest
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
+
+from ..one_sequence import OneSequence
 
 PROMPTS = [
     "Once upon a time",
@@ -78,7 +79,7 @@ def test_isolated_siblings_are_separate_decodes(embedded):
     prompt = tokenizer.encode("The cat sat on the")
     siblings = tokenizer.encode(" mat floor roof bed")
     lattice = Lattice(prompt)
-    state = SequenceState(PositionedModel.of(model), lattice, "isolated")
+    state = OneSequence(PositionedModel.of(model), lattice, "isolated")
     state.prefill(2048)
     logits, _ = state.append(mx.array(siblings), lattice.reserve(len(siblings), 0))
     rows = np.array(logits)
@@ -93,7 +94,7 @@ def captured(model, tokenizer, visibility):
     positioned = PositionedModel.of(model)
     prompt = tokenizer.encode("The cat sat on the")
     lattice = Lattice(prompt)
-    state = SequenceState(positioned, lattice, visibility)
+    state = OneSequence(positioned, lattice, visibility)
     state.prefill(2048)
     found = []
     for step, tokens in enumerate((tokenizer.encode(" mat floor roof"), [30])):

@@ -5,10 +5,14 @@ import json
 import sys
 
 from tempo_mlx import cli, generate, load
-from tempo_mlx.bench import decode, timing
-from tempo_mlx.bench.decode import SINGLE, STOCK, bench_decode, long_run, timed, weight_bytes
+from tempo_mlx.bench import decode, runs, timing
+from tempo_mlx.bench.decode import bench_decode
+from tempo_mlx.bench.decode_report import SINGLE, STOCK
+from tempo_mlx.bench.runs import long_run, timed
+from tempo_mlx.bench.setting import prompt_of, weight_bytes
 from tempo_mlx.bench.timing import Spread, alternate, copy_bandwidth, ratio
 from tempo_mlx.random_models import random_model
+from tempo_mlx.tokens import without_end
 from tests.tiny_folder import save_tiny_model
 
 import mlx.core as mx
@@ -34,7 +38,7 @@ def clock(monkeypatch):
             return self.now
 
     clock = Clock()
-    monkeypatch.setattr(decode, "time", clock)
+    monkeypatch.setattr(runs, "time", clock)
     monkeypatch.setattr(timing, "time", clock)
     return clock
 
@@ -182,9 +186,9 @@ def test_variants_decode_as_many_steps_of_the_width_that_they_name(loaded, monke
 
 def test_end_tokens_do_not_cut_runs_short(loaded):
     model, tokenizer = loaded
-    prompt = decode.prompt_of(tokenizer, 9)
+    prompt = prompt_of(tokenizer, 9)
     first = generate(model, tokenizer, prompt, threshold=1.0, max_tokens=3).lattice.sets[0][0].id
-    ending = decode.without_end(tokenizer)
+    ending = without_end(tokenizer)
     ending.eos_token_ids = {first}
     assert len(generate(model, ending, prompt, threshold=1.0, max_tokens=3).lattice) == 0
     found = bench_decode(model, ending, prompt_tokens=9, max_tokens=6, rounds=1, siblings=(2,))

@@ -1,6 +1,5 @@
 """Captured attention against NumPy, from the weights of the model and the inputs of its layers."""
 
-from tempo_mlx.decoding import SequenceState
 from tempo_mlx.lattice import Lattice
 from tempo_mlx.models import Capture, PositionedModel, UnsupportedModelError
 from tempo_mlx.visibility import VISIBILITY, may_attend
@@ -9,6 +8,8 @@ from tests.tiny_models import tiny_model
 import mlx.core as mx
 import numpy as np
 import pytest
+
+from ..one_sequence import OneSequence
 
 PROMPT = [3, 14, 15, 9, 2, 6, 5, 35, 8, 9, 7, 9, 32]
 SETS = [[4, 20, 11], [7], [30, 5]]
@@ -87,7 +88,7 @@ def test_captured_attention_is_what_numpy_computes(name, visibility, monkeypatch
     model = tiny_model(name, **overrides)
     positioned = PositionedModel.of(model)
     lattice = Lattice(PROMPT)
-    state = SequenceState(positioned, lattice, visibility)
+    state = OneSequence(positioned, lattice, visibility)
     collected = inputs_of_attention(model.layers, monkeypatch)
     state.prefill(6)
     captured = []
@@ -115,7 +116,7 @@ def test_reductions_are_means_of_the_full_matrices():
 
     def captured(capture):
         lattice = Lattice(PROMPT)
-        state = SequenceState(positioned, lattice, "isolated")
+        state = OneSequence(positioned, lattice, "isolated")
         state.prefill(100)
         _, attention = state.append(mx.array(SETS[0]), lattice.reserve(3, 0), capture)
         return {layer: np.array(weights[0]) for layer, weights in attention.items()}
@@ -137,7 +138,7 @@ def test_a_pass_without_a_capture_is_the_same_to_the_bit():
 
     def logits(capture):
         lattice = Lattice(PROMPT)
-        state = SequenceState(positioned, lattice, "isolated")
+        state = OneSequence(positioned, lattice, "isolated")
         state.prefill(100)
         return np.array(state.append(mx.array(SETS[0]), lattice.reserve(3, 0), capture)[0])
 
@@ -147,7 +148,7 @@ def test_a_pass_without_a_capture_is_the_same_to_the_bit():
 def test_scores_of_a_step_sum_with_the_rest_of_the_row_to_one():
     positioned = PositionedModel.of(tiny_model("llama"))
     lattice = Lattice(PROMPT)
-    state = SequenceState(positioned, lattice, "isolated")
+    state = OneSequence(positioned, lattice, "isolated")
     state.prefill(100)
     for step, tokens in enumerate(SETS):
         queries = lattice.reserve(len(tokens), step)

@@ -8,31 +8,9 @@ import subprocess
 import sys
 import time
 
-from tempo_mlx import cli
 from tests.tiny_folder import save_tiny_model
 
 import pytest
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return str(save_tiny_model(tmp_path_factory.mktemp("tiny")))
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Run the command line in this process; returns (exit code, stdout, stderr)."""
-
-    def call(*arguments, stdin=None):
-        monkeypatch.setattr(sys, "argv", ["tempo-mlx", *map(str, arguments)])
-        if stdin is not None:
-            monkeypatch.setattr(sys, "stdin", stdin)
-        with pytest.raises(SystemExit) as exit:
-            cli.main()
-        out, err = capsys.readouterr()
-        return exit.value.code, out, err
-
-    return call
 
 
 def test_prints_sets_the_best_path_and_statistics(run, folder):
@@ -192,8 +170,8 @@ def test_ctrl_c_prints_and_saves_what_is_there(folder, tmp_path):
         text=True,
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
     )
-    seen = process.stdout.read(12)
-    assert len(seen) == 12, process.stderr.read()
+    # The first token is enough: the run must still be going on a busy machine.
+    assert process.stdout.read(1), process.stderr.read()
     process.send_signal(signal.SIGINT)
     deadline = time.monotonic() + 60
     out, err = process.communicate(timeout=deadline - time.monotonic())

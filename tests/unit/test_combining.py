@@ -34,9 +34,9 @@ def in_numpy(rule, logits, weights, temp):
 @given(rows())
 def test_rule_is_its_formula(rule, case):
     logits, weights, temp = case
-    p, each = combine(rule, mx.array(logits, mx.float32), mx.array(weights, mx.float32), temp)
+    p, each = combine(mx.array(logits, mx.float32), [rule], [weights], [temp])
     np.testing.assert_allclose(np.array(each).sum(axis=1), 1, atol=1e-5)
-    np.testing.assert_allclose(np.array(p), in_numpy(rule, logits, weights, temp), atol=2e-6)
+    np.testing.assert_allclose(np.array(p)[0], in_numpy(rule, logits, weights, temp), atol=2e-6)
 
 
 @pytest.mark.parametrize("rule", ["mixture", "mean", "product"])
@@ -45,19 +45,38 @@ def test_order_of_the_set_changes_rounding_only(rule, case, random):
     logits, weights, temp = case
     order = list(range(len(weights)))
     random.shuffle(order)
-    first, _ = combine(rule, mx.array(logits, mx.float32), mx.array(weights, mx.float32), temp)
-    second, _ = combine(
-        rule, mx.array(logits[order], mx.float32), mx.array(weights[order], mx.float32), temp
-    )
+    first, _ = combine(mx.array(logits, mx.float32), [rule], [weights], [temp])
+    second, _ = combine(mx.array(logits[order], mx.float32), [rule], [weights[order]], [temp])
     np.testing.assert_allclose(np.array(first), np.array(second), atol=1e-6)
 
 
 def test_a_token_that_one_row_excludes_is_zero_in_the_product_not_nan():
     logits = mx.array([[0.0, -mx.inf, 1.0], [0.0, 5.0, 1.0]])
-    p = np.array(combine("product", logits, mx.array([0.5, 0.5]))[0])
+    p = np.array(combine(logits, ["product"], [np.array([0.5, 0.5])])[0])[0]
     assert p[1] == 0 and p.sum() == pytest.approx(1)
 
 
 def test_half_precision_rows_are_combined_in_single_precision():
     logits = mx.random.normal((3, 50), key=mx.random.key(0)).astype(mx.bfloat16)
-    assert combine("mixture", logits, mx.ones(3))[0].dtype == mx.float32
+    assert combine(logits, ["mixture"], [np.ones(3)])[0].dtype == mx.float32
+
+
+@given(st.lists(st.tuples(st.sampled_from(sorted(COMBINE)), rows()), min_size=1, max_size=5))
+def test_sets_combined_together_equal_each_alone(cases):
+    V = min(logits.shape[1] for _, (logits, _, _) in cases)
+    cases = [(rule, logits[:, :V], weights, temp) for rule, (logits, weights, temp) in cases]
+    together, rows_ = combine(
+        mx.array(np.concatenate([logits for _, logits, _, _ in cases]), mx.float32),
+        [rule for rule, *_ in cases],
+        [weights for _, _, weights, _ in cases],
+        [temp for *_, temp in cases],
+    )
+    assert rows_.shape == (sum(len(weights) for _, _, weights, _ in cases), V)
+    for p, (rule, logits, weights, temp) in zip(together, cases, strict=True):
+        np.testing.assert_allclose(np.array(p), in_numpy(rule, logits, weights, temp), atol=2e-6)
+
+
+def test_rows_of_a_large_vocabulary_sum_to_one():
+    logits = 3 * mx.random.normal((4, 150_000), key=mx.random.key(2))
+    _, each = combine(logits, ["mixture"], [np.ones(4)])
+    np.testing.assert_allclose(np.array(each).astype(np.float64).sum(axis=1), 1, atol=2e-5)

@@ -3,7 +3,6 @@
 import json
 
 from tempo_mlx.combining import COMBINE, combine
-from tempo_mlx.decoding import SequenceState
 from tempo_mlx.generation import generate, stream_generate
 from tempo_mlx.lattice import Lattice
 from tempo_mlx.models import PositionedModel
@@ -18,6 +17,8 @@ import numpy as np
 import pytest
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
+
+from ..one_sequence import OneSequence
 
 PROMPT = [3, 14, 15, 9, 2, 6, 5, 35, 8, 9, 7, 9, 32]
 
@@ -82,7 +83,7 @@ def test_threshold_one_is_greedy_decoding(model, tokenizer):
 def test_rows_after_the_first_set_are_separate_decodes_only_where_isolated(model, visibility):
     model_ = PositionedModel.of(model)
     lattice = Lattice(PROMPT)
-    state = SequenceState(model_, lattice, visibility)
+    state = OneSequence(model_, lattice, visibility)
     state.prefill(2048)
     siblings = [4, 20, 11]
     logits, _ = state.append(mx.array(siblings), lattice.reserve(3, 0))
@@ -99,7 +100,7 @@ def test_hidden_makes_the_next_step_blind_to_the_set(model):
 
     def next_row(visibility, siblings):
         lattice = Lattice(PROMPT)
-        state = SequenceState(model_, lattice, visibility)
+        state = OneSequence(model_, lattice, visibility)
         state.prefill(2048)
         state.append(mx.array(siblings), lattice.reserve(len(siblings), 0))
         return np.array(state.append(mx.array([7]), lattice.reserve(1, 1))[0][0])
@@ -116,10 +117,10 @@ def test_order_of_a_set_changes_rounding_only(model):
 
     def next_distribution(order):
         lattice = Lattice(PROMPT)
-        state = SequenceState(model_, lattice, "isolated")
+        state = OneSequence(model_, lattice, "isolated")
         state.prefill(2048)
         logits, _ = state.append(mx.array(order), lattice.reserve(3, 0))
-        return np.array(combine("mixture", logits, mx.array([weights[t] for t in order]))[0])
+        return np.array(combine(logits, ["mixture"], [np.array([weights[t] for t in order])])[0])
 
     first = next_distribution([4, 20, 11])
     for order in ([20, 11, 4], [11, 20, 4]):

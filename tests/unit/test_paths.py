@@ -32,7 +32,7 @@ def test_exhaustive_beam_finds_all_paths_in_order(model):
     sets = [[1, 2, 3], [4], [5, 6], [7, 8, 9], [10, 11]]
     every = list(itertools.product(*sets))
     expected = sorted(((stock_logprob(model, PROMPT, p), list(p)) for p in every), reverse=True)
-    found = best_paths(PositionedModel.of(model), PROMPT, sets, beam=len(every))
+    found = best_paths(PositionedModel.of(model), [(PROMPT, sets)], beam=len(every))[0]
     assert [ids for ids, _ in found] == [ids for _, ids in expected]
     np.testing.assert_allclose([s for _, s in found], [s for s, _ in expected], atol=1e-3)
 
@@ -41,7 +41,7 @@ def test_narrow_beam_scores_are_exact_and_ordered(model):
     rng = np.random.default_rng(0)
     # Long enough that unused slots are compacted away, several times.
     sets = [rng.choice(60, rng.integers(1, 5), replace=False).tolist() for _ in range(24)]
-    found = best_paths(PositionedModel.of(model), PROMPT, sets, beam=4)
+    found = best_paths(PositionedModel.of(model), [(PROMPT, sets)], beam=4)[0]
     scores = [score for _, score in found]
     assert scores == sorted(scores, reverse=True) and len(found) == 4
     for ids, score in found:

@@ -1,10 +1,9 @@
 """Pruning: decisions by their properties, runs by the oracle, a case whose answer is known."""
 
-from tempo_mlx.decoding import SequenceState
 from tempo_mlx.generation import generate
 from tempo_mlx.hindsight import Hindsight
 from tempo_mlx.lattice import Lattice, Step, Token
-from tempo_mlx.models import PositionedModel
+from tempo_mlx.models import Capture, PositionedModel
 from tempo_mlx.pruning import RULES, Evidence, Judgement, Pruner, Pruning, falls, spare
 from tempo_mlx.schedules import Constant
 from tempo_mlx.settings import WEIGHTINGS, Settings
@@ -17,6 +16,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
+from ..one_sequence import OneSequence
 
 PROMPT = [3, 14, 15, 9, 2, 6, 5, 35, 8, 9, 7, 9, 32]
 
@@ -157,12 +158,13 @@ def test_compaction_changes_rounding_only(model, tokenizer, visibility):
 
 def test_compaction_drops_what_nobody_can_see(model):
     lattice = Lattice(PROMPT)
-    state = SequenceState(PositionedModel.of(model), lattice, "hidden")
+    state = OneSequence(PositionedModel.of(model), lattice, "hidden")
     state.prefill(2048)
     state.append(mx.array([4, 20, 11]), lattice.reserve(3, 0))
-    state.compact(0.5, next_step=1)
+    lattice.reserve(1, 1)
+    assert not state.compact(0.5)
     assert state.cache.n_slots == len(PROMPT) + 3
-    state.compact(0.1, next_step=1)
+    assert state.compact(0.1)
     assert state.cache.n_slots == len(PROMPT) and state.held.tolist() == list(range(len(PROMPT)))
 
 
@@ -172,7 +174,7 @@ def test_repair_equals_generating_without_the_token(model, visibility):
 
     def state_of(sets):
         lattice = Lattice(PROMPT)
-        state = SequenceState(positioned, lattice, visibility)
+        state = OneSequence(positioned, lattice, visibility)
         logits = state.prefill(2048)
         for step, ids in enumerate(sets):
             queries = lattice.reserve(len(ids), step)
@@ -186,13 +188,14 @@ def test_repair_equals_generating_without_the_token(model, visibility):
     state, before = state_of([[4, 20], [11], [5, 9]])
     slot = len(PROMPT) + 1
     verdict = Judgement(2, 0, 0.5, [slot - 1, slot], [1.0, 0.0], [False, True])
-    state.lattice.apply(verdict, "posterior", erase=True)
-    repaired = np.array(state.recompute(0 if visibility == "visible" else 1))
+    state.sequence.lattice.apply(verdict, "posterior", erase=True)
+    state.recompute([(state.sequence, 0 if visibility == "visible" else 1)])
+    repaired = np.array(state.sequence.passed())
     _, without = state_of([[4], [11], [5, 9]])
     np.testing.assert_allclose(repaired, without, atol=1e-4)
     assert np.abs(before - without).max() > 1e-2
     # And what comes next agrees, too.
-    following, _ = state.append(mx.array([7]), state.lattice.reserve(1, 3))
+    following, _ = state.append(mx.array([7]), state.sequence.lattice.reserve(1, 3))
     _, other = state_of([[4], [11], [5, 9], [7]])
     np.testing.assert_allclose(np.array(following), other, atol=1e-4)
 
@@ -230,7 +233,7 @@ def test_attention_finds_the_token_that_later_queries_look_at():
     )
     positioned = PositionedModel.of(model)
     hindsight = Hindsight(lattice, settings, positioned.n_layers)
-    state = SequenceState(positioned, lattice, "isolated")
+    state = OneSequence(positioned, lattice, "isolated")
     state.prefill(2048)
     for step, ids in enumerate(([wanted, unwanted], [5])):
         probabilities = np.full(len(ids), 0.5)
@@ -242,8 +245,9 @@ def test_attention_finds_the_token_that_later_queries_look_at():
             Token(id, "", 0.5, int(slot)) for id, slot in zip(ids, queries.index, strict=True)
         ]
         lattice.steps.append(Step(step, 3 + step, 0.1, tokens))
-        _, attention = state.append(mx.array(ids), queries, hindsight.capture(probabilities))
-        hindsight.attend(attention, state.held)
+        capture = Capture(layers=(0,), row_weights=hindsight.capture(probabilities))
+        _, attention = state.append(mx.array(ids), queries, capture)
+        hindsight.attend(np.array(attention[0])[0], state.held)
     hindsight.select(np.array([1.0]), np.ones((1, 1)))
     assert hindsight.prune() == 0
     kept, pruned = lattice.steps[0].tokens

@@ -1,6 +1,6 @@
 """Selection: what is kept, in which order, and how it is drawn."""
 
-from tempo_mlx.selection import Candidates, NonFiniteLogitsError, gumbel_top_k, keep, most_probable
+from tempo_mlx.selection import NonFiniteLogitsError, Offers, gumbel, keep, most_probable
 
 import mlx.core as mx
 import numpy as np
@@ -18,7 +18,11 @@ def distributions(draw):
 
 def select(p, threshold, max_parallel, ends=frozenset()):
     p = mx.array(p, mx.float32)
-    found = Candidates.of(most_probable(p, max_parallel + len(ends)), p, mx.stack([p, 2 * p]))
+    # Between two other sets, so that a mix-up of rows shows.
+    several = mx.stack([p[::-1], p, mx.ones_like(p) / p.size])
+    rows = mx.concatenate([3 * several[:1], mx.stack([p, 2 * p]), several[2:]])
+    ids = most_probable(several, max_parallel + len(ends))
+    found = Offers(ids, several, rows, [1, 2, 1]).of(1)
     kept = keep(found, threshold, max_parallel, frozenset(ends))
     np.testing.assert_array_equal(kept.transitions, [kept.probabilities, 2 * kept.probabilities])
     return kept
@@ -56,21 +60,33 @@ def test_end_tokens_are_recorded_and_never_kept(p, threshold, max_parallel, data
         assert len(kept.ids) == min(max(others, 1), max_parallel)
 
 
+@given(st.integers(60, 6000), st.integers(1, 20), st.integers(0, 10**6))
+def test_most_probable_of_any_vocabulary_is_what_sorting_finds(size, k, seed):
+    p = np.random.default_rng(seed).permutation(3 * size).reshape(3, size).astype(np.float32)
+    found = np.array(most_probable(mx.array(p), k))
+    np.testing.assert_array_equal(found, np.argsort(-p, axis=1)[:, :k])
+
+
+def draw(p, k, key):
+    """k ids drawn from p [V] without replacement."""
+    scores = gumbel(mx.array(p, mx.float32)[None], [np.array([0, key], np.uint32)])
+    return most_probable(scores, k)[0]
+
+
 def test_draws_are_without_replacement_and_repeat_with_their_key():
     p = mx.softmax(mx.random.normal((40,), key=mx.random.key(1)))
-    first = gumbel_top_k(p, 10, mx.random.key(5)).tolist()
+    first = draw(p, 10, 5).tolist()
     assert len(set(first)) == 10
-    assert first == gumbel_top_k(p, 10, mx.random.key(5)).tolist()
-    assert first != gumbel_top_k(p, 10, mx.random.key(6)).tolist()
+    assert first == draw(p, 10, 5).tolist()
+    assert first != draw(p, 10, 6).tolist()
 
 
 def test_first_draw_follows_the_distribution_and_so_does_the_second_given_the_first():
     p = np.array([0.5, 0.3, 0.15, 0.05])
     draws = 4000
-    keys = mx.random.split(mx.random.key(0), draws)
-    ids = np.array(
-        mx.stack([gumbel_top_k(mx.array(p, mx.float32), 2, keys[i]) for i in range(draws)])
-    )
+    several = mx.broadcast_to(mx.array(p, mx.float32), (draws, 4))
+    keys = list(np.array(mx.random.split(mx.random.key(0), draws)))
+    ids = np.array(most_probable(gumbel(several, keys), 2))
     for token in range(4):
         expected = p[token]
         bound = 4 * np.sqrt(expected * (1 - expected) / draws)
@@ -83,14 +99,26 @@ def test_first_draw_follows_the_distribution_and_so_does_the_second_given_the_fi
 
 
 def test_where_no_draw_qualifies_the_first_one_is_kept():
-    p = mx.array([0.4, 0.3, 0.2, 0.1])
-    drawn = gumbel_top_k(p, 3, mx.random.key(3))
-    kept = keep(Candidates.of(drawn, p, p[None]), 0.9, 3, frozenset())
-    assert kept.ids.tolist() == drawn[:1].tolist()
+    p = mx.array([[0.4, 0.3, 0.2, 0.1]])
+    firsts = set()
+    for key in range(10):
+        drawn = draw(p[0], 3, key)
+        kept = keep(Offers(drawn[None], p, p, [1]).of(0), 0.9, 3, frozenset())
+        assert kept.ids.tolist() == drawn[:1].tolist()
+        firsts.add(int(drawn[0]))
+    assert len(firsts) > 1
+
+
+def test_a_row_without_a_key_keeps_its_order_beside_one_that_draws():
+    p = mx.softmax(mx.random.normal((2, 40), key=mx.random.key(1)))
+    scores = gumbel(p, [None, np.array([0, 5], np.uint32)])
+    both = most_probable(scores, 5).tolist()
+    assert both[0] == most_probable(p[:1], 5)[0].tolist()
+    assert both[1] == draw(p[1], 5, 5).tolist()
 
 
 def test_not_a_number_is_an_error():
-    p = mx.softmax(mx.array([1.0, float("nan"), 0.0]))
+    p = mx.softmax(mx.array([[1.0, float("nan"), 0.0]]))
     for k in (1, 2):
         with pytest.raises(NonFiniteLogitsError, match="not finite"):
-            keep(Candidates.of(most_probable(p, k), p, p[None]), 0.1, k, frozenset())
+            keep(Offers(most_probable(p, k), p, p, [1]).of(0), 0.1, k, frozenset())

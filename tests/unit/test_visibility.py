@@ -1,7 +1,7 @@
 """Visibility rules against the definitions, slot by slot."""
 
 from tempo_mlx.lattice import Lattice
-from tempo_mlx.visibility import VISIBILITY, attention_mask, may_attend
+from tempo_mlx.visibility import VISIBILITY, mask_rows, may_attend
 
 import numpy as np
 import pytest
@@ -61,10 +61,19 @@ def test_prompt_is_causal(rule):
     np.testing.assert_array_equal(may_attend(rule, slots, slots), np.tri(5, dtype=bool))
 
 
-def test_single_query_that_sees_everything_needs_no_array():
-    lattice = Lattice([0, 1])
-    queries = lattice.reserve(1, 0)
-    assert attention_mask("isolated", queries, lattice.slots) == "causal"
-    lattice.slots.pruned_at[0] = -1
-    mask = attention_mask("isolated", queries, lattice.slots)
-    assert mask.tolist() == [[[[False, True, True]]]]
+@pytest.mark.parametrize("rule", VISIBILITY)
+@given(lattices(), st.integers(0, 10**6))
+def test_weights_are_added_as_logarithms_where_a_key_may_be_seen(rule, lattice, seed):
+    slots = lattice.slots
+    weights = np.random.default_rng(seed).uniform(0.1, 1, len(slots))
+    allowed = may_attend(rule, slots, slots)
+    rows = mask_rows(rule, slots, slots, weights)
+    np.testing.assert_array_equal(mask_rows(rule, slots, slots), allowed)
+    for q, k in np.ndindex(rows.shape):
+        siblings = allowed[q] & (slots.step == slots.step[q])
+        if not allowed[q, k]:
+            assert rows[q, k] == -np.inf
+        elif slots.step[q] == slots.step[k] and siblings.sum() == 1:
+            assert rows[q, k] == 0
+        else:
+            assert rows[q, k] == pytest.approx(np.log(weights[k]), abs=1e-6)

@@ -1,0 +1,87 @@
+"""Generations that are timed step by step."""
+
+import gc
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.generate import generation_stream
+
+from .decode_report import SINGLE, STOCK, LongRun
+
+#: Below every probability that fp32 can tell from 0: a set is as wide as `max_parallel` allows.
+ANY = 1e-45
+#: Only a certain token reaches it: sets of one, found as every other set is, where threshold 1
+#: lets the loop start the next pass before the host has seen the token.
+NEARLY_ONE = 1 - 1e-9
+
+#: Steps at the start of a run whose times are dropped: buffers grow and caches warm up.
+WARM_UP = 2
+
+#: Blocks of a long run.
+LONG_BLOCKS = 10
+
+
+@dataclass(frozen=True)
+class Run:
+    """One generation of one variant.
+
+    Args:
+        step_seconds: median time of its steps, in seconds.
+        peak_bytes: the most memory that mlx held, weights included.
+        tokens: ids [steps, N] that it appended.
+    """
+
+    step_seconds: float
+    peak_bytes: int
+    tokens: np.ndarray
+
+
+def timed(steps: Iterator[list[int]], width: int) -> Run:
+    """Run a generation to its end.
+
+    Raises:
+        ValueError: if a step has another number of tokens than ``width``.
+    """
+    # Caches of earlier runs that wait for the garbage collector would count as this run's memory.
+    gc.collect()
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    stamps, sets = [], []
+    for ids in steps:
+        stamps.append(time.perf_counter())
+        sets.append(ids)
+    mx.synchronize(generation_stream)
+    if any(len(ids) != width for ids in sets):
+        raise ValueError(f"a step has not the {width} tokens that were asked for")
+    return Run(float(np.median(np.diff(stamps)[WARM_UP:])), mx.get_peak_memory(), np.array(sets))
+
+
+def long_run(
+    sides: dict[str, Iterator[list[int]]],
+    steps: int,
+    progress: Callable[[str], None] | None = None,
+) -> LongRun:
+    """Decode ``steps`` steps on both sides, taking turns block by block.
+
+    Args:
+        sides: the generations named :data:`STOCK` and :data:`SINGLE`.
+        steps: of each, at least two for each of the :data:`LONG_BLOCKS` blocks.
+        progress: called with the name of a side before each of its blocks.
+    """
+    block = steps // LONG_BLOCKS
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in range(LONG_BLOCKS):
+        for name in sorted(sides, key=list(sides).index, reverse=turn % 2 == 1):
+            if progress is not None:
+                progress(name)
+            stamps = [time.perf_counter()] if turn else []
+            for _ in range(block):
+                next(sides[name])
+                stamps.append(time.perf_counter())
+            seconds[name].append(float(np.median(np.diff(stamps))))
+            # What was started ahead must not run in the other side's time.
+            mx.synchronize(generation_stream)
+    return LongRun(block, seconds[STOCK], seconds[SINGLE])

@@ -1,0 +1,72 @@
+"""What is measured, on what: the model's weights, the prompt, the machine."""
+
+from importlib import metadata
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from .. import blas
+from ..models import PositionedModel
+
+TEXT = (
+    "The harbour was quiet when the boats came back. Nets lay along the wall, and the women who "
+    "mended them talked about the weather, the price of fish, and a lighthouse that nobody had "
+    "lit for years. A boy counted the gulls on the roof of the church and lost his place twice. "
+)
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of weights that a step reads: all of them, a tied embedding table once.
+
+    Of an embedding table that is no output layer, a step reads a few rows, which do not count. Of
+    a mixture of experts all experts count, though a step of few tokens does not read all.
+    """
+    total = _nbytes(model)
+    modules = model.modules()
+    outputs = {
+        module.weight.shape[0]
+        for module in modules
+        if isinstance(module, nn.Linear | nn.QuantizedLinear)
+    }
+    for module in modules:
+        if isinstance(module, nn.Embedding | nn.QuantizedEmbedding):
+            untied = module.weight.shape[0] in outputs
+            total -= untied * _nbytes(module)
+    return total
+
+
+def _nbytes(module: nn.Module) -> int:
+    parameters = cast(list[tuple[str, mx.array]], tree_flatten(module.parameters()))
+    return sum(array.nbytes for _, array in parameters)
+
+
+def prompt_of(tokenizer: Any, length: int) -> list[int]:
+    """The first ``length`` token ids of a text that repeats."""
+    ids = list(tokenizer.encode(TEXT))
+    return (ids * -(-length // len(ids)))[:length]
+
+
+def describe(
+    model: PositionedModel, prompt_tokens: int, max_tokens: int, rounds: int
+) -> dict[str, Any]:
+    """Where and how it was measured."""
+    library = blas.info().library
+    return {
+        "architecture": model.architecture,
+        "dtype": dtype_name(model),
+        "prompt_tokens": prompt_tokens,
+        "max_tokens": max_tokens,
+        "rounds": rounds,
+        "device": str(mx.device_info().get("device_name", mx.default_device())),
+        "versions": {name: metadata.version(name) for name in ("mlx", "mlx-lm")},
+        "blas": str(library) if library is not None else "mlx's own",
+    }
+
+
+def dtype_name(model: PositionedModel) -> str:
+    """dtype of the activations, and the bits of quantised weights: "float16, 4-bit"."""
+    bits = {m.bits for m in model.model.modules() if isinstance(m, nn.QuantizedLinear)}
+    name = str(model.dtype).removeprefix("mlx.core.")
+    return f"{name}, {'/'.join(str(b) for b in sorted(bits))}-bit" if bits else name

@@ -1,0 +1,179 @@
+"""``tempo-mlx generate --prompts-file``: many prompts in one batch, one result a line."""
+
+import hashlib
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ..batching import BatchStatus, Failure, stream_batch_generate
+from ..models import PositionedModel
+from ..models.identity import fingerprint
+from ..prompt_cache import PromptCache
+from ..prompt_files import PromptRow, row_settings
+from ..result import GenerationResult
+from ..results_file import ResultsFile
+from ..settings import Settings
+
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A row of the file that can be run: its number, its prompt as the model gets it, settings."""
+
+    number: int
+    prompt: Any
+    settings: Settings
+
+
+def generate_from_file(
+    rows: list[PromptRow],
+    defaults: Settings,
+    model: Any,
+    tokenizer: Any,
+    notes: Console,
+    output: Path | None,
+    system_prompt: str | None = None,
+    chat: bool = False,
+    paths: int = 1,
+    verify: bool = False,
+    batch_size: int = 32,
+    max_kv_bytes: int | None = None,
+    prompt_cache: PromptCache | None = None,
+) -> int:
+    """Generate from every row that the output does not hold yet; returns how many failed."""
+    positioned = PositionedModel.of(model)
+    failed: dict[int, str] = {}
+    jobs: dict[int, Job] = {}
+    for number, row in enumerate(rows):
+        try:
+            settings = row_settings(row, defaults)
+        except ValueError as error:
+            failed[number] = str(error)
+            continue
+        prompt: Any = row.prompt
+        if chat and isinstance(prompt, str):
+            system = [{"role": "system", "content": system_prompt}] if system_prompt else []
+            prompt = [*system, {"role": "user", "content": prompt}]
+        jobs[number] = Job(number, prompt, settings)
+    name = fingerprint(positioned.model)
+    keys = [key_of(rows[i], jobs.get(i), name) for i in range(len(rows))]
+    sink = ResultsFile(output, keys) if output is not None else StandardOutput(len(rows))
+    with sink:
+        if sink.done:
+            notes.print(f"{len(sink.done)} of {len(rows)} prompts are done already", style="dim")
+        for number, why in failed.items():
+            if number not in sink.done:
+                sink.add(number, record(rows[number], Failure(rows[number].prompt or "", why)))
+        todo = [job for number, job in jobs.items() if number not in sink.done]
+        failures = len(failed)
+        with _progress(notes) as progress:
+            before = len(rows) - len(todo)
+            bar = progress.add_task("", total=len(rows), completed=before, told="")
+
+            def tell(status: BatchStatus) -> None:
+                progress.update(bar, completed=before + status.done, told=summary(status))
+
+            outcomes = stream_batch_generate(
+                positioned,
+                tokenizer,
+                [job.prompt for job in todo],
+                [job.settings for job in todo],
+                batch_size=batch_size,
+                max_kv_bytes=max_kv_bytes,
+                prompt_cache=prompt_cache,
+                paths=max(1, paths),
+                verify=verify,
+                progress=tell,
+            )
+            for i, outcome in outcomes:
+                number = todo[i].number
+                sink.add(number, record(rows[number], outcome, max(1, paths)))
+                failures += isinstance(outcome, Failure)
+    return failures
+
+
+def key_of(row: PromptRow, job: Job | None, model: str) -> str:
+    """What identifies a row's result: its prompt, its settings, the model."""
+    given = (job.prompt, job.settings.to_dict()) if job else (row.prompt, row.error)
+    text = json.dumps([given, model], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def record(row: PromptRow, outcome: GenerationResult | Failure, paths: int = 1) -> dict[str, Any]:
+    """The line of a result."""
+    named = {} if row.id is None else {"id": row.id}
+    data = outcome.to_dict(paths) if isinstance(outcome, GenerationResult) else outcome.to_dict()
+    return {**named, **data}
+
+
+def summary(status: BatchStatus) -> str:
+    """How fast a batch goes and what it holds, in a line."""
+    seconds = status.seconds or 1.0
+    parts = [
+        f"{status.running} running",
+        f"{status.passes / seconds:.1f} steps/s",
+        f"{status.tokens / seconds:.1f} tokens/s",
+        f"cache {status.cache_bytes / 1e6:.0f} MB",
+    ]
+    if status.held_back:
+        parts.append(f"{status.waiting} wait for memory")
+    if status.failed:
+        parts.append(f"{status.failed} failed")
+    return ", ".join(parts)
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of a text such as 800M, 2GB or 1.5GiB.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    number = text.strip().lower().removesuffix("b")
+    unit = number.lstrip("0123456789.")
+    try:
+        size = int(float(number.removesuffix(unit)) * UNITS[unit])
+    except (ValueError, KeyError):
+        size = 0
+    if size < 1:
+        raise ValueError(f"--max-kv-bytes must be a size such as 800MB or 2GiB, got {text!r}")
+    return size
+
+
+class StandardOutput:
+    """Prints records in input order, each when its turn has come."""
+
+    def __init__(self, total: int):
+        self.done: set[int] = set()
+        self._waiting: dict[int, dict[str, Any]] = {}
+        self._next = 0
+
+    def add(self, row: int, data: dict[str, Any]) -> None:
+        self._waiting[row] = data
+        while self._next in self._waiting:
+            line = {"row": self._next, **self._waiting.pop(self._next)}
+            sys.stdout.write(json.dumps(line, ensure_ascii=False) + "\n")
+            sys.stdout.flush()
+            self._next += 1
+
+    def __enter__(self) -> "StandardOutput":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+
+def _progress(notes: Console) -> Progress:
+    return Progress(
+        BarColumn(20),
+        MofNCompleteColumn(),
+        TextColumn("prompts, {task.fields[told]}"),
+        TimeRemainingColumn(),
+        console=notes,
+        disable=not notes.is_terminal,
+    )

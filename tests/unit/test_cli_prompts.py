@@ -1,0 +1,160 @@
+"""``tempo-mlx generate --prompts-file``: a line for each prompt, in order, resumable."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+from tempo_mlx.cli.prompts import parse_bytes
+
+import pytest
+
+ROWS = [
+    {"prompt": "hello there", "threshold": 0.05, "id": "a"},
+    {"prompt": "a b c", "max_tokens": 3, "visibility": "visible"},
+    {"prompt": "", "id": 7},
+    {"prompt": "again", "pruning": {"rule": "random", "decision": "quota"}, "seed": 3},
+    {"prompt": "no such", "threshold": 7},
+    {"prompt": [1, 2, 3]},
+]
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return path
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def without_times(records):
+    return [{k: v for k, v in record.items() if k != "stats"} for record in records]
+
+
+def test_every_row_has_a_line_in_order_and_is_what_it_gives_alone(run, folder, prompts, tmp_path):
+    output = tmp_path / "out.jsonl"
+    common = ["--model", folder, "--threshold", 0.02, "-m", 5, "--max-parallel", 4]
+    code, out, err = run(
+        "generate", "--prompts-file", prompts, *common, "-o", output, "--batch-size", 2
+    )
+    records = lines(output)
+    assert (code, out) == (1, "") and "2 prompts failed" in err and "Traceback" not in err
+    assert [record["row"] for record in records] == list(range(6))
+    assert records[0]["id"] == "a" and records[2]["id"] == 7
+    assert "empty" in records[2]["error"]
+    assert "threshold" in records[4]["error"] and "line 5" in records[4]["error"]
+    assert records[1]["settings"]["visibility"] == "visible" and len(records[1]["steps"]) == 3
+    alone = tmp_path / "alone.json"
+    run("generate", "hello there", *common[:2], "--threshold", 0.05, *common[4:], "-o", alone)
+    expected = json.loads(alone.read_text())
+    for key in ("prompt_tokens", "settings", "text", "finish_reason"):
+        assert records[0][key] == expected[key]
+    for step, other in zip(records[0]["steps"], expected["steps"], strict=True):
+        assert [t["id"] for t in step["tokens"]] == [t["id"] for t in other["tokens"]]
+
+
+def test_what_is_there_is_not_made_again(run, folder, prompts, tmp_path):
+    output, whole = tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
+    command = ["generate", "--prompts-file", prompts, "--model", folder, "-m", 4]
+    run(*command, "-o", whole)
+    output.write_text("".join(line + "\n" for line in whole.read_text().splitlines()[:4]))
+    before = output.read_bytes()
+    code, _, err = run(*command, "-o", output)
+    assert code == 1 and "4 of 6 prompts are done already" in err
+    assert output.read_bytes().startswith(before)
+    assert without_times(lines(output)) == without_times(lines(whole))
+    code, _, err = run(*command[:-1], 3, "-o", output)
+    assert code == 2 and len(err.strip().splitlines()) == 1 and "out.jsonl" in err
+
+
+def test_standard_output_has_the_same_lines(run, folder, prompts, tmp_path):
+    output = tmp_path / "out.jsonl"
+    command = ["generate", "--prompts-file", prompts, "--model", folder, "-m", 4]
+    run(*command, "-o", output)
+    _, out, _ = run(*command)
+    printed = [json.loads(line) for line in out.splitlines()]
+    kept = [{k: v for k, v in record.items() if k != "key"} for record in lines(output)]
+    assert without_times(printed) == without_times(kept)
+
+
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_run_goes_on_where_it_was(run, folder, tmp_path, sent):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("".join(f"text number {i}\n" for i in range(30)))
+    output, whole = tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
+    command = ["generate", "--prompts-file", str(prompts), "--model", folder, "-m", "20"]
+    command += ["--threshold", "0.03", "--batch-size", "3", "-o"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tempo_mlx", *command, str(output)],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ},
+    )
+    deadline = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < deadline:
+        if output.exists() and output.read_bytes().count(b"\n") >= 3:
+            process.send_signal(sent)
+            break
+        time.sleep(0.01)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == (130 if sent == signal.SIGINT else -signal.SIGKILL), err
+    assert "Traceback" not in err
+    stored = output.read_bytes().count(b"\n")
+    assert 3 <= stored < 30
+    code, _, err = run(*command, output)
+    assert code == 0 and "of 30 prompts are done already" in err
+    run(*command, whole)
+    assert without_times(lines(output)) == without_times(lines(whole))
+
+
+def test_a_prompt_cache_is_made_once_and_used(run, folder, prompts, tmp_path):
+    cache = tmp_path / "hello.safetensors"
+    code, _, err = run("generate", "hello", "--model", folder, "-m", 3, "--prompt-cache", cache)
+    assert code == 0 and "hello.safetensors" in err
+    made = cache.read_bytes()
+    command = ["--model", folder, "-m", 4, "--threshold", 0.02, "-q"]
+    with_cache = run("generate", "hello there", *command, "--prompt-cache", cache)
+    assert with_cache == run("generate", "hello there", *command)
+    assert cache.read_bytes() == made
+    code, out, _ = run(
+        "generate", "--prompts-file", prompts, *command[:-1], "--prompt-cache", cache
+    )
+    assert code == 1 and len(out.splitlines()) == 6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["hello", "--prompts-file", "{prompts}"], ["one prompt or --prompts-file"]),
+        (["--prompts-file", "{prompts}", "--explain"], ["--explain", "--prompts-file"]),
+        (["--prompts-file", "{folder}/none.jsonl"], ["none.jsonl", "cannot be read"]),
+        (["--prompts-file", "{folder}/config.json"], [".txt", ".jsonl"]),
+        (["--prompts-file", "{prompts}", "--max-kv-bytes", "lots"], ["--max-kv-bytes", "lots"]),
+        (["--prompts-file", "{prompts}", "--batch-size", "0"], ["batch_size", "at least 1"]),
+        (["--prompts-file", "{prompts}", "--prompt-cache", "gone"], ["gone", "does not exist"]),
+        (["hi", "--prompt-cache", "{folder}/model.safetensors"], ["no prompt cache"]),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(run, folder, prompts, arguments, words):
+    given = [a.format(prompts=prompts, folder=folder) for a in arguments]
+    code, out, err = run("generate", *given, "--model", folder)
+    assert code == 2 and out == "" and "Traceback" not in err
+    assert len([line for line in err.splitlines() if line.strip()]) == 1
+    for word in words:
+        assert word in err
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("5", 5), ("800M", 800 * 10**6), ("2GiB", 2 << 30), ("1.5 kb", None)]
+)
+def test_sizes(text, size):
+    if size is None:
+        with pytest.raises(ValueError, match="max-kv-bytes"):
+            parse_bytes(text)
+    else:
+        assert parse_bytes(text) == size
