@@ -289,3 +289,42 @@ def test_bad_arguments_are_named(arguments, words):
         batch_generate(MODEL, TOKENIZER, **{"prompts": [[1], [2]], **arguments})
     for word in words:
         assert word in str(caught.value)
+
+
+def explained(one, other, threshold, atol=1e-2):
+    """Whether two sets differ only by tokens that rounding may decide about."""
+    p = {t.id: t.probability for t in one.tokens}
+    q = {t.id: t.probability for t in other.tokens}
+    least = min([*p.values(), *q.values()])
+    return all(
+        abs(value - threshold) < atol or abs(value - least) < atol
+        for id, value in [*p.items(), *q.items()]
+        if (id in p) != (id in q)
+    )
+
+
+def test_half_precision_differs_by_rounding_only():
+    model = tiny_model("llama", seed=1)
+    model.set_dtype(mx.bfloat16)
+    rng = np.random.default_rng(6)
+    prompts = [rng.integers(1, 80, n).tolist() for n in rng.integers(1, 30, 12)]
+    each = [
+        Settings(max_tokens=8, threshold=t, visibility=v, max_parallel=4)
+        for t in (0.3, 0.1, 0.05)
+        for v in ("isolated", "visible", "hidden", "isolated")
+    ]
+    batch = batch_generate(model, TOKENIZER, prompts, each, batch_size=5)
+    whole = 0
+    for result, prompt, setting in zip(batch.results, prompts, each, strict=True):
+        expected = alone(prompt, setting, model)
+        for step, other in zip(result.lattice.steps, expected.lattice.steps, strict=False):
+            p = {t.id: t.probability for t in step.tokens}
+            q = {t.id: t.probability for t in other.tokens}
+            if p.keys() != q.keys():
+                assert explained(step, other, setting.threshold)
+                break
+            for id, value in p.items():
+                assert abs(value - q[id]) < 1e-2
+        else:
+            whole += 1
+    assert whole >= 8
