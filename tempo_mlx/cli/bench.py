@@ -225,7 +225,7 @@ def batch(
     """Throughput of batches, beside mlx-lm's batches and one prompt after another.
 
     The prompts of a batch differ in length by up to two thirds. Times of a step are those of a
-    forward pass and what belongs to it; times of a run include the prompts.
+    forward pass and what belongs to it; times of a whole run include reading the prompts.
     """
     sizes = parse_widths(batch_sizes, "--batch-sizes")
     if output is not None:
@@ -252,7 +252,8 @@ def batch(
         "tokens/s, whole run",
         "s, whole run",
         "ms over mlx-lm's",
-        "one by one / batch",
+        "steps/s over one by one",
+        "whole run over one by one",
     ):
         table.add_column(name, justify="right")
     for each in report.throughput:
@@ -265,6 +266,7 @@ def batch(
             f"{each.seconds.median:.2f}",
             spread(each.step_to_stock, 3),
             spread(each.speedup, 2) if each.speedup else "",
+            f"{each.whole_speedup.median:.2f}" if each.whole_speedup else "",
             end_section=each.name == SETS,
         )
     console.print(table)

@@ -6,6 +6,7 @@ import sys
 
 from tempo_mlx import cli, generate, load
 from tempo_mlx.bench import decode, runs, timing
+from tempo_mlx.bench.batch import prompts_of
 from tempo_mlx.bench.decode import bench_decode
 from tempo_mlx.bench.decode_report import SINGLE, STOCK
 from tempo_mlx.bench.runs import long_run, timed
@@ -263,3 +264,33 @@ def test_command_prints_a_table_and_writes_the_report(tmp_path, monkeypatch, cap
     assert code == 2 and "--siblings must be integers" in err and err.count("\n") == 1
     code, _, err = run(*common, "--dtype", "int8")
     assert code == 2 and "--dtype must be one of" in err
+
+
+def test_batch_bench_measures_every_variant(tmp_path, run):
+    folder = save_tiny_model(tmp_path / "tiny")
+    output = tmp_path / "bench.json"
+    common = ("bench", "batch", "--model", folder, "-m", 5, "-n", 1, "-p", 8)
+    code, out, err = run(*common, "--batch-sizes", "1,8", "-o", output)
+    assert (code, err) == (0, "") and "mlx-lm" in out and "replicated" in out
+    report = json.loads(output.read_text())
+    found = {(each["name"], each["batch_size"]): each for each in report["throughput"]}
+    assert set(found) == {
+        (v, n) for v in ("mlx-lm", "threshold 1", "threshold 0.1") for n in (1, 8)
+    }
+    for (name, n), each in found.items():
+        assert (each["speedup"] is not None) == (n == 8 and name != "mlx-lm")
+        assert each["steps_per_second"] == pytest.approx(n / each["step_seconds"]["median"])
+    assert found["mlx-lm", 8]["tokens"] == found["threshold 1", 8]["tokens"] == 8 * 5
+    assert found["threshold 0.1", 8]["tokens"] >= 8 * 5
+    assert 0 <= report["largest_waste"] <= 1
+    copies = report["replicate"]
+    assert copies["bytes_before"] < copies["bytes_after"]
+    code, _, err = run(*common, "--batch-sizes", "0")
+    assert code == 2 and "--batch-sizes" in err and err.count("\n") == 1
+
+
+def test_prompts_of_a_batch_differ(loaded):
+    _, tokenizer = loaded
+    prompts = prompts_of(tokenizer, 8, 16)
+    assert [len(p) for p in prompts] == [12, 13, 14, 15, 17, 18, 19, 20]
+    assert len({tuple(p[:8]) for p in prompts}) == 8
