@@ -202,6 +202,8 @@ def stream_batch_generate(
     vocabulary = Vocabulary(tokenizer)
 
     def new_run(i: int) -> Run:
+        if each[i].branching == "replicate":
+            raise ValueError("branching replicate generates from one prompt at a time")
         result = begin(positioned, tokenizer, prompts[i], each[i], model_name, vocabulary)
         return Run(result, keep_logits=verify)
 

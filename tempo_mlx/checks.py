@@ -20,12 +20,12 @@ from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import dequantize_model
 
-from .decoding import Batch, SequenceState
 from .generation import generate
 from .lattice import Lattice
 from .models import Capture, PositionedModel, load
 from .pruning import Pruning
 from .random_models import CONFIGS, VOCABULARY, Letters, random_model
+from .sequences import Batch, SequenceState
 from .tokens import without_end
 from .visibility import VISIBILITY
 

@@ -12,10 +12,10 @@ import numpy as np
 from mlx_lm.generate import generation_stream
 
 from .combining import combine
-from .decoding import Batch, SequenceState
 from .models import BatchedKVCache, Capture, PositionedModel
 from .run import Run
 from .selection import Offers, gumbel, most_probable
+from .sequences import Batch, SequenceState
 from .verification import verify
 
 #: Steps after which mlx's buffer cache is emptied, as mlx-lm does.
@@ -117,7 +117,7 @@ class Decoder:
         if ahead:
             going = [run for run in self.runs if run.more]
             for run in going:
-                run.reserve(1)
+                run.reserve(1, ahead)
             self._advance(going, ahead)
         made = list(self.runs)
         for run in made:
@@ -170,13 +170,19 @@ class Decoder:
         received: mx.array | None = None,
     ) -> None:
         """Start computing what may come next in each run, and all that the host will read."""
-        settings = [run.settings for run in runs]
-        temps = [each.temp for each in settings]
-        p, rows = combine(logits, [each.combine for each in settings], probabilities, temps)
-        keys = [run.noise() for run in runs]
+        sizes = [run.sizes(len(each)) for run, each in zip(runs, probabilities, strict=True)]
+        groups = [run for run, each in zip(runs, sizes, strict=True) for _ in each]
+        weights = [
+            np.ones(1) if run.settings.branches else each
+            for run, each, own in zip(runs, probabilities, sizes, strict=True)
+            for _ in own
+        ]
+        rules = [run.settings.combine for run in groups]
+        p, rows = combine(logits, rules, weights, [run.settings.temp for run in groups])
+        keys = [run.noise() for run in groups]
         scores = p if all(key is None for key in keys) else gumbel(p, keys)
         ids = most_probable(scores, max(run.k for run in runs))
-        offers = Offers(ids, p, rows, [len(each) for each in probabilities], received)
+        offers = Offers(ids, p, rows, sizes, received)
         for place, run in enumerate(runs):
             run.upcoming = offers, place
             run.attending = run.sequence.row, run.sequence.at, run.sequence.held

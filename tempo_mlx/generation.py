@@ -9,8 +9,9 @@ from mlx_lm.generate import generation_stream, wired_limit
 
 from .decoder import Decoder
 from .lattice import Lattice, Step
-from .models import PositionedModel
+from .models import PlainModel, PositionedModel
 from .prompt_cache import PromptCache
+from .replication import RowTree
 from .result import GenerationResult
 from .run import Run
 from .settings import Settings
@@ -102,15 +103,23 @@ def stream_generate(
     Raises:
         As :func:`generate`.
     """
+    chosen = Settings.of(settings)
+    if chosen.branching == "replicate":
+        if verify or prompt_cache is not None:
+            raise ValueError("branching replicate takes no prompt_cache and has nothing to verify")
+        plain = PlainModel(model.model if isinstance(model, PositionedModel) else model)
+        result = begin(plain, tokenizer, prompt, chosen, model_name)
+        yield from steps_by_rows(result, prompt_progress_callback)
+        return
     positioned = PositionedModel.of(model)
-    result = begin(positioned, tokenizer, prompt, Settings.of(settings), model_name)
+    result = begin(positioned, tokenizer, prompt, chosen, model_name)
     if prompt_cache is not None:
         prompt_cache.require(positioned)
     yield from steps(result, verify, prompt_progress_callback, prompt_cache)
 
 
 def begin(
-    model: PositionedModel,
+    model: PositionedModel | PlainModel,
     tokenizer: Any,
     prompt: Prompt,
     settings: Settings,
@@ -136,6 +145,7 @@ def steps(
     prompt_cache: PromptCache | None = None,
 ) -> Generator[StepResponse, None, None]:
     """Extend the result's lattice step by step; see :func:`stream_generate`."""
+    assert isinstance(result.model, PositionedModel)
     run = Run(result, keep_logits=verify)
     decoder = Decoder(result.model)
     with wired_limit(result.model.model, cast(Any, [generation_stream])):
@@ -155,4 +165,19 @@ def steps(
                 len(run.sequence.held),
                 decoder.batch.cache.nbytes,
                 result.finish_reason,
+            )
+
+
+def steps_by_rows(
+    result: GenerationResult, progress: Callable[[int, int], None] | None = None
+) -> Generator[StepResponse, None, None]:
+    """As :func:`steps`, each branch of the tree in a row of its own."""
+    run = Run(result)
+    tree = RowTree(result.model.model, run)
+    with wired_limit(result.model.model, cast(Any, [generation_stream])):
+        tree.read(result.settings.prefill_step_size, progress)
+        while not run.finished:
+            tree.step()
+            yield StepResponse(
+                run.lattice.steps[-1], result, tree.slots, tree.nbytes, result.finish_reason
             )

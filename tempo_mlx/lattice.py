@@ -1,6 +1,7 @@
 """Slots, steps and parallel sets: what a run computed and what it offers to read."""
 
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -23,19 +24,29 @@ class Slots:
         step: step of its set; prompt tokens count down to -1 before step 0.
         set_size: tokens in its set.
         pruned_at: step after whose forward pass it was pruned, or :data:`NEVER`.
+        chains: where tokens have parents, for each slot the slots behind the prompt that lead to
+            it, itself the last; None where that is not known.
     """
 
     index: np.ndarray
     step: np.ndarray
     set_size: np.ndarray
     pruned_at: np.ndarray
+    chains: tuple[np.ndarray, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.index)
 
     def __getitem__(self, chosen: slice | np.ndarray) -> "Slots":
+        chains = self.chains
+        if chains is not None:
+            chains = tuple(chains[i] for i in np.arange(len(self))[chosen])
         return Slots(
-            self.index[chosen], self.step[chosen], self.set_size[chosen], self.pruned_at[chosen]
+            self.index[chosen],
+            self.step[chosen],
+            self.set_size[chosen],
+            self.pruned_at[chosen],
+            chains,
         )
 
 
@@ -48,7 +59,8 @@ class Token:
         text: its text.
         probability: in the combined distribution that it was selected from, (0, 1].
         slot: number of its slot; counts appended slots, the prompt's first.
-        parent: slot that it continues, where a rule has parents.
+        parent: slot that it continues, where the visibility has parents.
+        logprob: of the text from the prompt to this token, in nats, where it has parents.
         pruned_at: step after whose forward pass it was pruned; None while it lives.
         pruned_by: name of the rule that pruned it.
         score: the rule's score when it was last judged.
@@ -59,6 +71,7 @@ class Token:
     probability: float
     slot: int
     parent: int | None = None
+    logprob: float | None = None
     pruned_at: int | None = None
     pruned_by: str | None = None
     score: float | None = None
@@ -66,10 +79,15 @@ class Token:
 
 @dataclass(frozen=True)
 class Ending:
-    """An end-of-text token that qualified at a step, with its probability."""
+    """An end-of-text token that qualified at a step, with its probability.
+
+    Where tokens have parents: the slot that it ends, and the log-probability of the whole text.
+    """
 
     id: int
     probability: float
+    parent: int | None = None
+    logprob: float | None = None
 
 
 @dataclass
@@ -114,9 +132,16 @@ class Lattice:
         self._pruned_at = np.full(length, NEVER)
         self._weight = np.ones(length)
         self.n_slots = length
+        self._chains: dict[int, np.ndarray] = {}
 
-    def reserve(self, n: int, step: int) -> Slots:
-        """Append n slots, the set of ``step``; returns them."""
+    def reserve(self, n: int, step: int, parents: Sequence[int] | None = None) -> Slots:
+        """Append n slots, the set of ``step``; returns them.
+
+        Args:
+            n: at least 0.
+            step: of the set.
+            parents: the slot that each continues, of the set before or the prompt's last.
+        """
         end = self.n_slots + n
         if end > len(self._step):
             grow = max(end, 2 * len(self._step)) - len(self._step)
@@ -127,7 +152,38 @@ class Lattice:
         self._step[self.n_slots : end] = step
         self._set_size[self.n_slots : end] = n
         self.n_slots = end
-        return self.slots[end - n : end]
+        reserved = self.slots[end - n : end]
+        if parents is None:
+            return reserved
+        none = np.zeros(0, np.int64)
+        chains = tuple(
+            np.append(self._chains.get(parent, none), slot)
+            for parent, slot in zip(parents, reserved.index, strict=True)
+        )
+        # Only the last set's chains go on.
+        self._chains = dict(zip(reserved.index.tolist(), chains, strict=True))
+        return replace(reserved, chains=chains)
+
+    def with_chains(self, slots: Slots) -> Slots:
+        """The slots with the chains that lead to them; none for the prompt's."""
+        parents = {token.slot: token.parent for step in self.steps for token in step.tokens}
+        chains = []
+        for slot in slots.index.tolist():
+            chain: list[int] = []
+            while slot in parents:
+                chain.append(slot)
+                slot = parents[slot]
+            chains.append(np.array(chain[::-1], np.int64))
+        return replace(slots, chains=tuple(chains))
+
+    def tokens_to(self, slot: int | None) -> list[Token]:
+        """The tokens of the chain that ends with a slot, where tokens have parents."""
+        tokens = {token.slot: token for step in self.steps for token in step.tokens}
+        chain = []
+        while slot in tokens:
+            chain.append(tokens[slot])
+            slot = tokens[slot].parent
+        return chain[::-1]
 
     @property
     def slots(self) -> Slots:

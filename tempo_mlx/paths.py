@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from .decoding import Batch, SequenceState
 from .lattice import Lattice
 from .models import BatchedKVCache, PositionedModel
+from .sequences import Batch, SequenceState
 
 #: Fraction of unused slots above which the cache is compacted.
 MAX_UNUSED = 0.5
@@ -29,11 +29,13 @@ class Path:
         text: the path's text, without the prompt.
         tokens: its ids.
         logprob: log-probability of the tokens given the prompt, in nats, at temperature 1.
+        ended: whether an end token followed, whose log-probability is included then.
     """
 
     text: str
     tokens: list[int]
     logprob: float
+    ended: bool = False
 
 
 class _Beam:

@@ -9,10 +9,10 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from .decoding import Batch, SequenceState
 from .lattice import Lattice
 from .models import BatchedKVCache, PositionedModel
 from .models.identity import fingerprint
+from .sequences import Batch, SequenceState
 from .tokens import encode_prompt
 
 #: Version of the file.

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from .lattice import Lattice
-from .models import PositionedModel
+from .models import PlainModel, PositionedModel
 from .paths import Path, best_paths
 from .posterior import viterbi
 from .settings import Settings
@@ -44,7 +44,7 @@ class GenerationResult:
         verification: what the oracle found, if it was asked.
     """
 
-    model: PositionedModel
+    model: PositionedModel | PlainModel
     vocabulary: Vocabulary
     model_name: str
     prompt: str
@@ -58,6 +58,8 @@ class GenerationResult:
     @property
     def text(self) -> str:
         """The best path through the lattice, rescored exactly; see :meth:`paths`."""
+        if self.settings.has_parents:
+            return self.paths(1)[0].text
         sets = self.lattice.sets
         if all(len(tokens) == 1 for tokens in sets):
             return self.vocabulary.decode([tokens[0].id for tokens in sets])
@@ -71,6 +73,11 @@ class GenerationResult:
         conditioned on anything else. The search is a beam over the sets: with a beam as wide as the
         number of paths it is exhaustive, with a narrower one a better path may be missed.
 
+        Where tokens have parents (visibility "tree" and "recombined") the run has scored its texts
+        already: the paths are those of the last set, and in a tree those that ended, too, with the
+        end token's log-probability. They differ in length there; the best one has the highest
+        log-probability per token, the end token counted.
+
         Args:
             k: paths wanted, at least 1.
             beam: hypotheses kept at each step; raised to k.
@@ -82,9 +89,31 @@ class GenerationResult:
             raise ValueError(f"k must be at least 1, got {k}")
         if beam < 1:
             raise ValueError(f"beam must be at least 1, got {beam}")
+        if self.settings.has_parents:
+            return self._own_paths()[:k]
         find_paths([self], max(k, beam))
         assert self._paths is not None
         return self._paths[1][:k]
+
+    def _own_paths(self) -> list[Path]:
+        """The texts that the run scored itself, best first by log-probability per token."""
+        lattice = self.lattice
+        sets = [step.tokens for step in lattice.steps if step.tokens]
+        last = sets[-1] if sets else []
+        ends: list[tuple[float | None, int | None, bool]] = [
+            (token.logprob, token.slot, False) for token in last
+        ]
+        if self.settings.branches:
+            # A branch that went on has its end in the last set; one that did not, ended before.
+            if lattice.steps and not lattice.steps[-1].tokens:
+                ends = []
+            ends += [(e.logprob, e.parent, True) for step in lattice.steps for e in step.endings]
+        paths = []
+        for logprob, slot, ended in ends:
+            ids = [token.id for token in lattice.tokens_to(slot)]
+            paths.append(Path(self.vocabulary.decode(ids), ids, logprob or 0.0, ended))
+        paths.sort(key=lambda path: -path.logprob / (len(path.tokens) + path.ended))
+        return paths or [Path("", [], 0.0)]
 
     def received_attention(self) -> dict[int, np.ndarray]:
         """Attention that each step's rows paid to each slot, [S], by one more pass.
@@ -92,6 +121,8 @@ class GenerationResult:
         Raises:
             UnsupportedModelError: if the model's attention cannot be captured.
         """
+        if not isinstance(self.model, PositionedModel):
+            raise ValueError("attention is captured with branching shared")
         return received_attention(self.model, self.lattice, self.settings)
 
     def chain(self) -> Path:
@@ -100,6 +131,8 @@ class GenerationResult:
         Its ``logprob`` sums log p_i(x_j) along the chain: the text's log-probability where every
         set has one token, elsewhere the evidence of rows whose context held other tokens too.
         """
+        if self.settings.has_parents:
+            return self.paths(1)[0]
         live = [
             [i for i, token in enumerate(step.tokens) if token.pruned_at is None]
             for step in self.lattice.steps
@@ -162,13 +195,20 @@ def find_paths(results: Sequence[GenerationResult], beam: int = BEAM) -> None:
     def made(result: GenerationResult) -> tuple[int, int]:
         return beam, result.lattice.n_slots
 
-    new = [r for r in results if r._paths is None or r._paths[0] != made(r)]
+    new = [
+        result
+        for result in results
+        if not result.settings.has_parents
+        and (result._paths is None or result._paths[0] != made(result))
+    ]
     if not new:
         return
     problems = [
         (r.lattice.prompt_tokens, [[token.id for token in tokens] for tokens in r.lattice.sets])
         for r in new
     ]
-    for result, found in zip(new, best_paths(new[0].model, problems, beam), strict=True):
+    model = new[0].model
+    assert isinstance(model, PositionedModel)
+    for result, found in zip(new, best_paths(model, problems, beam), strict=True):
         paths = [Path(result.vocabulary.decode(ids), ids, logprob) for ids, logprob in found]
         result._paths = made(result), paths

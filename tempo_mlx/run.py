@@ -1,16 +1,17 @@
 """One prompt's generation: what it selects, what it knows afterwards, and when it ends."""
 
 import time
-from typing import Any
 
 import numpy as np
 
-from .decoding import SequenceState
+from .branching import branch, recombine
 from .hindsight import Hindsight
 from .lattice import Slots, Step, Token
+from .models import PositionedModel
 from .result import GenerationResult
 from .schedules import interpolate
 from .selection import Candidates, Offers, Selected, keep
+from .sequences import SequenceState
 
 
 class Run:
@@ -26,10 +27,11 @@ class Run:
         self.settings = settings = result.settings
         self.lattice = result.lattice
         model = result.model
-        if settings.pruning is not None and settings.pruning.needs_attention:
-            model.require_capture()
-        if settings.weighting != "none":
-            model.require_additive_masks()
+        if isinstance(model, PositionedModel):
+            if settings.pruning is not None and settings.pruning.needs_attention:
+                model.require_capture()
+            if settings.weighting != "none":
+                model.require_additive_masks()
         self.sequence = SequenceState(
             self.lattice, settings.visibility, settings.weighting != "none", keep_logits
         )
@@ -44,6 +46,8 @@ class Run:
         self.k = settings.max_parallel
         if settings.greedy:
             self.k = 1
+        elif settings.branches:
+            self.k = min(settings.max_parallel, settings.max_leaves)
         elif not settings.samples:
             # End tokens are never kept, so room for them lets a set still fill up.
             self.k += len(result.vocabulary.end_tokens)
@@ -58,6 +62,9 @@ class Run:
         #: earliest step of which a token fell in this step
         self.fallen: int | None = None
         self.error: Exception | None = None
+        #: log-probabilities of the texts that end with the last set's tokens, and their slots
+        self._scores = np.zeros(1)
+        self._last = [length - 1]
         self._threshold = 0.0
         self._draws = 0
         self._started = time.perf_counter()
@@ -88,10 +95,20 @@ class Run:
         self.result.stats.prompt_seconds = now - self._started
         self._started = now
 
-    def reserve(self, n: int) -> Slots:
-        """Slots for the next set's n tokens."""
-        self._queries = self.lattice.reserve(n, self.step)
+    def reserve(self, n: int, ahead: bool = False) -> Slots:
+        """Slots for the next set's n tokens; ``ahead`` of the selection where it is one token."""
+        parents = None
+        if self.settings.has_parents:
+            # A set of one is reserved before it is known; what it continues is known.
+            rows = self._kept.parents if self._kept is not None and not ahead else None
+            parents = [self._last[row] for row in ([0] * n if rows is None else rows)]
+        self._queries = self.lattice.reserve(n, self.step, parents)
+        self.sequence.pending = self._queries
         return self._queries
+
+    def sizes(self, n: int) -> list[int]:
+        """Rows of each distribution that n rows are combined into: one of all, or each its own."""
+        return [1] * n if self.settings.branches else [n]
 
     @property
     def pending(self) -> Slots:
@@ -141,14 +158,27 @@ class Run:
             self.hindsight.select(self._kept.probabilities, self._kept.transitions, again=True)
 
     def _keep(self) -> Selected:
-        ends = self.result.vocabulary.end_tokens
-        return keep(self.candidates(), self._threshold, self.settings.max_parallel, ends)
+        settings, ends = self.settings, self.result.vocabulary.end_tokens
+        candidates = self.candidates()
+        if settings.branches:
+            return branch(
+                candidates,
+                self._scores,
+                self._last,
+                self._threshold,
+                settings.max_parallel,
+                settings.max_leaves,
+                settings.leaf_margin,
+                ends,
+            )
+        kept = keep(candidates, self._threshold, settings.max_parallel, ends)
+        return recombine(kept, self._scores, self._last) if settings.has_parents else kept
 
     def candidates(self) -> Candidates:
         """What may come next, on the host."""
         assert self.offers is not None
         offers, place = self.offers
-        return offers.of(place, self.k)
+        return offers.of(place, self.k, leaves=self.settings.branches)
 
     def first_to_repair(self) -> int:
         """The first step that has to be run again; siblings too where they saw each other."""
@@ -166,6 +196,10 @@ class Run:
             Token(int(id), vocabulary.text(int(id)), float(p), int(slot))
             for id, p, slot in zip(kept.ids, kept.probabilities, queries.index, strict=False)
         ]
+        if kept.parents is not None and kept.logprobs is not None:
+            for token, row, logprob in zip(tokens, kept.parents, kept.logprobs, strict=True):
+                token.parent, token.logprob = self._last[row], float(logprob)
+            self._scores, self._last = kept.logprobs, [token.slot for token in tokens]
         last = not self.more
         record = Step(step, self.length + step, self._threshold, tokens, kept.endings)
         lattice.steps.append(record)
@@ -173,14 +207,32 @@ class Run:
         if self.hindsight:
             self.hindsight.weigh()
         stats.generation_seconds = time.perf_counter() - self._started
-        if not tokens or any(text in text_so_far(lattice) for text in self.settings.stop):
+        if not tokens or self._is_complete() or self._has_stop_text():
             self.result.finish_reason = "stop"
         elif last:
             full = self.limit < self.settings.max_tokens
             self.result.finish_reason = "context" if full else "length"
         return record
 
+    def _has_stop_text(self) -> bool:
+        if not self.settings.stop:
+            return False
+        if self.settings.has_parents:
+            best = self.lattice.tokens_to(self._last[int(self._scores.argmax())])
+        else:
+            best = [step.tokens[0] for step in self.lattice.steps if step.tokens]
+        text = "".join(token.text for token in best)
+        return any(stop in text for stop in self.settings.stop)
 
-def text_so_far(lattice: Any) -> str:
-    """Texts of the most probable token of each set."""
-    return "".join(step.tokens[0].text for step in lattice.steps if step.tokens)
+    def _is_complete(self) -> bool:
+        """Whether no branch can become as good a path as the ``max_leaves`` that have ended.
+
+        Paths are ranked by log-probability per token. The most that a branch can reach is that all
+        tokens that follow are certain.
+        """
+        if not self.settings.branches:
+            return False
+        steps = self.lattice.steps
+        ended = [(e.logprob or 0.0) / (s.step + 1) for s in steps for e in s.endings]
+        n = self.settings.max_leaves
+        return len(ended) >= n and sorted(ended)[-n] >= self._scores.max() / (self.limit + 1)

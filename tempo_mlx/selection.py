@@ -18,8 +18,8 @@ class Candidates:
     """The tokens that may enter a set.
 
     Args:
-        ids: token ids [K], in the order in which they would be kept.
-        probabilities: [K], fp32.
+        ids: token ids [K], in the order in which they would be kept; of a tree's M leaves [M, K].
+        probabilities: of the same shape, fp32.
         transitions: p_i(x_j) of each candidate j in each row i of the set before, [N, K], fp32.
     """
 
@@ -29,13 +29,13 @@ class Candidates:
 
 
 class Offers:
-    """Candidates of G sets, computed together on the device and read by the host at once.
+    """Candidates of several runs, computed together on the device and read by the host at once.
 
     Args:
-        ids: token ids [G, K], in the order in which they would be kept.
-        p: next distributions [G, V].
-        rows: what they were combined from, [N, V], one set after another.
-        sizes: rows of each set, [G].
+        ids: token ids [G, K] of G distributions, in the order in which they would be kept.
+        p: the distributions, [G, V].
+        rows: what they were combined from, [N, V].
+        sizes: for each run the rows of each of its distributions.
         received: attention that the cache's slots received, [B, S], if it was captured.
     """
 
@@ -44,20 +44,19 @@ class Offers:
         ids: mx.array,
         p: mx.array,
         rows: mx.array,
-        sizes: Sequence[int],
+        sizes: Sequence[Sequence[int]],
         received: mx.array | None = None,
     ):
         self.ids = ids
         self.probabilities = mx.take_along_axis(p, ids, axis=1)
-        of_row = (
-            ids
-            if len(sizes) == rows.shape[0]
-            else ids[mx.array(np.repeat(range(len(sizes)), sizes))]
-        )
+        each = [n for run in sizes for n in run]
+        of_row = ids
+        if len(each) != rows.shape[0]:
+            of_row = ids[mx.array(np.repeat(range(len(each)), each))]
         self.transitions = mx.take_along_axis(rows, of_row, axis=1)
         self.received = received
-        self._ends = np.cumsum(sizes)
-        self._sizes = sizes
+        self._groups = np.cumsum([0, *(len(run) for run in sizes)])
+        self._rows = np.cumsum([0, *(sum(run) for run in sizes)])
         self._attention: np.ndarray | None = None
         self._read: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
 
@@ -73,18 +72,25 @@ class Offers:
             self._attention = np.array(self.received)
         return self._attention
 
-    def of(self, group: int, k: int | None = None) -> Candidates:
-        """The first k candidates of one set. Reads the device: the step's one synchronisation."""
+    def of(self, run: int, k: int | None = None, leaves: bool = False) -> Candidates:
+        """The first k candidates of one run. Reads the device: the step's one synchronisation.
+
+        Args:
+            run: its place.
+            k: candidates of each distribution.
+            leaves: keep the axis of the run's distributions, even if it has one.
+        """
         if self._read is None:
-            self._read = (
-                np.array(self.ids),
-                np.array(self.probabilities),
-                np.array(self.transitions),
-            )
+            arrays = self.ids, self.probabilities, self.transitions
+            self._read = tuple(np.array(array) for array in arrays)  # type: ignore[assignment]
+        assert self._read is not None
         ids, probabilities, transitions = self._read
-        end = self._ends[group]
-        rows = transitions[end - self._sizes[group] : end]
-        return Candidates(ids[group, :k], probabilities[group, :k], rows[:, :k])
+        groups = slice(self._groups[run], self._groups[run + 1])
+        rows = transitions[self._rows[run] : self._rows[run + 1], :k]
+        ids, probabilities = ids[groups, :k], probabilities[groups, :k]
+        if leaves:
+            return Candidates(ids, probabilities, rows)
+        return Candidates(ids[0], probabilities[0], rows)
 
 
 @dataclass(frozen=True)
@@ -96,12 +102,18 @@ class Selected:
         probabilities: [N].
         transitions: p_i(x_j) from the M rows of the set before, [M, N].
         endings: end tokens that qualified.
+        end_transitions: p_i of each of them, [M, E].
+        parents: the row that each token continues, [N], where tokens have parents.
+        logprobs: of the texts that end with the tokens, [N], nats, where tokens have parents.
     """
 
     ids: np.ndarray
     probabilities: np.ndarray
     transitions: np.ndarray
     endings: list[Ending]
+    end_transitions: np.ndarray | None = None
+    parents: np.ndarray | None = None
+    logprobs: np.ndarray | None = None
 
     def with_rows(self, present: list[bool]) -> "Selected":
         """The same set, with rows of zeros for the tokens of the set before that had no row."""
@@ -168,11 +180,7 @@ def keep(
         NonFiniteLogitsError: if a probability is not a number.
     """
     ids, probabilities = candidates.ids, candidates.probabilities
-    if not np.isfinite(probabilities).all():
-        raise NonFiniteLogitsError(
-            "the model returned logits that are not finite (NaN or inf); its weights may be "
-            "damaged or its precision too low, try another dtype"
-        )
+    require_finite(probabilities)
     qualified = np.flatnonzero(probabilities >= threshold)
     if not qualified.size:
         qualified = np.array([0])
@@ -180,4 +188,15 @@ def keep(
     ends = np.isin(ids[qualified], list(end_tokens))
     endings = [Ending(int(ids[i]), float(probabilities[i])) for i in qualified[ends]]
     kept = qualified[~ends][: 0 if ends[0] else max_parallel]
-    return Selected(ids[kept], probabilities[kept], candidates.transitions[:, kept], endings)
+    rows = candidates.transitions
+    ended = rows[:, qualified[ends]]
+    return Selected(ids[kept], probabilities[kept], rows[:, kept], endings, ended)
+
+
+def require_finite(probabilities: np.ndarray) -> None:
+    """Raise NonFiniteLogitsError if a probability is not a number."""
+    if not np.isfinite(probabilities).all():
+        raise NonFiniteLogitsError(
+            "the model returned logits that are not finite (NaN or inf); its weights may be "
+            "damaged or its precision too low, try another dtype"
+        )

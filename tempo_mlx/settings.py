@@ -8,7 +8,7 @@ from typing import Any
 from .combining import COMBINE
 from .pruning import COMPACT_ABOVE, Pruning
 from .schedules import Constant, Schedule, check_range
-from .visibility import VISIBILITY
+from .visibility import VISIBILITY, WITH_PARENTS
 
 #: Weights that the tokens of a set may have as keys.
 WEIGHTINGS = ("none", "prior", "posterior")
@@ -18,6 +18,10 @@ WEIGHTING_LOOKBACK = 3
 
 #: How the candidates of a set are found.
 SAMPLING = ("deterministic", "gumbel")
+
+
+#: Where the branches of a tree live.
+BRANCHING = ("shared", "replicate")
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,11 @@ class Settings:
         visibility: a key of :data:`tempo_mlx.visibility.VISIBILITY`.
         combine: a key of :data:`tempo_mlx.combining.COMBINE`.
         pruning: how tokens are pruned after the fact; None prunes nothing.
+        max_leaves: with visibility "tree", branches at most, the most probable texts; at least 1.
+        leaf_margin: and none whose text is more than this many nats less probable than the best
+            one's; None keeps all.
+        branching: with visibility "tree", where branches live: "shared", all in one sequence, or
+            "replicate", each in a row of its own, for models that cannot hold them in one.
         weighting: weight of a set's tokens as keys, "none" (1 each), "prior" (selection
             probability) or "posterior" (gamma); summing to 1 over the set.
         stop: texts that end the generation once the most probable tokens spell them.
@@ -57,12 +66,15 @@ class Settings:
     visibility: str = "isolated"
     combine: str = "mixture"
     pruning: Pruning | None = None
+    max_leaves: int = 8
+    leaf_margin: float | None = None
+    branching: str = "shared"
     weighting: str = "none"
     stop: tuple[str, ...] = ()
     prefill_step_size: int = 2048
 
     def __post_init__(self) -> None:
-        for name in ("max_tokens", "max_parallel", "prefill_step_size"):
+        for name in ("max_tokens", "max_parallel", "max_leaves", "prefill_step_size"):
             _check_count(name, getattr(self, name))
         check_range("threshold", self.threshold, 0.0, 1.0, low_open=True)
         if self.final_threshold is not None:
@@ -81,10 +93,48 @@ class Settings:
             raise ValueError(f"seed must be in [0, 2^63), got {self.seed}")
         _check_choice("sampling", self.sampling, SAMPLING)
         _check_choice("visibility", self.visibility, VISIBILITY)
+        _check_choice("branching", self.branching, BRANCHING)
+        if self.branching == "replicate" and self.visibility != "tree":
+            raise ValueError(
+                f"branching replicate needs visibility tree, got {self.visibility!r}: rows of "
+                "their own share nothing"
+            )
         _check_choice("combine", self.combine, COMBINE)
         _check_choice("weighting", self.weighting, WEIGHTINGS)
+        if self.leaf_margin is not None and not self.leaf_margin >= 0:
+            raise ValueError(f"leaf_margin must be at least 0 nats, got {self.leaf_margin}")
+        if self.has_parents:
+            self._check_parents()
         if isinstance(self.stop, str) or not all(self.stop):
             raise ValueError(f"stop must be a tuple of texts that are not empty, got {self.stop!r}")
+
+    def _check_parents(self) -> None:
+        """Refuse what has no meaning, or no exact one, where tokens have parents."""
+        where = f"visibility {self.visibility}"
+        if self.pruning is not None:
+            raise ValueError(
+                f"pruning judges the tokens of a set by what follows all of them; with {where} "
+                "each token continues one other, and dies with its branch. Leave pruning out"
+            )
+        if self.weighting != "none":
+            raise ValueError(f"weighting must be none with {where}, got {self.weighting!r}")
+        if self.temp != 1.0:
+            raise ValueError(
+                f"temp must be 1 with {where}, whose texts are scored by the model's own "
+                f"probabilities, got {self.temp}"
+            )
+        if self.visibility == "tree" and self.samples:
+            raise ValueError("sampling must be deterministic with visibility tree, got 'gumbel'")
+
+    @property
+    def has_parents(self) -> bool:
+        """Whether each token continues one other token."""
+        return self.visibility in WITH_PARENTS
+
+    @property
+    def branches(self) -> bool:
+        """Whether each token of a set has continuations of its own."""
+        return self.visibility == "tree"
 
     @property
     def samples(self) -> bool:
@@ -104,6 +154,8 @@ class Settings:
     @property
     def always_single(self) -> bool:
         """Whether every set has one token whatever the model says."""
+        if self.branches:
+            return self.greedy or self.max_parallel == 1 or self.max_leaves == 1
         return self.greedy or self.max_parallel == 1
 
     @property

@@ -125,6 +125,7 @@ def replay(
     for step in lattice.steps:
         for token in step.tokens:
             rows.append((token.id, step.position, step.step, len(step.tokens), token.pruned_at))
+    lines = _lines(lattice) if settings.has_parents else None
     tokens = np.array([row[0] for row in rows])
     positions = np.array([row[1] for row in rows])
     weighted = settings.weighting != "none"
@@ -132,7 +133,10 @@ def replay(
     for q, (_, _, q_step, q_size, _) in enumerate(rows):
         weights = lattice.key_weights.get(q_step)
         for k, (_, _, k_step, k_size, k_pruned) in enumerate(rows):
-            sees = _sees(settings, q_step, k_step, k_size, k_pruned, q == k)
+            if lines is None:
+                sees = _sees(settings, q_step, k_step, k_size, k_pruned, q == k)
+            else:
+                sees = k in lines[q] if k >= length else k <= q
             if not weighted:
                 mask[q, k] = sees
             elif not sees:
@@ -145,6 +149,16 @@ def replay(
         for layer in model.make_cache().layers
     ]
     return model.model(mx.array(tokens)[None], cache=caches)[0].astype(mx.float32)
+
+
+def _lines(lattice: Lattice) -> list[set[int]]:
+    """For each slot, itself and the slots that lead to it from the prompt."""
+    lines: list[set[int]] = [set() for _ in lattice.prompt_tokens]
+    for step in lattice.steps:
+        for token in step.tokens:
+            assert token.parent is not None
+            lines.append(lines[token.parent] | {token.slot})
+    return lines
 
 
 def _sees(

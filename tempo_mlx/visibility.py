@@ -32,8 +32,31 @@ def hidden(queries: Slots, keys: Slots) -> np.ndarray:
     return earlier | (keys.index == queries.index[:, None])
 
 
-#: Name -> rule; adding a rule is adding a function here.
-VISIBILITY: dict[str, Rule] = {"isolated": isolated, "visible": visible, "hidden": hidden}
+def ancestors(queries: Slots, keys: Slots) -> np.ndarray:
+    """A token sees the prompt, the tokens that lead to it, and itself."""
+    prompt = (keys.step < 0) & (keys.step <= queries.step[:, None])
+    if queries.chains is None:
+        if (queries.step >= 0).any():
+            raise ValueError("slots behind the prompt need their parents, to know what they see")
+        return prompt
+    led = np.zeros((len(queries), int(max(keys.index.max(), *queries.index)) + 1), bool)
+    for row, chain in zip(led, queries.chains, strict=True):
+        row[chain] = True
+    return prompt | led[:, keys.index]
+
+
+#: Name -> rule; adding a rule is adding a function here. In a tree the same token under two parents
+#: is two slots; recombined, it is one, under the parent that makes the most probable text.
+VISIBILITY: dict[str, Rule] = {
+    "isolated": isolated,
+    "visible": visible,
+    "hidden": hidden,
+    "tree": ancestors,
+    "recombined": ancestors,
+}
+
+#: Where each token continues one other token.
+WITH_PARENTS = frozenset({"tree", "recombined"})
 
 
 def may_attend(rule: str, queries: Slots, keys: Slots) -> np.ndarray:

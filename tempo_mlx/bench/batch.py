@@ -12,11 +12,11 @@ import numpy as np
 from mlx_lm.generate import BatchGenerator
 
 from ..batching import stream_batch_generate
-from ..decoding import Batch, SequenceState
 from ..generation import stream_generate
 from ..lattice import Lattice
 from ..models import PositionedModel
 from ..result import GenerationResult
+from ..sequences import Batch, SequenceState
 from ..settings import Settings
 from ..tokens import without_end
 from .setting import describe, prompt_of

@@ -29,7 +29,7 @@ from ..pruning import (
     parse_layers,
 )
 from ..schedules import parse_schedule
-from ..settings import SAMPLING, WEIGHTINGS, Settings
+from ..settings import BRANCHING, SAMPLING, WEIGHTINGS, Settings
 from ..visibility import VISIBILITY
 from .display import render, report, verdicts
 from .prompts import generate_from_file, parse_bytes
@@ -126,7 +126,9 @@ def generate(
         typer.Option(
             metavar="|".join(VISIBILITY),
             help="What a token sees. isolated: earlier steps and itself. visible: also its "
-            "siblings. hidden: as isolated, but sets of several tokens vanish for later steps.",
+            "siblings. hidden: as isolated, but sets of several tokens vanish for later steps. "
+            "tree: the tokens that lead to it; every branch goes on by itself. recombined: as "
+            "tree, with one branch for each token, its most probable text.",
         ),
     ] = DEFAULTS.visibility,
     combine: Annotated[
@@ -154,6 +156,24 @@ def generate(
         int | None,
         typer.Option(help="Seed of the draws; without --sampling gumbel it changes nothing."),
     ] = None,
+    max_leaves: Annotated[
+        int,
+        typer.Option(help="With --visibility tree, branches at most, the most probable texts."),
+    ] = DEFAULTS.max_leaves,
+    leaf_margin: Annotated[
+        float | None,
+        typer.Option(
+            help="With --visibility tree, drop branches this many nats behind the best one."
+        ),
+    ] = None,
+    branching: Annotated[
+        str,
+        typer.Option(
+            metavar="|".join(BRANCHING),
+            help="With --visibility tree, where branches live: shared, all in one sequence; or "
+            "replicate, each with a copy of the state, which works for any model.",
+        ),
+    ] = DEFAULTS.branching,
     prune: Annotated[
         str | None,
         typer.Option(
@@ -311,6 +331,9 @@ def generate(
         seed=seed,
         visibility=visibility,
         combine=combine,
+        max_leaves=max_leaves,
+        leaf_margin=leaf_margin,
+        branching=branching,
         pruning=pruning,
         weighting=weighting,
         stop=tuple(stop or ()),

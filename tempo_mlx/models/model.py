@@ -53,7 +53,7 @@ class PositionedModel:
         if not EXACT & set(names(model)):
             raise self._unsupported("has not been compared with mlx-lm's own results")
         #: positions that the model was made for, or None where its configuration does not say
-        self.context_length = _context_length(model)
+        self.context_length = context_length_of(model)
         #: what the model was loaded as, if :func:`tempo_mlx.load` loaded it
         self.name: str | None = getattr(model, "loaded_as", None)
 
@@ -276,7 +276,8 @@ def _activation_dtype(model: nn.Module) -> mx.Dtype:
     return next((dtype for dtype in dtypes if mx.issubdtype(dtype, mx.floating)), mx.float32)
 
 
-def _context_length(model: nn.Module) -> int | None:
+def context_length_of(model: nn.Module) -> int | None:
+    """Positions that a model was made for, or None where its configuration does not say."""
     for holder in (model, getattr(model, "language_model", None)):
         args = getattr(holder, "args", None)
         for source in (args, getattr(args, "text_config", None)):

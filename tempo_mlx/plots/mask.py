@@ -7,7 +7,7 @@ import numpy as np
 
 from ..lattice import Lattice, Slots
 from ..result import GenerationResult
-from ..visibility import VISIBILITY, may_attend
+from ..visibility import VISIBILITY, WITH_PARENTS, may_attend
 from .figure import (
     GREY,
     INK,
@@ -88,7 +88,10 @@ def mask_figure(run: GenerationResult | Lattice, visibility: str) -> "Figure":
     lattice = run if isinstance(run, Lattice) else run.lattice
     left_out = max(0, len(lattice.prompt_tokens) - PROMPT_TOKENS)
     shown = np.arange(left_out, lattice.n_slots)
-    matrix = visibility_matrix(lattice.slots, visibility, shown)
+    slots = lattice.slots
+    if visibility in WITH_PARENTS:
+        slots = lattice.with_chains(slots)
+    matrix = visibility_matrix(slots, visibility, shown)
 
     cell = min(LARGEST_CELL, LARGEST_MATRIX / len(shown))
     side = cell * len(shown)

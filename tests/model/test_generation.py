@@ -4,7 +4,6 @@ from tempo_mlx import PositionedModel, generate
 from tempo_mlx.combining import COMBINE
 from tempo_mlx.lattice import Lattice
 from tempo_mlx.models import Capture
-from tempo_mlx.visibility import VISIBILITY
 
 import mlx.core as mx
 import numpy as np
@@ -12,7 +11,7 @@ import pytest
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 
-from ..one_sequence import OneSequence
+from ..one_sequence import SETS_VISIBILITY, OneSequence
 
 PROMPTS = [
     "Once upon a time",
@@ -57,7 +56,7 @@ def test_threshold_one_is_greedy_decoding_token_for_token(embedded, prompt):
 
 
 @pytest.mark.parametrize("combine", COMBINE)
-@pytest.mark.parametrize("visibility", VISIBILITY)
+@pytest.mark.parametrize("visibility", SETS_VISIBILITY)
 def test_verify_in_every_mode(embedded, visibility, combine):
     model, tokenizer = embedded
     result = generate(
@@ -104,7 +103,7 @@ def captured(model, tokenizer, visibility):
     return len(prompt), found
 
 
-@pytest.mark.parametrize("visibility", VISIBILITY)
+@pytest.mark.parametrize("visibility", SETS_VISIBILITY)
 def test_attention_obeys_visibility_in_every_layer_and_head(embedded, visibility):
     model, tokenizer = embedded
     P, (of_set, of_next) = captured(model, tokenizer, visibility)

@@ -5,12 +5,12 @@ import dataclasses
 from tempo_mlx import PositionedModel, batch_generate, generate
 from tempo_mlx.batching import Failure, stream_batch_generate
 from tempo_mlx.combining import COMBINE
-from tempo_mlx.decoding import spread_evenly
 from tempo_mlx.prompt_cache import PromptCache
 from tempo_mlx.pruning import Pruning
 from tempo_mlx.schedules import Constant
+from tempo_mlx.sequences import spread_evenly
 from tempo_mlx.settings import Settings
-from tempo_mlx.visibility import VISIBILITY
+from tempo_mlx.visibility import VISIBILITY, WITH_PARENTS
 
 import mlx.core as mx
 import numpy as np
@@ -39,6 +39,16 @@ PRUNINGS = [
     Pruning(rule="probability", schedule=Constant(), when_all_fall="drop_set"),
 ]
 
+
+def meaningful(**given_):
+    """Settings, without those that have no meaning where tokens have parents."""
+    if given_["visibility"] in WITH_PARENTS:
+        given_ |= {"pruning": None, "weighting": "none", "temp": 1.0}
+        if given_["visibility"] == "tree":
+            given_["sampling"] = "deterministic"
+    return Settings(**given_)
+
+
 rows = st.tuples(
     st.one_of(
         st.lists(st.integers(0, MODEL.args.vocab_size - 1), min_size=1, max_size=25),
@@ -46,7 +56,7 @@ rows = st.tuples(
         st.sampled_from([[5], [9, 2, 40], list(range(20))]),
     ),
     st.builds(
-        Settings,
+        meaningful,
         max_tokens=st.integers(1, 12),
         threshold=st.sampled_from([1.0, 0.3, 0.06, 0.03]),
         max_parallel=st.integers(1, 6),

@@ -2,14 +2,14 @@
 
 from tempo_mlx.lattice import Lattice
 from tempo_mlx.models import Capture, PositionedModel, UnsupportedModelError
-from tempo_mlx.visibility import VISIBILITY, may_attend
+from tempo_mlx.visibility import may_attend
 from tests.tiny_models import tiny_model
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from ..one_sequence import OneSequence
+from ..one_sequence import SETS_VISIBILITY, OneSequence
 
 PROMPT = [3, 14, 15, 9, 2, 6, 5, 35, 8, 9, 7, 9, 32]
 SETS = [[4, 20, 11], [7], [30, 5]]
@@ -81,7 +81,7 @@ def inputs_of_attention(layers, monkeypatch):
     return [collected[id(layer.self_attn)] for layer in layers]
 
 
-@pytest.mark.parametrize("visibility", VISIBILITY)
+@pytest.mark.parametrize("visibility", SETS_VISIBILITY)
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3_text", "gpt_oss", "mixtral"])
 def test_captured_attention_is_what_numpy_computes(name, visibility, monkeypatch):
     overrides = {"rope_scaling": None} if name == "gpt_oss" else {}

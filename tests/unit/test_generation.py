@@ -18,7 +18,7 @@ import pytest
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 
-from ..one_sequence import OneSequence
+from ..one_sequence import SETS_VISIBILITY, OneSequence
 
 PROMPT = [3, 14, 15, 9, 2, 6, 5, 35, 8, 9, 7, 9, 32]
 
@@ -44,7 +44,7 @@ def tokens_of(result):
 
 
 @pytest.mark.parametrize("combine", COMBINE)
-@pytest.mark.parametrize("visibility", VISIBILITY)
+@pytest.mark.parametrize("visibility", SETS_VISIBILITY)
 def test_cached_run_equals_one_uncached_pass(model, tokenizer, visibility, combine):
     result = generate(
         model,
@@ -79,7 +79,7 @@ def test_threshold_one_is_greedy_decoding(model, tokenizer):
         assert tokens_of(result) == [[int(token)] for token, _ in steps]
 
 
-@pytest.mark.parametrize("visibility", VISIBILITY)
+@pytest.mark.parametrize("visibility", SETS_VISIBILITY)
 def test_rows_after_the_first_set_are_separate_decodes_only_where_isolated(model, visibility):
     model_ = PositionedModel.of(model)
     lattice = Lattice(PROMPT)

@@ -7,7 +7,6 @@ from tempo_mlx.models import Capture, PositionedModel
 from tempo_mlx.pruning import RULES, Evidence, Judgement, Pruner, Pruning, falls, spare
 from tempo_mlx.schedules import Constant
 from tempo_mlx.settings import WEIGHTINGS, Settings
-from tempo_mlx.visibility import VISIBILITY
 from tests.tiny_models import tiny_model
 from tests.tiny_tokenizer import TinyTokenizer
 
@@ -17,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ..one_sequence import OneSequence
+from ..one_sequence import SETS_VISIBILITY, OneSequence
 
 PROMPT = [3, 14, 15, 9, 2, 6, 5, 35, 8, 9, 7, 9, 32]
 
@@ -99,7 +98,7 @@ def test_quota_keeps_its_share(sizes, keep_rate):
         )
 
 
-@pytest.mark.parametrize("visibility", VISIBILITY)
+@pytest.mark.parametrize("visibility", SETS_VISIBILITY)
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("repair", ["none", "recompute"])
 def test_oracle_replays_a_pruned_run(model, tokenizer, visibility, rule, repair):
@@ -117,7 +116,7 @@ def test_oracle_replays_a_pruned_run(model, tokenizer, visibility, rule, repair)
 
 
 @pytest.mark.parametrize("weighting", WEIGHTINGS[1:])
-@pytest.mark.parametrize("visibility", VISIBILITY)
+@pytest.mark.parametrize("visibility", SETS_VISIBILITY)
 @pytest.mark.parametrize("pruning", [None, Pruning(schedule=Constant())])
 def test_oracle_replays_a_weighted_run(model, tokenizer, weighting, visibility, pruning):
     plain = run(model, tokenizer, pruning, visibility=visibility)
@@ -139,7 +138,7 @@ def test_a_pruned_token_never_comes_back_and_is_judged_once(model, tokenizer):
     assert seen == {slot for _, slot, _ in fallen(result)}
 
 
-@pytest.mark.parametrize("visibility", VISIBILITY)
+@pytest.mark.parametrize("visibility", SETS_VISIBILITY)
 def test_compaction_changes_rounding_only(model, tokenizer, visibility):
     def logits(compact_above):
         pruning = Pruning(schedule=Constant(), compact_above=compact_above)
@@ -161,7 +160,7 @@ def test_compaction_drops_what_nobody_can_see(model):
     state = OneSequence(PositionedModel.of(model), lattice, "hidden")
     state.prefill(2048)
     state.append(mx.array([4, 20, 11]), lattice.reserve(3, 0))
-    lattice.reserve(1, 1)
+    state.sequence.pending = lattice.reserve(1, 1)
     assert not state.compact(0.5)
     assert state.cache.n_slots == len(PROMPT) + 3
     assert state.compact(0.1)

@@ -22,7 +22,7 @@ def select(p, threshold, max_parallel, ends=frozenset()):
     several = mx.stack([p[::-1], p, mx.ones_like(p) / p.size])
     rows = mx.concatenate([3 * several[:1], mx.stack([p, 2 * p]), several[2:]])
     ids = most_probable(several, max_parallel + len(ends))
-    found = Offers(ids, several, rows, [1, 2, 1]).of(1)
+    found = Offers(ids, several, rows, [[1], [2], [1]]).of(1)
     kept = keep(found, threshold, max_parallel, frozenset(ends))
     np.testing.assert_array_equal(kept.transitions, [kept.probabilities, 2 * kept.probabilities])
     return kept
@@ -103,7 +103,7 @@ def test_where_no_draw_qualifies_the_first_one_is_kept():
     firsts = set()
     for key in range(10):
         drawn = draw(p[0], 3, key)
-        kept = keep(Offers(drawn[None], p, p, [1]).of(0), 0.9, 3, frozenset())
+        kept = keep(Offers(drawn[None], p, p, [[1]]).of(0), 0.9, 3, frozenset())
         assert kept.ids.tolist() == drawn[:1].tolist()
         firsts.add(int(drawn[0]))
     assert len(firsts) > 1
@@ -121,4 +121,4 @@ def test_not_a_number_is_an_error():
     p = mx.softmax(mx.array([[1.0, float("nan"), 0.0]]))
     for k in (1, 2):
         with pytest.raises(NonFiniteLogitsError, match="not finite"):
-            keep(Offers(most_probable(p, k), p, p, [1]).of(0), 0.1, k, frozenset())
+            keep(Offers(most_probable(p, k), p, p, [[1]]).of(0), 0.1, k, frozenset())

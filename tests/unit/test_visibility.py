@@ -1,7 +1,7 @@
 """Visibility rules against the definitions, slot by slot."""
 
-from tempo_mlx.lattice import Lattice
-from tempo_mlx.visibility import VISIBILITY, mask_rows, may_attend
+from tempo_mlx.lattice import Lattice, Step, Token
+from tempo_mlx.visibility import VISIBILITY, WITH_PARENTS, mask_rows, may_attend
 
 import numpy as np
 import pytest
@@ -13,8 +13,15 @@ from hypothesis import strategies as st
 def lattices(draw):
     """A lattice of a short prompt and up to six sets, some tokens pruned later."""
     lattice = Lattice([0] * draw(st.integers(1, 4)))
+    last = [len(lattice.prompt_tokens) - 1]
     for step in range(draw(st.integers(1, 6))):
-        lattice.reserve(draw(st.integers(1, 4)), step)
+        parents = draw(st.lists(st.sampled_from(last), min_size=1, max_size=4))
+        reserved = lattice.reserve(len(parents), step, parents)
+        last = reserved.index.tolist()
+        tokens = [
+            Token(0, "", 0.5, slot, parent) for slot, parent in zip(last, parents, strict=True)
+        ]
+        lattice.steps.append(Step(step, step, 0.1, tokens))
     slots = lattice.slots
     for slot in range(len(lattice.prompt_tokens), lattice.n_slots):
         if draw(st.booleans()):
@@ -22,11 +29,22 @@ def lattices(draw):
     return lattice
 
 
-def by_definition(rule, slots, q, k):
+def parent_of(lattice, slot):
+    return next(t.parent for step in lattice.steps for t in step.tokens if t.slot == slot)
+
+
+def by_definition(rule, lattice, q, k):
+    slots, length = lattice.slots, len(lattice.prompt_tokens)
     if slots.pruned_at[k] < slots.step[q]:
         return False
     if q == k:
         return True
+    if rule in WITH_PARENTS:
+        if k < length:
+            return k <= q
+        while q > k:
+            q = parent_of(lattice, q)
+        return q == k
     same, earlier = slots.step[k] == slots.step[q], slots.step[k] < slots.step[q]
     if rule == "isolated":
         return earlier
@@ -38,10 +56,10 @@ def by_definition(rule, slots, q, k):
 @pytest.mark.parametrize("rule", VISIBILITY)
 @given(lattices())
 def test_rule_is_its_definition(rule, lattice):
-    slots = lattice.slots
+    slots = lattice.with_chains(lattice.slots)
     mask = may_attend(rule, slots, slots)
     expected = [
-        [by_definition(rule, slots, q, k) for k in range(len(slots))] for q in range(len(slots))
+        [by_definition(rule, lattice, q, k) for k in range(len(slots))] for q in range(len(slots))
     ]
     np.testing.assert_array_equal(mask, expected)
 
@@ -49,7 +67,7 @@ def test_rule_is_its_definition(rule, lattice):
 @pytest.mark.parametrize("rule", VISIBILITY)
 @given(lattices())
 def test_no_row_is_masked_everywhere_and_nothing_sees_later_steps(rule, lattice):
-    slots = lattice.slots
+    slots = lattice.with_chains(lattice.slots)
     mask = may_attend(rule, slots, slots)
     assert mask.any(axis=1).all()
     assert not mask[slots.step[None] > slots.step[:, None]].any()
@@ -64,7 +82,7 @@ def test_prompt_is_causal(rule):
 @pytest.mark.parametrize("rule", VISIBILITY)
 @given(lattices(), st.integers(0, 10**6))
 def test_weights_are_added_as_logarithms_where_a_key_may_be_seen(rule, lattice, seed):
-    slots = lattice.slots
+    slots = lattice.with_chains(lattice.slots)
     weights = np.random.default_rng(seed).uniform(0.1, 1, len(slots))
     allowed = may_attend(rule, slots, slots)
     rows = mask_rows(rule, slots, slots, weights)

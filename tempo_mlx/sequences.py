@@ -34,15 +34,18 @@ class SequenceState:
     #: lattice slot of each held slot, and its place in the row, [S]
     held: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     at: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    #: slots that are appended next
+    pending: Slots | None = None
     #: (lattice slots [N], logits [N, V]) of each pass, if they are kept
     logits: list[tuple[np.ndarray, mx.array]] = field(default_factory=list)
     last: tuple[np.ndarray, mx.array] | None = None
 
     def seen_by_next(self) -> np.ndarray:
-        """Which held slots the rows of the set reserved last, and later ones, may see, [S]."""
-        one, step = np.array([-1]), max(0, int(self.lattice.slots.step[-1]))
-        future = Slots(one, np.array([step]), np.array([1]), np.array([NEVER]))
-        return may_attend(self.visibility, future, self.lattice.slots[self.held])[0]
+        """Which held slots the pending set, and so any later one, may see, [S]."""
+        if self.pending is None:
+            return np.ones(len(self.held), bool)
+        keys = self.lattice.slots[self.held]
+        return np.any(may_attend(self.visibility, self.pending, keys), axis=0)
 
     def keep(self, chosen: np.ndarray, at: np.ndarray | None = None) -> None:
         """Hold only the chosen ones of the held slots, at these places."""
