@@ -13,9 +13,9 @@ from mlx_lm.generate import generation_stream, wired_limit
 
 from .decoder import CacheBudgetError, Decoder
 from .generation import Prompt, begin
-from .models import PositionedModel
+from .models import BatchedKVCache, PositionedModel
 from .prompt_cache import PromptCache
-from .result import GenerationResult, find_paths
+from .result import BEAM, GenerationResult, find_paths
 from .run import Run
 from .settings import Settings
 from .tokens import Vocabulary
@@ -205,7 +205,7 @@ def stream_batch_generate(
         if each[i].branching == "replicate":
             raise ValueError("branching replicate generates from one prompt at a time")
         result = begin(positioned, tokenizer, prompts[i], each[i], model_name, vocabulary)
-        return Run(result, keep_logits=verify)
+        return Run(result, keep_logits=verify, paths=paths)
 
     budget = max_kv_bytes or default_budget()
     schedule = Schedule(positioned, new_run, len(prompts), batch_size, budget, prompt_cache)
@@ -219,7 +219,8 @@ def stream_batch_generate(
             if paths == 0 or len(held) == min(batch_size, schedule.left + len(held)):
                 finished = [r for _, r in held if isinstance(r, GenerationResult)]
                 if paths and finished:
-                    find_paths(finished, max(paths, 8))
+                    slots = [schedule.prompts.pop(id(result), None) for result in finished]
+                    find_paths(finished, max(paths, BEAM), slots)
                 yield from held
                 held = []
     yield from held
@@ -267,6 +268,8 @@ class Schedule:
         self._full_at: int | None = None
         self.status = BatchStatus(total=total, waiting=total)
         self._started = time.perf_counter()
+        #: slots of the prompts of results that will be rescored, by the result's ``id``
+        self.prompts: dict[int, BatchedKVCache] = {}
 
     @property
     def left(self) -> int:
@@ -297,6 +300,8 @@ class Schedule:
         for run in made:
             status.tokens += len(run.lattice.steps[-1].tokens) if run.error is None else 0
         for run in dict.fromkeys([*made, *decoder.failed]):
+            if run.prompt_slots is not None:
+                self.prompts[id(run.result)] = run.prompt_slots
             if run.finished:
                 yield self._close(self._numbers.pop(run), run.error or run.result)
         decoder.failed.clear()

@@ -211,6 +211,8 @@ class Decoder:
 
     def _leave(self, run: Run) -> None:
         self.runs.remove(run)
+        if run.rescores and run.error is None:
+            run.prompt_slots = self.batch.prompt_slots(run.sequence)
         self.batch.release(run.sequence)
         if run.sequence.keep_logits and run.error is None:
             run.result.verification = verify(

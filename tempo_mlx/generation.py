@@ -12,7 +12,7 @@ from .lattice import Lattice, Step
 from .models import PlainModel, PositionedModel
 from .prompt_cache import PromptCache
 from .replication import RowTree
-from .result import GenerationResult
+from .result import BEAM, GenerationResult, find_paths
 from .run import Run
 from .settings import Settings
 from .tokens import Vocabulary, encode_prompt
@@ -83,6 +83,7 @@ def stream_generate(
     verify: bool = False,
     model_name: str | None = None,
     prompt_cache: PromptCache | None = None,
+    paths: int = 0,
     prompt_progress_callback: Callable[[int, int], None] | None = None,
     **settings: Any,
 ) -> Generator[StepResponse, None, None]:
@@ -94,6 +95,8 @@ def stream_generate(
             difference into ``result.verification``. Keeps every step's logits in memory.
         model_name: what the result calls the model.
         prompt_cache: read already; a prompt that begins with its tokens goes on from there.
+        paths: paths that ``result.paths`` will be asked for; they are found before the last
+            response, while the prompt is still in the cache, instead of when they are asked for.
         prompt_progress_callback: called with (prompt tokens read, prompt tokens).
         settings: fields of :class:`Settings`.
 
@@ -115,7 +118,7 @@ def stream_generate(
     result = begin(positioned, tokenizer, prompt, chosen, model_name)
     if prompt_cache is not None:
         prompt_cache.require(positioned)
-    yield from steps(result, verify, prompt_progress_callback, prompt_cache)
+    yield from steps(result, verify, prompt_progress_callback, prompt_cache, paths)
 
 
 def begin(
@@ -143,10 +146,11 @@ def steps(
     verify: bool = False,
     progress: Callable[[int, int], None] | None = None,
     prompt_cache: PromptCache | None = None,
+    paths: int = 0,
 ) -> Generator[StepResponse, None, None]:
     """Extend the result's lattice step by step; see :func:`stream_generate`."""
     assert isinstance(result.model, PositionedModel)
-    run = Run(result, keep_logits=verify)
+    run = Run(result, keep_logits=verify, paths=paths)
     decoder = Decoder(result.model)
     with wired_limit(result.model.model, cast(Any, [generation_stream])):
         shared = prompt_cache.covers(run.lattice.prompt_tokens) if prompt_cache else 0
@@ -159,6 +163,8 @@ def steps(
             decoder.step()
             if run.error is not None:
                 raise run.error
+            if run.finished and paths:
+                find_paths([result], max(paths, BEAM), [run.prompt_slots])
             yield StepResponse(
                 run.lattice.steps[-1],
                 result,

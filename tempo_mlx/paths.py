@@ -70,7 +70,10 @@ class _Beam:
 
 
 def best_paths(
-    model: PositionedModel, problems: Sequence[tuple[list[int], list[list[int]]]], beam: int
+    model: PositionedModel,
+    problems: Sequence[tuple[list[int], list[list[int]]]],
+    beam: int,
+    cache: BatchedKVCache | None = None,
 ) -> list[list[tuple[list[int], float]]]:
     """Beam search over sets; all hypotheses of all problems' steps in one forward pass.
 
@@ -78,12 +81,13 @@ def best_paths(
         model: scores the tokens.
         problems: prompts, ids of at least one token, and for each step the ids to choose from.
         beam: hypotheses kept at each step, at least 1.
+        cache: a row for each problem that holds the beginning of its prompt, not the last token.
 
     Returns:
         for each problem at most ``beam`` pairs (ids, log-probability in nats), best first.
     """
     beams = [_Beam(prompt, sets, beam) for prompt, sets in problems]
-    reading = Batch(model, [SequenceState(Lattice(prompt)) for prompt, _ in problems])
+    reading = Batch(model, [SequenceState(Lattice(prompt)) for prompt, _ in problems], cache)
     logits, cache = reading.prefill(CHUNK), reading.cache
     rows = np.arange(len(beams))  # of the logits
     while going := [row for row, each in enumerate(beams) if not each.finished]:

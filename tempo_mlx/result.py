@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from .lattice import Lattice
-from .models import PlainModel, PositionedModel
+from .models import BatchedKVCache, PlainModel, PositionedModel
 from .paths import Path, best_paths
 from .posterior import viterbi
 from .settings import Settings
@@ -184,12 +184,17 @@ class GenerationResult:
         }
 
 
-def find_paths(results: Sequence[GenerationResult], beam: int = BEAM) -> None:
+def find_paths(
+    results: Sequence[GenerationResult],
+    beam: int = BEAM,
+    prompts: Sequence[BatchedKVCache | None] | None = None,
+) -> None:
     """Find the paths of several results of one model together; see :meth:`GenerationResult.paths`.
 
     Args:
         results: at least one; those whose paths are known are left as they are.
         beam: hypotheses kept at each step of each.
+        prompts: of each result the slots of its prompt but the last, so that it need not be read.
     """
 
     def made(result: GenerationResult) -> tuple[int, int]:
@@ -207,8 +212,11 @@ def find_paths(results: Sequence[GenerationResult], beam: int = BEAM) -> None:
         (r.lattice.prompt_tokens, [[token.id for token in tokens] for tokens in r.lattice.sets])
         for r in new
     ]
+    known = [c for r, c in zip(results, prompts or (), strict=False) if any(r is n for n in new)]
+    rows = [cache for cache in known if cache is not None]
+    cache = BatchedKVCache.merge(rows) if len(rows) == len(new) else None
     model = new[0].model
     assert isinstance(model, PositionedModel)
-    for result, found in zip(new, best_paths(model, problems, beam), strict=True):
+    for result, found in zip(new, best_paths(model, problems, beam, cache), strict=True):
         paths = [Path(result.vocabulary.decode(ids), ids, logprob) for ids, logprob in found]
         result._paths = made(result), paths

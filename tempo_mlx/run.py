@@ -7,7 +7,7 @@ import numpy as np
 from .branching import branch, recombine
 from .hindsight import Hindsight
 from .lattice import Slots, Step, Token
-from .models import PositionedModel
+from .models import BatchedKVCache, PositionedModel
 from .result import GenerationResult
 from .schedules import interpolate
 from .selection import Candidates, Offers, Selected, keep
@@ -20,10 +20,15 @@ class Run:
     Args:
         result: its prompt, settings and model; the lattice in it is extended step by step.
         keep_logits: keep every step's logits for :mod:`tempo_mlx.verification`.
+        paths: paths that will be asked of the result; 0 lets its prompt's keys and values go.
     """
 
-    def __init__(self, result: GenerationResult, keep_logits: bool = False):
+    def __init__(self, result: GenerationResult, keep_logits: bool = False, paths: int = 0):
         self.result = result
+        #: whether the lattice's paths will have to be found by another search
+        self.rescores = paths > 0 and not result.settings.has_parents
+        #: the prompt's slots but the last one, after a run that will be rescored
+        self.prompt_slots: BatchedKVCache | None = None
         self.settings = settings = result.settings
         self.lattice = result.lattice
         model = result.model

@@ -238,6 +238,13 @@ class Batch:
                 self._drop([np.ones(len(self.sequences[0].held), bool)])
             self.append(mx.array(ids), parts)
 
+    def prompt_slots(self, sequence: SequenceState) -> BatchedKVCache:
+        """A cache of its own with the slots of a sequence's prompt, its last token left out."""
+        prompt = sequence.held < len(sequence.lattice.prompt_tokens) - 1
+        alone = self.cache.extract(sequence.row)
+        alone.compact(sequence.at[prompt])
+        return alone
+
     def release(self, sequence: SequenceState) -> None:
         """Take a sequence out; an empty row is free at once."""
         self.sequences.remove(sequence)

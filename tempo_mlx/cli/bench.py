@@ -20,6 +20,7 @@ from ..bench.pruning import bench_pruning
 from ..bench.runs import LONG_BLOCKS
 from ..bench.target import Target
 from ..bench.timing import Spread
+from ..bench.tree import bench_tree
 from ..files import check_writable, write_atomically
 from ..models import load
 
@@ -277,6 +278,59 @@ def batch(
         f"copies hold {copies.bytes_before / 1e6:.1f} MB before their first tokens, "
         f"{copies.bytes_after / 1e6:.1f} MB after"
     )
+    print_targets(report.targets, console)
+    if output is not None:
+        write_atomically(output, json.dumps(report.to_dict(), indent=1) + "\n")
+        console.print(f"written: {output}", style="dim")
+
+
+@bench.command("tree")
+def tree(
+    model: Annotated[
+        str, typer.Option(help="Recipe name, folder in mlx-lm layout, or Hugging Face Hub id.")
+    ] = "smollm2-135m",
+    prompt_tokens: Annotated[
+        int, typer.Option("--prompt-tokens", "-p", help="Tokens of the prompt, at least 1.")
+    ] = 256,
+    leaves: Annotated[int, typer.Option(help="Branches, at least 2.")] = 8,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", "-m", help="Steps of each branch, at least 4.")
+    ] = 32,
+    rounds: Annotated[
+        int, typer.Option("--rounds", "-n", help="Runs of each variant that count, at least 1.")
+    ] = 3,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write the measurements as JSON.")
+    ] = None,
+) -> None:
+    """Branches of one prompt in one sequence, in rows of their own, and one after another."""
+    if output is not None:
+        check_writable("--output", output)
+    language_model, tokenizer = load(model)
+    with ticking((rounds + 1) * 4) as tick:
+        report = bench_tree(
+            language_model,
+            tokenizer,
+            prompt_tokens=prompt_tokens,
+            leaves=leaves,
+            max_tokens=max_tokens,
+            rounds=rounds,
+            model_name=model,
+            progress=tick,
+        )
+    console = wide_console()
+    print_setting(report.model, report.setting, console)
+    table = Table("variant", title=f"{leaves} branches, prompt left out")
+    for name in ("s", "over the tree", "cache MB"):
+        table.add_column(name, justify="right")
+    for each in report.measured:
+        table.add_row(
+            each.name,
+            f"{each.seconds.median:.2f}",
+            spread(each.over_tree, 2),
+            f"{each.cache_bytes / 1e6:.1f}",
+        )
+    console.print(table)
     print_targets(report.targets, console)
     if output is not None:
         write_atomically(output, json.dumps(report.to_dict(), indent=1) + "\n")

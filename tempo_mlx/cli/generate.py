@@ -428,6 +428,7 @@ def generate(
             verify=verify,
             prompt_progress_callback=on_prompt,
             prompt_cache=known,
+            paths=max(1, paths, 5 if output is not None else 0),
             **arguments,
         )
         try:

@@ -234,6 +234,11 @@ def test_paths_of_a_batch_are_those_of_each_result_alone():
     results = dict(stream_batch_generate(MODEL, tokenizer, prompts, each, paths=3))
     for i, (prompt, setting) in enumerate(zip(prompts, each, strict=True)):
         expected = alone(prompt, setting, tokenizer=tokenizer).paths(3)
+        given_ = {f.name: getattr(setting, f.name) for f in dataclasses.fields(setting)}
+        # The prompt is still in the cache there.
+        at_once = generate(MODEL, tokenizer, prompt, paths=3, **given_)
+        assert at_once._paths is not None
+        assert [p.tokens for p in at_once.paths(3)] == [p.tokens for p in expected]
         assert results[i]._paths is not None
         assert [p.tokens for p in results[i].paths(3)] == [p.tokens for p in expected]
         np.testing.assert_allclose(

@@ -294,3 +294,21 @@ def test_prompts_of_a_batch_differ(loaded):
     prompts = prompts_of(tokenizer, 8, 16)
     assert [len(p) for p in prompts] == [12, 13, 14, 15, 17, 18, 19, 20]
     assert len({tuple(p[:8]) for p in prompts}) == 8
+
+
+def test_tree_bench_measures_every_variant(tmp_path, run):
+    folder = save_tiny_model(tmp_path / "tiny")
+    output = tmp_path / "bench.json"
+    common = ("bench", "tree", "--model", folder, "-m", 5, "-n", 1, "-p", 8)
+    code, out, err = run(*common, "--leaves", 3, "-o", output)
+    assert (code, err) == (0, "") and "separate runs" in out
+    report = json.loads(output.read_text())
+    assert [each["name"] for each in report["runs"]] == [
+        "tree, one sequence",
+        "tree, rows of their own",
+        "separate runs",
+        "mlx-lm, one batch",
+    ]
+    assert all(each["seconds"]["median"] > 0 for each in report["runs"])
+    code, _, err = run(*common, "--leaves", 1)
+    assert code == 2 and "leaves must be at least 2" in err and err.count("\n") == 1
