@@ -380,7 +380,7 @@ class Schedule:
         status.running, status.reading = len(decoder.runs), len(decoder.reading)
         status.waiting = len(self._waiting)
         status.seconds = time.perf_counter() - self._started
-        status.cache_bytes = decoder.batch.cache.nbytes if decoder.runs else 0
+        status.cache_bytes = decoder.nbytes
         status.waste = decoder.batch.waste() if decoder.runs else 0.0
         status.largest_waste = max(status.largest_waste, status.waste)
 

@@ -52,6 +52,12 @@ class Decoder:
         """Runs whose prompts are being read."""
         return self._reading[0] if self._reading else []
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all keys and values, room for slots to come included."""
+        reading = self._reading[1].cache.nbytes if self._reading else 0
+        return reading + (self.batch.cache.nbytes if self.runs else 0)
+
     def start(self, runs: Sequence[Run], cache: BatchedKVCache | None = None) -> None:
         """Begin to read the prompts of runs; the same prompt is read once.
 
@@ -211,7 +217,7 @@ class Decoder:
 
     def _leave(self, run: Run) -> None:
         self.runs.remove(run)
-        if run.rescores and run.error is None:
+        if run.rescores and run.finished and run.error is None:
             run.prompt_slots = self.batch.prompt_slots(run.sequence)
         self.batch.release(run.sequence)
         if run.sequence.keep_logits and run.error is None:
@@ -223,13 +229,14 @@ class Decoder:
         """Let runs go, the youngest first, until the next sets fit into the memory."""
         if self._max_kv_bytes is None:
             return
+        budget = self._max_kv_bytes - (self._reading[1].cache.nbytes if self._reading else 0)
         compacted = False
         while self.runs:
             growth = {id(run.sequence): len(run.pending) for run in runs if run in self.runs}
             needed = self.batch.bytes_after(growth)
-            if needed <= self._max_kv_bytes:
+            if needed <= budget:
                 row_bytes = self.batch.cache.batch_size * self.model.slot_bytes
-                self.batch.cache.capacity_limit = self._max_kv_bytes // row_bytes
+                self.batch.cache.capacity_limit = budget // row_bytes
                 return
             if not compacted:
                 compacted = True

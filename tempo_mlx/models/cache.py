@@ -66,8 +66,9 @@ class LayerCache:
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Append keys [B, H_kv, T, D] and values; returns those of all slots."""
         running, owner = self.running, self.owner
-        self.keys = owner.with_room(self.keys, keys, running.end)
-        self.values = owner.with_room(self.values, values, running.end)
+        if self.keys is None or self.values is None or running.end > self.keys.shape[2]:
+            self.keys = owner.with_room(self.keys, keys, running.end)
+            self.values = owner.with_room(self.values, values, running.end)
         running.write(self.keys, keys)
         running.write(self.values, values)
         self.n_slots = running.end
