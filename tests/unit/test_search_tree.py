@@ -6,19 +6,17 @@ import math
 import re
 from collections import Counter
 
-from tempo_mlx.search.tree import (
+from tempo_mlx.search.monte_carlo import (
     BACKUPS,
-    NONE,
-    ROOT,
     SELECTIONS,
     SearchError,
     Siblings,
-    Tree,
     TreePolicy,
     TreeSearch,
     puct,
     uct,
 )
+from tempo_mlx.search.tree import NONE, ROOT, Tree
 
 import numpy as np
 import pytest

@@ -1,0 +1,324 @@
+"""Monte Carlo tree search over any environment: what one simulation does.
+
+A simulation *selects* a leaf from the root down, *expands* it by its children, *evaluates* the leaf
+itself, and passes the value *backward* to the root. Nothing here draws, and nothing knows of
+language models: the environment is two functions of node numbers, both of them batched.
+
+Source: Browne et al., "A Survey of Monte Carlo Tree Search Methods", IEEE TCIAIG 2012, section 3.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from .tree import ROOT, UNEXPANDED, Tree
+
+
+@dataclass(frozen=True)
+class Siblings:
+    """What a selection rule sees of the n children of one node.
+
+    Virtual visits count as visits of value 0, so that the next leaf of a batch is another one.
+
+    Args:
+        visits: with virtual ones, [n].
+        values: in [0, 1], 0 without visits, [n].
+        priors: [n].
+        parent_visits: of their parent, with virtual ones.
+    """
+
+    visits: np.ndarray
+    values: np.ndarray
+    priors: np.ndarray
+    parent_visits: int
+
+
+def uct(siblings: Siblings, exploration: float) -> np.ndarray:
+    """value + c sqrt(ln N_parent / n), infinite for what was never visited.
+
+    Source: Kocsis and Szepesvári, "Bandit Based Monte-Carlo Planning", ECML 2006; c = sqrt 2 is
+    UCB1 of Auer et al., Machine Learning 47, 2002.
+    """
+    visits = np.maximum(siblings.visits, 1)
+    bound = exploration * np.sqrt(math.log(max(siblings.parent_visits, 1)) / visits)
+    return np.where(siblings.visits > 0, siblings.values + bound, np.inf)
+
+
+def puct(siblings: Siblings, exploration: float) -> np.ndarray:
+    """value + c prior sqrt(N_parent) / (1 + n); what was never visited has value 0.
+
+    Source: Silver et al., "Mastering the game of Go without human knowledge", Nature 2017.
+    """
+    bound = siblings.priors * math.sqrt(siblings.parent_visits) / (1 + siblings.visits)
+    return siblings.values + exploration * bound
+
+
+#: Name -> rule (siblings, exploration constant c) -> scores [n]. The highest score is selected, of
+#: equal ones the highest prior, then the first.
+SELECTIONS: dict[str, Callable[[Siblings, float], np.ndarray]] = {"uct": uct, "puct": puct}
+
+
+def mean(tree: Tree, path: Sequence[int]) -> None:
+    """The mean of all values that were backed up through a node, its own evaluation among them."""
+    tree.value[path] = tree.total[path] / tree.visits[path]
+
+
+def maximum(tree: Tree, path: Sequence[int]) -> None:
+    """The highest value of a node's visited children; its own evaluation while it has none.
+
+    So a node is worth its best visited leaf, and its own evaluation no longer counts once it was
+    looked into: the value may fall at that moment. Visits are counted as for the mean.
+
+    Source: the original TEMPO.
+    """
+    for node in reversed(path):
+        children = tree.children(node)
+        visited = tree.visits[children.start : children.stop] > 0
+        if visited.any():
+            tree.value[node] = tree.value[children.start : children.stop][visited].max()
+        else:
+            tree.value[node] = tree.evaluation[node]
+
+
+#: Name -> rule (tree, path) that sets the values of a path's nodes, from the root to the leaf, when
+#: their visits and totals have been updated.
+BACKUPS: dict[str, Callable[[Tree, Sequence[int]], None]] = {"mean": mean, "max": maximum}
+
+
+@dataclass(frozen=True)
+class TreePolicy:
+    """How a tree is searched.
+
+    Args:
+        selection: a key of :data:`SELECTIONS`.
+        exploration: the constant c of the selection rule, at least 0.
+        backup: a key of :data:`BACKUPS`.
+        leaves_per_batch: leaves that are expanded and evaluated together, at least 1.
+
+    Raises:
+        ValueError: naming the argument, its value and the allowed range.
+    """
+
+    selection: str = "uct"
+    exploration: float = math.sqrt(2)
+    backup: str = "mean"
+    leaves_per_batch: int = 1
+
+    def __post_init__(self) -> None:
+        for name, choices in (("selection", SELECTIONS), ("backup", BACKUPS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
+                )
+        if not 0 <= self.exploration < math.inf:
+            raise ValueError(f"exploration must be finite and at least 0, got {self.exploration}")
+        if self.leaves_per_batch < 1:
+            raise ValueError(f"leaves_per_batch must be at least 1, got {self.leaves_per_batch}")
+
+
+class SearchError(ValueError):
+    """The environment gave what no search can use.
+
+    Args:
+        message: which path, what it gave, and what is allowed.
+        tree: the tree so far, as after the last whole batch, save that leaves of the failed one
+            may have children already. A search can go on from it.
+        paths: the actions that lead to each node in question.
+    """
+
+    def __init__(self, message: str, tree: Tree, paths: list[list[int]]):
+        super().__init__(message)
+        self.tree = tree
+        self.paths = paths
+
+
+#: What a value may be: a bool is a verdict.
+_NUMBERS = (int, float, np.integer, np.floating, np.bool_)
+
+#: Node numbers -> for each its children as (actions [n], priors [n]); no actions: it is terminal.
+Expand = Callable[[list[int]], Sequence[tuple[ArrayLike, ArrayLike]]]
+#: Node numbers -> for each its value in [0, 1].
+Evaluate = Callable[[list[int]], Iterable[float]]
+
+
+class TreeSearch:
+    """Monte Carlo tree search from the root of a tree.
+
+    The root is expanded before the first simulation and not evaluated, so that each simulation is
+    one visit of one of its children. Any other node is evaluated once, at its first visit; later
+    visits go to one of its children, or back up the value again if it is terminal or was selected
+    more than once in a batch.
+
+    Args:
+        tree: where it stands, usually a single root.
+        expand: (nodes) -> their children. What it raises is passed on, and the tree is then as
+            after the last whole batch.
+        evaluate: (nodes) -> their values in [0, 1]; the nodes are expanded already. If it is a
+            generator, errors name the one path whose value raised.
+        policy: how; None is the default one.
+    """
+
+    def __init__(
+        self, tree: Tree, expand: Expand, evaluate: Evaluate, policy: TreePolicy | None = None
+    ):
+        self.tree = tree
+        self.policy = policy or TreePolicy()
+        self._expand = expand
+        self._evaluate = evaluate
+
+    def run(self, simulations: int, stop: Callable[[], bool] | None = None) -> int:
+        """Search until the budget is spent.
+
+        Args:
+            simulations: how many to add to those that the tree has, at least 1.
+            stop: asked after each batch whether another budget (seconds, tokens) is spent.
+
+        Returns:
+            simulations done: the visits that the root's children gained.
+
+        Raises:
+            ValueError: if the budget is less than 1, or the root is terminal.
+            SearchError: see :meth:`expand` and :meth:`evaluate`.
+        """
+        if simulations < 1:
+            raise ValueError(f"simulations must be at least 1, got {simulations}")
+        self.expand([ROOT])
+        if self.tree.terminal[ROOT]:
+            raise ValueError(f"the root, path {self.tree.path(ROOT)}, is terminal: nothing follows")
+        done = 0
+        while done < simulations:
+            batch = min(self.policy.leaves_per_batch, simulations - done)
+            self.simulate(batch)
+            done += batch
+            if stop is not None and stop():
+                break
+        return done
+
+    def simulate(self, n: int) -> None:
+        """One batch of n simulations; a leaf that was selected twice counts as two of them."""
+        paths = self._select_batch(n)
+        leaves = [path[-1] for path in paths]
+        self.expand(leaves)
+        self.evaluate(leaves)
+        for path in paths:
+            self.backward(path, float(self.tree.evaluation[path[-1]]))
+
+    def select(self) -> list[int]:
+        """Nodes from the root to the leaf that is next: a terminal one, or one without visits."""
+        tree = self.tree
+        path = [ROOT]
+        while True:
+            path.append(self._best_child(path[-1]))
+            if tree.visits[path[-1]] == 0 or tree.terminal[path[-1]]:
+                return path
+
+    def expand(self, leaves: Iterable[int]) -> None:
+        """Add the children of those leaves that are not expanded yet, by one call.
+
+        Raises:
+            SearchError: for another number of results than of leaves, actions that are not
+                integers, priors that are negative or not finite, or as many of one as of the other.
+        """
+        tree = self.tree
+        nodes = [node for node in dict.fromkeys(leaves) if tree.n_children[node] == UNEXPANDED]
+        if not nodes:
+            return
+        results = list(self._expand(nodes))
+        if len(results) != len(nodes):
+            raise self._error(f"expand must give {len(nodes)} results, got {len(results)}", nodes)
+        families = [
+            self._checked_family(node, *result) for node, result in zip(nodes, results, strict=True)
+        ]
+        for node, (actions, priors) in zip(nodes, families, strict=True):
+            tree.add_children(node, actions, priors)
+
+    def evaluate(self, leaves: Iterable[int]) -> None:
+        """Ask for the values of those leaves that have none yet, by one call.
+
+        Raises:
+            SearchError: for values that are not in [0, 1], another number of them than of
+                leaves, and whatever the call raises.
+        """
+        tree = self.tree
+        nodes = [node for node in dict.fromkeys(leaves) if np.isnan(tree.evaluation[node])]
+        if not nodes:
+            return
+        values: list[Any] = []
+        asked = nodes
+        try:
+            answers = iter(self._evaluate(nodes))
+            asked = nodes[:1]
+            for value in islice(answers, len(nodes) + 1):
+                values.append(value)
+                asked = nodes[len(values) : len(values) + 1] or nodes
+        except Exception as error:
+            problem = f"evaluate raised {type(error).__name__}: {error}"
+            raise self._error(problem, asked) from error
+        if len(values) != len(nodes):
+            count = "more" if len(values) > len(nodes) else len(values)
+            raise self._error(f"evaluate must give {len(nodes)} values, got {count}", nodes)
+        for node, value in zip(nodes, values, strict=True):
+            if not isinstance(value, _NUMBERS) or not 0 <= value <= 1:
+                raise self._error(f"value must be a number in [0, 1], got {value!r}", [node])
+        tree.evaluation[nodes] = values
+
+    def backward(self, path: Sequence[int], value: float) -> None:
+        """Add a visit of that value to each node of a path from the root to a leaf."""
+        self.tree.visits[path] += 1
+        self.tree.total[path] += value
+        BACKUPS[self.policy.backup](self.tree, path)
+
+    def advance(self) -> np.ndarray:
+        """Commit the root's best child; see :meth:`Tree.best_child` and :meth:`Tree.commit`."""
+        return self.tree.commit(self.tree.best_child())
+
+    def _select_batch(self, n: int) -> list[list[int]]:
+        paths: list[list[int]] = []
+        try:
+            for _ in range(n):
+                path = self.select()
+                paths.append(path)
+                self.tree.virtual[path] += 1
+        finally:
+            self.tree.virtual[:] = 0
+        return paths
+
+    def _best_child(self, node: int) -> int:
+        tree = self.tree
+        children = tree.children(node)
+        span = slice(children.start, children.stop)
+        visits = tree.visits[span] + tree.virtual[span]
+        priors = tree.prior[span]
+        values = tree.value[span] * tree.visits[span] / np.maximum(visits, 1)
+        parent_visits = int(tree.visits[node] + tree.virtual[node])
+        siblings = Siblings(visits, values, priors, parent_visits)
+        scores = SELECTIONS[self.policy.selection](siblings, self.policy.exploration)
+        best = np.flatnonzero(scores == scores.max())
+        return children[int(best[priors[best].argmax()])]
+
+    def _checked_family(
+        self, node: int, actions: ArrayLike, priors: ArrayLike
+    ) -> tuple[np.ndarray, np.ndarray]:
+        actions, priors = np.asarray(actions), np.asarray(priors, float)
+        if actions.ndim != 1 or actions.shape != priors.shape:
+            raise self._error(
+                "expand must give as many actions as priors, "
+                f"got shapes {actions.shape} and {priors.shape}",
+                [node],
+            )
+        if len(actions) and actions.dtype.kind not in "iu":
+            raise self._error(f"actions must be integers, got {actions.dtype}", [node])
+        wrong = priors[~(np.isfinite(priors) & (priors >= 0))]
+        if len(wrong):
+            raise self._error(f"priors must be finite and at least 0, got {wrong[0]}", [node])
+        return actions, priors
+
+    def _error(self, problem: str, nodes: Sequence[int]) -> SearchError:
+        paths = [self.tree.path(node) for node in nodes]
+        names = ", ".join(map(str, paths))
+        return SearchError(f"path{'s' * (len(paths) > 1)} {names}: {problem}", self.tree, paths)
