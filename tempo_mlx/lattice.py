@@ -134,12 +134,14 @@ class Lattice:
         self.n_slots = length
         self._chains: dict[int, np.ndarray] = {}
 
-    def reserve(self, n: int, step: int, parents: Sequence[int] | None = None) -> Slots:
+    def reserve(
+        self, n: int, step: int | np.ndarray, parents: Sequence[int] | None = None
+    ) -> Slots:
         """Append n slots, the set of ``step``; returns them.
 
         Args:
             n: at least 0.
-            step: of the set.
+            step: of the set, or of each slot, [n].
             parents: the slot that each continues, of the set before or the prompt's last.
         """
         end = self.n_slots + n

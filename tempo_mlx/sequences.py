@@ -235,7 +235,7 @@ class Batch:
         if parts:
             if len(self.sequences) == 1:
                 # Nothing else is in the cache: what was let go of leaves it at once.
-                self._drop([np.ones(len(self.sequences[0].held), bool)])
+                self.keep([np.ones(len(self.sequences[0].held), bool)])
             self.append(mx.array(ids), parts)
 
     def prompt_slots(self, sequence: SequenceState) -> BatchedKVCache:
@@ -318,10 +318,10 @@ class Batch:
         used = sum(int(chosen.sum()) for chosen in live) + sum(growth.values())
         if slots - used <= above * slots:
             return False
-        self._drop(live)
+        self.keep(live)
         return True
 
-    def _drop(self, live: list[np.ndarray]) -> None:
+    def keep(self, live: list[np.ndarray]) -> None:
         """Keep only these of each sequence's held slots, in as many rows as waste little."""
         if len(self.sequences) == 1:
             sequence, chosen = self.sequences[0], live[0]

@@ -352,6 +352,12 @@ class BatchedKVCache:
         self._table = positions.astype(np.int32)
         self.counts, self.capacity = np.full(B, S), S
 
+    def truncate(self, n: int) -> None:
+        """Keep the first n slots of each row that has more."""
+        self.counts = np.minimum(self.counts, n)
+        for layer in self.layers:
+            layer.n_slots = min(layer.n_slots, self.n_slots)
+
     def align(self) -> None:
         """Let all rows append at the same slot from now on; what is skipped stays unused."""
         self.counts[:] = self.n_slots

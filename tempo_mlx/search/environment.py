@@ -1,0 +1,268 @@
+"""What a tree search sees of a language model: texts as nodes, tokens as actions.
+
+All nodes live in one sequence state, each in one slot that sees the prompt, its ancestors and
+itself, so a node's probabilities are those of a sequential decode of its text.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.generate import generation_stream
+
+from ..combining import softmax
+from ..decoder import CacheBudgetError
+from ..lattice import Lattice
+from ..models import PositionedModel
+from ..selection import most_probable, require_finite
+from ..sequences import Batch, SequenceState
+from ..tokens import Vocabulary
+from .settings import SearchSettings
+from .tree import NONE, ROOT, Tree
+
+#: (ids of a text's tokens behind the prompt, the text) -> its value in [0, 1].
+Value = Callable[[list[int], str], float]
+
+#: Share of slots of dropped branches above which the cache is compacted.
+COMPACT_ABOVE = 0.25
+
+
+@dataclass(frozen=True)
+class Batched:
+    """A value function that takes all texts of a batch at once.
+
+    Args:
+        function: (list of (ids, text)) -> their values in [0, 1].
+    """
+
+    function: Callable[[list[tuple[list[int], str]]], Sequence[float]]
+
+
+class TextEnvironment:
+    """Expands and evaluates the nodes of a tree of texts.
+
+    Args:
+        model: reads the tokens.
+        vocabulary: its tokens.
+        prompt: ids, at least one.
+        settings: threshold, evaluation, budgets.
+        value: a function for the leaves' texts, in place of ``settings.evaluation``.
+    """
+
+    def __init__(
+        self,
+        model: PositionedModel,
+        vocabulary: Vocabulary,
+        prompt: list[int],
+        settings: SearchSettings,
+        value: Value | Batched | None = None,
+    ):
+        self.tree = Tree(prompt[-1])
+        self.settings = settings
+        self.vocabulary = vocabulary
+        self.forward_tokens = self.passes = 0
+        #: probabilities of the committed tokens
+        self.committed: list[float] = []
+        self._value = value
+        self._model = model
+        self._lattice = Lattice(prompt)
+        self._sequence = SequenceState(self._lattice, "tree")
+        self._batch = Batch(model, [self._sequence])
+        room = (model.context_length or len(prompt) + settings.max_tokens) - len(prompt)
+        self._longest = min(settings.max_tokens, room)
+        self._slots: dict[int, int] = {}  # of the nodes that passed through the model
+        self._chains: dict[int, np.ndarray] = {ROOT: np.zeros(0, np.int64)}  # of those nodes
+        self._logits: dict[int, mx.array] = {}  # of the nodes expanded last
+        self._draws = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values, room for slots to come included."""
+        return self._batch.cache.nbytes
+
+    @property
+    def n_slots(self) -> int:
+        """Slots in the cache."""
+        return len(self._sequence.held)
+
+    def read_prompt(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Read the prompt, the root of the tree."""
+        with mx.stream(generation_stream):
+            logits = self._batch.prefill(self.settings.prefill_step_size, progress)
+            mx.eval(logits, self._batch.cache.state)
+        self.forward_tokens += len(self._lattice.prompt_tokens)
+        self.passes += 1
+        self._logits = {ROOT: logits[0]}
+
+    def is_end(self, node: int) -> bool:
+        """Whether nothing follows a node: an end token, or the longest text."""
+        tree = self.tree
+        if tree.depth[node] >= self._longest:
+            return True
+        return node != ROOT and int(tree.action[node]) in self.vocabulary.end_tokens
+
+    def probabilities(self, node: int) -> list[float]:
+        """Of the tokens of a node's text, the committed ones first."""
+        found = []
+        while node != ROOT:
+            found.append(float(self.tree.prior[node]))
+            node = int(self.tree.parent[node])
+        return self.committed + found[::-1]
+
+    def tokens(self, node: int) -> list[int]:
+        """Ids of a node's text behind the prompt, an end token left out."""
+        path = self.tree.path(node)
+        return path[:-1] if path and path[-1] in self.vocabulary.end_tokens else path
+
+    def expand(self, nodes: list[int]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Tokens that may follow each node, and their probabilities; one forward pass for all."""
+        going = [node for node in nodes if not self.is_end(node)]
+        new = [node for node in going if node not in self._logits]
+        if new:
+            self._logits = dict(zip(new, self._pass(new), strict=True))
+        families = {}
+        if going:
+            with mx.stream(generation_stream):
+                p = softmax(mx.stack([self._logits[n] for n in going]).astype(mx.float32))
+                ids = most_probable(p, self.settings.max_parallel)
+                chances = mx.take_along_axis(p, ids, axis=1)
+                mx.eval(ids, chances, self._batch.cache.state)
+            for node, own, chance in zip(going, np.array(ids), np.array(chances), strict=True):
+                require_finite(chance)
+                n = max(1, int((chance >= self.settings.threshold).sum()))
+                families[node] = own[:n].astype(np.int64), chance[:n].astype(float)
+        none = np.zeros(0, np.int64), np.zeros(0)
+        return [families.get(node, none) for node in nodes]
+
+    def evaluate(self, nodes: list[int]) -> Iterable[float]:
+        """The value of each node's text, in [0, 1]."""
+        if isinstance(self._value, Batched):
+            texts = [self.tokens(node) for node in nodes]
+            return self._value.function([(ids, self.vocabulary.decode(ids)) for ids in texts])
+        if self._value is not None:
+            return self._by_function(self._value, nodes)
+        if self.settings.evaluation == "mean_probability":
+            return [float(np.mean(self.probabilities(node))) for node in nodes]
+        if self.settings.evaluation == "rollout":
+            return self._rollouts(nodes)
+        return [_geometric_mean(self.probabilities(node)) for node in nodes]
+
+    def _by_function(self, value: Value, nodes: list[int]) -> Iterable[float]:
+        for node in nodes:
+            ids = self.tokens(node)
+            yield value(ids, self.vocabulary.decode(ids))
+
+    def commit(self, child: int) -> np.ndarray:
+        """Make a child of the root the root; slots of the other branches are dropped.
+
+        Returns:
+            the new number of each old node; see :meth:`.tree.Tree.commit`.
+        """
+        self.committed.append(float(self.tree.prior[child]))
+        numbers = self.tree.commit(child)
+        for name in ("_slots", "_chains", "_logits"):
+            kept = {int(numbers[node]): known for node, known in getattr(self, name).items()}
+            kept.pop(NONE, None)
+            setattr(self, name, kept)
+        live = np.zeros(self._lattice.n_slots, bool)
+        live[: len(self._lattice.prompt_tokens)] = True
+        live[list(self._slots.values())] = True
+        live[self._chains.get(ROOT, np.zeros(0, np.int64))] = True
+        held = live[self._sequence.held]
+        if (~held).mean() > COMPACT_ABOVE:
+            self._batch.keep([held])
+        return numbers
+
+    def _pass(self, nodes: list[int]) -> list[mx.array]:
+        """Read the last tokens of nodes whose parents were read; the logits [V] of each."""
+        tree = self.tree
+        parents = [self._chains[int(tree.parent[node])] for node in nodes]
+        tokens = mx.array(tree.action[nodes].astype(np.int32))
+        logits, chains = self._append(tokens, tree.depth[nodes] - 1, parents)
+        for node, chain in zip(nodes, chains, strict=True):
+            self._slots[node], self._chains[node] = int(chain[-1]), chain
+        return [logits[i] for i in range(len(nodes))]
+
+    def _append(
+        self, tokens: mx.array, steps: np.ndarray, parents: Sequence[np.ndarray]
+    ) -> tuple[mx.array, list[np.ndarray]]:
+        """Append tokens behind chains of slots, in one forward pass.
+
+        Returns:
+            logits [n, V], lazy, and the new chains.
+        """
+        n = len(parents)
+        self._require_room(n)
+        queries = self._lattice.reserve(n, steps)
+        chains = [np.append(c, slot) for c, slot in zip(parents, queries.index, strict=True)]
+        queries = replace(queries, chains=tuple(chains))
+        with mx.stream(generation_stream):
+            logits, _ = self._batch.append(tokens, [(self._sequence, queries)], note=False)
+        self.forward_tokens += n
+        self.passes += 1
+        return logits, chains
+
+    def _require_room(self, n: int) -> None:
+        budget = self.settings.max_kv_bytes
+        needed = self._batch.bytes_after({id(self._sequence): n})
+        if budget is not None and needed > budget:
+            raise CacheBudgetError(
+                f"{n} more leaves need {needed:,} bytes for keys and values, max_kv_bytes is "
+                f"{budget:,}; raise it, or search with fewer leaves_per_batch, simulations or depth"
+            )
+        if budget is not None:
+            self._batch.cache.capacity_limit = budget // self._model.slot_bytes
+
+    def _rollouts(self, nodes: list[int]) -> list[float]:
+        """Continue the nodes' texts side by side; the geometric mean of all their probabilities."""
+        found = {node: self.probabilities(node) for node in nodes}
+        going = [node for node in nodes if not self.is_end(node)]
+        missing = [node for node in going if node not in self._logits]
+        if missing:
+            self._logits |= dict(zip(missing, self._pass(missing), strict=True))
+        before = self._sequence.held, self._sequence.at, int(self._batch.cache.counts[0])
+        chains = [self._chains[node] for node in going]
+        logits = mx.stack([self._logits[node] for node in going]) if going else None
+        for step in range(self.settings.depth):
+            if logits is None:
+                break
+            ids, chances = self._draw(logits)
+            mx.eval(ids, chances, self._batch.cache.state)
+            picked, p = np.array(ids), np.array(chances)
+            require_finite(p)
+            for node, chance in zip(going, p.tolist(), strict=True):
+                found[node].append(chance)
+            on = [
+                i
+                for i, node in enumerate(going)
+                if picked[i] not in self.vocabulary.end_tokens and len(found[node]) < self._longest
+            ]
+            if not on or step + 1 == self.settings.depth:
+                break
+            going = [going[i] for i in on]
+            depths = np.array([len(found[node]) - 1 for node in going])
+            behind = [chains[i] for i in on]
+            logits, chains = self._append(ids[mx.array(on)], depths, behind)
+        self._sequence.held, self._sequence.at, count = before
+        self._batch.cache.truncate(count)
+        return [_geometric_mean(found[node]) for node in nodes]
+
+    def _draw(self, logits: mx.array) -> tuple[mx.array, mx.array]:
+        """The next token of each row of logits [n, V], and its probability."""
+        with mx.stream(generation_stream):
+            logits = logits.astype(mx.float32)
+            p = softmax(logits)
+            if self.settings.rollout_temp == 0:
+                ids = mx.argmax(logits, axis=-1)
+            else:
+                self._draws += 1
+                key = mx.random.key(self.settings.seed * 1_000_003 + self._draws)
+                ids = mx.random.categorical(logits / self.settings.rollout_temp, key=key)
+            return ids, mx.take_along_axis(p, ids[:, None], axis=1)[:, 0]
+
+
+def _geometric_mean(probabilities: Sequence[float]) -> float:
+    """exp of the mean logarithm, [0, 1]."""
+    with np.errstate(divide="ignore"):
+        return float(np.exp(np.mean(np.log(probabilities)))) if probabilities else 1.0

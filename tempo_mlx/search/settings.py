@@ -1,0 +1,87 @@
+"""Settings of a search over texts."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ..schedules import check_range
+from .monte_carlo import TreePolicy
+
+#: How a leaf's text becomes a value in [0, 1].
+EVALUATIONS = ("mean_logprob", "mean_probability", "rollout")
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """How a text is searched for.
+
+    Args:
+        max_tokens: tokens of the text at most, at least 1.
+        simulations: for each token of the text, at least 1; after them the most visited child is
+            committed, and what is known below it is kept.
+        threshold: tokens with p >= threshold are a node's children, (0, 1]; the most probable one
+            always is.
+        max_parallel: children at most, at least 1.
+        selection, exploration, backup, leaves_per_batch: see
+            :class:`~tempo_mlx.search.monte_carlo.TreePolicy`.
+        evaluation: "mean_probability" of a text's tokens (the original's), "mean_logprob" (the
+            geometric mean of their probabilities, so that it is in [0, 1]), or "rollout" (the
+            same of the text and ``depth`` tokens that follow it).
+        depth: tokens of a rollout, at least 1.
+        rollout_temp: 0 for greedy rollouts, else the temperature at which they are drawn.
+        seed: of the draws.
+        max_forward_tokens: tokens that pass through the model at most, the prompt included; None
+            sets no bound.
+        max_seconds: time at most; None sets no bound.
+        max_kv_bytes: bytes of keys and values at most; None sets no bound.
+        prefill_step_size: prompt tokens in one forward pass, at least 1.
+
+    Raises:
+        ValueError: naming the argument, its value and the allowed range.
+    """
+
+    max_tokens: int = 32
+    simulations: int = 32
+    threshold: float = 0.05
+    max_parallel: int = 8
+    selection: str = "puct"
+    exploration: float = 1.0
+    backup: str = "mean"
+    leaves_per_batch: int = 8
+    evaluation: str = "mean_logprob"
+    depth: int = 8
+    rollout_temp: float = 0.0
+    seed: int = 0
+    max_forward_tokens: int | None = None
+    max_seconds: float | None = None
+    max_kv_bytes: int | None = None
+    prefill_step_size: int = 2048
+
+    def __post_init__(self) -> None:
+        for name in ("max_tokens", "simulations", "max_parallel", "depth", "prefill_step_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("max_forward_tokens", "max_kv_bytes"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.max_seconds is not None and not self.max_seconds > 0:
+            raise ValueError(f"max_seconds must be above 0, got {self.max_seconds}")
+        check_range("threshold", self.threshold, 0.0, 1.0, low_open=True)
+        if not 0.0 <= self.rollout_temp < float("inf"):
+            raise ValueError(f"rollout_temp must be at least 0, got {self.rollout_temp}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be in [0, 2^63), got {self.seed}")
+        if self.evaluation not in EVALUATIONS:
+            raise ValueError(
+                f"evaluation must be one of {', '.join(EVALUATIONS)}, or a function of (tokens, "
+                f"text), got {self.evaluation!r}"
+            )
+        self.policy()
+
+    def policy(self) -> TreePolicy:
+        """The part of the settings that knows of trees only."""
+        return TreePolicy(self.selection, self.exploration, self.backup, self.leaves_per_batch)
+
+    def to_dict(self) -> dict[str, Any]:
+        """One key for each setting."""
+        return asdict(self)

@@ -1,0 +1,235 @@
+"""Search for a text: the loop over its tokens, and what it returns."""
+
+import time
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx_lm.generate import generation_stream, wired_limit
+
+from ..models import PositionedModel
+from ..tokens import Vocabulary, encode_prompt
+from .environment import Batched, TextEnvironment, Value
+from .monte_carlo import TreeSearch
+from .settings import SearchSettings
+from .tree import ROOT, Tree
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A committed token: the root's children when it was chosen.
+
+    Args:
+        id: of the token.
+        text: of the token.
+        probability: of the token after the text so far.
+        simulations: that were added for it.
+        children: of the root, most visited first: "action", "text", "visits", "value", "prior".
+    """
+
+    id: int
+    text: str
+    probability: float
+    simulations: int
+    children: list[dict[str, Any]]
+
+
+@dataclass
+class SearchResult:
+    """What :func:`search` returns.
+
+    Args:
+        model: name of the model.
+        prompt: as text; its ids are ``prompt_tokens``.
+        settings: how it was searched.
+        choices: the committed tokens.
+        tree: as it is; its root is the last committed token.
+        finish_reason: "stop" (end of text), "length", "budget", or None while it runs.
+        forward_tokens, passes: tokens that passed through the model, in so many passes.
+        simulations: of all tokens.
+        seconds: since the prompt was read.
+    """
+
+    model: str
+    prompt: str
+    prompt_tokens: list[int]
+    settings: SearchSettings
+    vocabulary: Vocabulary
+    tree: Tree
+    choices: list[Choice] = field(default_factory=list)
+    finish_reason: str | None = None
+    forward_tokens: int = 0
+    passes: int = 0
+    simulations: int = 0
+    seconds: float = 0.0
+    peak_memory_gb: float = 0.0
+
+    @property
+    def tokens(self) -> list[int]:
+        """Ids of the text, an end token left out."""
+        ids = [choice.id for choice in self.choices]
+        return ids[:-1] if ids and ids[-1] in self.vocabulary.end_tokens else ids
+
+    @property
+    def text(self) -> str:
+        """The text behind the prompt."""
+        return self.vocabulary.decode(self.tokens)
+
+    @property
+    def logprob(self) -> float:
+        """Log-probability of the chosen tokens, an end token included, in nats."""
+        return float(np.sum(np.log([choice.probability for choice in self.choices])))
+
+    def label(self, node: int) -> str:
+        """A node's token, visits and value."""
+        tree = self.tree
+        action = int(tree.action[node])
+        text = self.vocabulary.text(action) if action >= 0 else ""
+        return f"{text!r} {int(tree.visits[node])} x {tree.value[node]:.3f}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The search as JSON-ready data, schema version 1."""
+        return {
+            "schema": SCHEMA,
+            "model": self.model,
+            "prompt": self.prompt,
+            "prompt_tokens": self.prompt_tokens,
+            "settings": self.settings.to_dict(),
+            "text": self.text,
+            "tokens": self.tokens,
+            "logprob": self.logprob,
+            "choices": [vars(choice) for choice in self.choices],
+            "finish_reason": self.finish_reason,
+            "tree": self.tree.to_dict(),
+            "stats": {
+                "simulations": self.simulations,
+                "forward_tokens": self.forward_tokens,
+                "passes": self.passes,
+                "seconds": self.seconds,
+                "simulations_per_second": self.simulations / (self.seconds or float("inf")),
+                "peak_memory_gb": self.peak_memory_gb,
+            },
+        }
+
+
+def search(
+    model: nn.Module | PositionedModel,
+    tokenizer: Any,
+    prompt: str | Sequence[int] | Sequence[dict[str, Any]],
+    *,
+    value: Value | Batched | None = None,
+    **kwargs: Any,
+) -> SearchResult:
+    """Search for a text by Monte Carlo tree search, a token at a time.
+
+    Args:
+        model, tokenizer, prompt: as in :func:`tempo_mlx.generate`.
+        value: a function (ids of the tokens behind the prompt, their text) -> [0, 1] that judges
+            texts, or :class:`Batched` for one that takes many at once; None judges them by
+            ``evaluation``.
+        kwargs: arguments of :func:`stream_search`, and fields of :class:`SearchSettings`.
+
+    Raises:
+        ValueError: for an argument out of range or a prompt that is empty or too long.
+        SearchError: where ``value`` raises or gives what is no number in [0, 1]: it names the
+            text's path and has the tree so far.
+        CacheBudgetError: where leaves do not fit into ``max_kv_bytes``.
+    """
+    *_, result = stream_search(model, tokenizer, prompt, value=value, **kwargs)
+    return result
+
+
+def stream_search(
+    model: nn.Module | PositionedModel,
+    tokenizer: Any,
+    prompt: str | Sequence[int] | Sequence[dict[str, Any]],
+    *,
+    value: Value | Batched | None = None,
+    model_name: str | None = None,
+    progress: Callable[[int, SearchResult], None] | None = None,
+    prompt_progress_callback: Callable[[int, int], None] | None = None,
+    **settings: Any,
+) -> Generator[SearchResult, None, None]:
+    """As :func:`search`; yields the result so far after each committed token.
+
+    Args:
+        model, tokenizer, prompt, value: as in :func:`search`.
+        model_name: what the result calls the model.
+        progress: called with (simulations done for this token, the result) after each batch.
+        prompt_progress_callback: called with (prompt tokens read, prompt tokens).
+        settings: fields of :class:`SearchSettings`.
+
+    Raises:
+        As :func:`search`.
+    """
+    chosen = SearchSettings(**settings)
+    positioned = PositionedModel.of(model)
+    ids = encode_prompt(tokenizer, prompt, positioned.context_length)
+    vocabulary = Vocabulary(tokenizer)
+    environment = TextEnvironment(positioned, vocabulary, ids, chosen, value)
+    result = SearchResult(
+        model=model_name or positioned.name or str(getattr(tokenizer, "name_or_path", "")),
+        prompt=prompt if isinstance(prompt, str) else tokenizer.decode(ids),
+        prompt_tokens=ids,
+        settings=chosen,
+        vocabulary=vocabulary,
+        tree=environment.tree,
+    )
+    tree = environment.tree
+    searcher = TreeSearch(tree, environment.expand, environment.evaluate, chosen.policy())
+    with wired_limit(positioned.model, cast(Any, [generation_stream])):
+        environment.read_prompt(prompt_progress_callback)
+        start = time.perf_counter()
+
+        def spent() -> bool:
+            result.seconds = time.perf_counter() - start
+            result.forward_tokens, result.passes = environment.forward_tokens, environment.passes
+            limit, seconds = chosen.max_forward_tokens, chosen.max_seconds
+            return (limit is not None and environment.forward_tokens >= limit) or (
+                seconds is not None and result.seconds >= seconds
+            )
+
+        while result.finish_reason is None:
+            before = int(tree.visits[list(tree.children(ROOT))].sum())
+
+            def stop(before: int = before) -> bool:
+                over = spent()
+                if progress is not None:
+                    now = int(tree.visits[list(tree.children(ROOT))].sum())
+                    progress(now - before, result)
+                return over
+
+            if not spent():
+                done = searcher.run(chosen.simulations, stop)
+                result.simulations += done
+            elif not tree.visits[list(tree.children(ROOT))].any():
+                # The budget is spent and nothing is known of what may follow.
+                result.finish_reason = "budget"
+                break
+            else:
+                done = 0
+            _commit(environment, result, done)
+            result.peak_memory_gb = mx.get_peak_memory() / 1e9
+            last = int(tree.action[ROOT])
+            if last in vocabulary.end_tokens:
+                result.finish_reason = "stop"
+            elif environment.is_end(ROOT):
+                result.finish_reason = "length"
+            yield result
+    if result.finish_reason == "budget":
+        yield result
+
+
+def _commit(environment: TextEnvironment, result: SearchResult, simulations: int) -> None:
+    tree, vocabulary = environment.tree, environment.vocabulary
+    child = tree.best_child()
+    children = [{**row, "text": vocabulary.text(row["action"])} for row in tree.root_table()]
+    id = int(tree.action[child])
+    chance = float(tree.prior[child])
+    result.choices.append(Choice(id, vocabulary.text(id), chance, simulations, children))
+    environment.commit(child)
