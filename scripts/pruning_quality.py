@@ -45,7 +45,7 @@ def modes(threshold: float, keep_rate: float) -> list[Mode]:
         return Pruning(rule=rule, decision="quota", keep_rate=keep_rate)
 
     relative = Pruning(rule="posterior", schedule=Constant())
-    plain = {"threshold": threshold}
+    plain = {"threshold": threshold, "visibility": "isolated"}
     return [
         Mode("greedy", {"threshold": 1.0}),
         Mode("none", plain),

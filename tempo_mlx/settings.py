@@ -38,7 +38,9 @@ class Settings:
         temp: temperature of the softmax that the threshold is compared with, above 0.
         sampling: "deterministic", or "gumbel" to draw without replacement before the threshold.
         seed: of the draws; None picks one and records it. Without sampling it changes nothing.
-        visibility: a key of :data:`tempo_mlx.visibility.VISIBILITY`.
+        visibility: a key of :data:`tempo_mlx.visibility.VISIBILITY`. Where none is given it is
+            "recombined", or "isolated" with pruning, weighting or a temperature, which need sets
+            without parents.
         combine: a key of :data:`tempo_mlx.combining.COMBINE`.
         pruning: how tokens are pruned after the fact; None prunes nothing.
         max_leaves: with visibility "tree", branches at most, the most probable texts; at least 1.
@@ -63,7 +65,7 @@ class Settings:
     temp: float = 1.0
     sampling: str = "deterministic"
     seed: int | None = None
-    visibility: str = "isolated"
+    visibility: str = ""
     combine: str = "mixture"
     pruning: Pruning | None = None
     max_leaves: int = 8
@@ -74,6 +76,9 @@ class Settings:
     prefill_step_size: int = 2048
 
     def __post_init__(self) -> None:
+        if not self.visibility:
+            sets = self.pruning is not None or self.weighting != "none" or self.temp != 1.0
+            object.__setattr__(self, "visibility", "isolated" if sets else "recombined")
         for name in ("max_tokens", "max_parallel", "max_leaves", "prefill_step_size"):
             _check_count(name, getattr(self, name))
         check_range("threshold", self.threshold, 0.0, 1.0, low_open=True)

@@ -170,8 +170,8 @@ def bench_batch(
     positioned = PositionedModel.of(model)
     endless = without_end(tokenizer)
     settings = {
-        SINGLE: Settings(threshold=1.0, max_tokens=max_tokens),
-        SETS: Settings(threshold=0.1, max_tokens=max_tokens),
+        SINGLE: Settings(threshold=1.0, max_tokens=max_tokens, visibility="isolated"),
+        SETS: Settings(threshold=0.1, max_tokens=max_tokens, visibility="isolated"),
     }
     throughput = []
     for size in batch_sizes:
@@ -326,7 +326,8 @@ def _largest_waste(
     lengths = rng.integers(2, 2 * prompt_tokens, 24)
     prompts = [prompt_of(tokenizer, int(length)) for length in lengths]
     settings = [
-        Settings(threshold=0.1, max_tokens=int(n)) for n in rng.integers(2, max_tokens + 1, 24)
+        Settings(threshold=0.1, max_tokens=int(n), visibility="isolated")
+        for n in rng.integers(2, max_tokens + 1, 24)
     ]
     waste = []
     for _ in stream_batch_generate(

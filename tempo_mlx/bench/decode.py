@@ -69,7 +69,13 @@ def bench_decode(
 
     def ours(steps: int, threshold: float, width: int) -> Iterator[list[int]]:
         for response in stream_generate(
-            positioned, endless, prompt, max_tokens=steps, threshold=threshold, max_parallel=width
+            positioned,
+            endless,
+            prompt,
+            max_tokens=steps,
+            threshold=threshold,
+            max_parallel=width,
+            visibility="isolated",
         ):
             yield [token.id for token in response.step.tokens]
 

@@ -154,7 +154,12 @@ def bench_pruning(
 
     def result_of(n: int, pruning: Pruning | None) -> GenerationResult:
         settings = Settings(
-            max_tokens=n, threshold=ANY, max_parallel=siblings, pruning=pruning, seed=0
+            max_tokens=n,
+            threshold=ANY,
+            max_parallel=siblings,
+            pruning=pruning,
+            seed=0,
+            visibility="isolated",
         )
         return GenerationResult(positioned, vocabulary, model_name, "", Lattice(prompt), settings)
 

@@ -18,6 +18,7 @@ from ..bench.decode import bench_decode
 from ..bench.decode_report import Report
 from ..bench.pruning import bench_pruning
 from ..bench.runs import LONG_BLOCKS
+from ..bench.search import bench_search
 from ..bench.target import Target
 from ..bench.timing import Spread
 from ..bench.tree import bench_tree
@@ -330,6 +331,61 @@ def tree(
             spread(each.over_tree, 2),
             f"{each.cache_bytes / 1e6:.1f}",
         )
+    console.print(table)
+    print_targets(report.targets, console)
+    if output is not None:
+        write_atomically(output, json.dumps(report.to_dict(), indent=1) + "\n")
+        console.print(f"written: {output}", style="dim")
+
+
+@bench.command("search")
+def search(
+    model: Annotated[
+        str, typer.Option(help="Recipe name, folder in mlx-lm layout, or Hugging Face Hub id.")
+    ] = "smollm2-135m",
+    prompt_tokens: Annotated[
+        int, typer.Option("--prompt-tokens", "-p", help="Tokens of the prompt, at least 1.")
+    ] = 256,
+    simulations: Annotated[
+        int, typer.Option("--simulations", "-s", help="Simulations of each run, at least 1.")
+    ] = 32,
+    leaves: Annotated[
+        str, typer.Option(help="Leaves in one pass, at least 1 each, separated by commas.")
+    ] = "1,4,8,16",
+    rounds: Annotated[
+        int, typer.Option("--rounds", "-n", help="Runs of each variant that count, at least 1.")
+    ] = 2,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write the measurements as JSON.")
+    ] = None,
+) -> None:
+    """Simulations per second in one sequence state, by leaves in a pass; and of plainer searches.
+
+    The others are the same search with another environment: one reads a leaf's whole text anew,
+    one keeps a copy of the cache for each node.
+    """
+    widths = parse_widths(leaves, "--leaves")
+    if output is not None:
+        check_writable("--output", output)
+    language_model, tokenizer = load(model)
+    with ticking((rounds + 1) * (len(widths) + 2)) as tick:
+        report = bench_search(
+            language_model,
+            tokenizer,
+            prompt_tokens=prompt_tokens,
+            simulations=simulations,
+            leaves=widths,
+            rounds=rounds,
+            model_name=model,
+            progress=tick,
+        )
+    console = wide_console()
+    print_setting(report.model, report.setting, console)
+    table = Table("variant", title=f"{simulations} simulations of the first token")
+    for name in ("simulations/s", "time over ours"):
+        table.add_column(name, justify="right")
+    for each in report.measured:
+        table.add_row(each.name, spread(each.simulations_per_second, 1), spread(each.over_ours, 2))
     console.print(table)
     print_targets(report.targets, console)
     if output is not None:

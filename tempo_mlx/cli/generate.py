@@ -125,12 +125,13 @@ def generate(
         str,
         typer.Option(
             metavar="|".join(VISIBILITY),
+            show_default="recombined; isolated with pruning, weighting or --temp",
             help="What a token sees. isolated: earlier steps and itself. visible: also its "
             "siblings. hidden: as isolated, but sets of several tokens vanish for later steps. "
             "tree: the tokens that lead to it; every branch goes on by itself. recombined: as "
             "tree, with one branch for each token, its most probable text.",
         ),
-    ] = DEFAULTS.visibility,
+    ] = "",
     combine: Annotated[
         str,
         typer.Option(

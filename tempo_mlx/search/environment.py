@@ -64,8 +64,9 @@ class TextEnvironment:
         self.forward_tokens = self.passes = 0
         #: probabilities of the committed tokens
         self.committed: list[float] = []
+        self.model = model
+        self.prompt = prompt
         self._value = value
-        self._model = model
         self._lattice = Lattice(prompt)
         self._sequence = SequenceState(self._lattice, "tree")
         self._batch = Batch(model, [self._sequence])
@@ -212,7 +213,7 @@ class TextEnvironment:
                 f"{budget:,}; raise it, or search with fewer leaves_per_batch, simulations or depth"
             )
         if budget is not None:
-            self._batch.cache.capacity_limit = budget // self._model.slot_bytes
+            self._batch.cache.capacity_limit = budget // self.model.slot_bytes
 
     def _rollouts(self, nodes: list[int]) -> list[float]:
         """Continue the nodes' texts side by side; the geometric mean of all their probabilities."""

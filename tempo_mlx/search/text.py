@@ -1,5 +1,6 @@
 """Search for a text: the loop over its tokens, and what it returns."""
 
+import copy
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
@@ -48,7 +49,7 @@ class SearchResult:
         prompt: as text; its ids are ``prompt_tokens``.
         settings: how it was searched.
         choices: the committed tokens.
-        tree: as it is; its root is the last committed token.
+        tree: that the last token was chosen from; its root is the token before.
         finish_reason: "stop" (end of text), "length", "budget", or None while it runs.
         forward_tokens, passes: tokens that passed through the model, in so many passes.
         simulations: of all tokens.
@@ -232,4 +233,5 @@ def _commit(environment: TextEnvironment, result: SearchResult, simulations: int
     id = int(tree.action[child])
     chance = float(tree.prior[child])
     result.choices.append(Choice(id, vocabulary.text(id), chance, simulations, children))
+    result.tree = copy.deepcopy(tree)
     environment.commit(child)

@@ -10,10 +10,14 @@ from tempo_mlx.bench.batch import prompts_of
 from tempo_mlx.bench.decode import bench_decode
 from tempo_mlx.bench.decode_report import SINGLE, STOCK
 from tempo_mlx.bench.runs import long_run, timed
+from tempo_mlx.bench.search import Copying, Rereading
 from tempo_mlx.bench.setting import prompt_of, weight_bytes
 from tempo_mlx.bench.timing import Spread, alternate, copy_bandwidth, ratio
+from tempo_mlx.models import PositionedModel
 from tempo_mlx.random_models import random_model
-from tempo_mlx.tokens import without_end
+from tempo_mlx.search import SearchSettings, TreeSearch
+from tempo_mlx.search.environment import TextEnvironment
+from tempo_mlx.tokens import Vocabulary, without_end
 from tests.tiny_folder import save_tiny_model
 
 import mlx.core as mx
@@ -312,3 +316,32 @@ def test_tree_bench_measures_every_variant(tmp_path, run):
     assert all(each["seconds"]["median"] > 0 for each in report["runs"])
     code, _, err = run(*common, "--leaves", 1)
     assert code == 2 and "leaves must be at least 2" in err and err.count("\n") == 1
+
+
+def test_search_bench_searches_the_same_tree_in_every_way(tmp_path, run):
+    folder = save_tiny_model(tmp_path / "tiny")
+    output = tmp_path / "bench.json"
+    common = ("bench", "search", "--model", folder, "-s", 6, "-n", 1, "-p", 8)
+    code, out, err = run(*common, "--leaves", "1,3", "-o", output)
+    assert (code, err) == (0, "") and "reading each text anew" in out
+    report = json.loads(output.read_text())
+    assert len(report["runs"]) == 4
+    assert all(each["simulations_per_second"]["median"] > 0 for each in report["runs"])
+    code, _, err = run(*common, "--leaves", "0")
+    assert code == 2 and "--leaves" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("kind", [Rereading, Copying])
+def test_rivals_of_the_search_find_the_same_values(loaded, kind):
+    model, tokenizer = loaded
+    settings = SearchSettings(simulations=20, threshold=0.01, leaves_per_batch=3)
+    trees = []
+    for environment in (TextEnvironment, kind):
+        one = environment(PositionedModel.of(model), Vocabulary(tokenizer), [1, 2, 3], settings)
+        one.read_prompt()
+        TreeSearch(one.tree, one.expand, one.evaluate, settings.policy()).run(20)
+        trees.append(one.tree)
+    ours, theirs = trees
+    np.testing.assert_array_equal(ours.action, theirs.action)
+    np.testing.assert_array_equal(ours.visits, theirs.visits)
+    np.testing.assert_allclose(ours.value, theirs.value, atol=1e-5)

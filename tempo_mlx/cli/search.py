@@ -1,0 +1,249 @@
+"""``tempo-mlx search``: Monte Carlo tree search for a text."""
+
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from ..files import check_writable, write_atomically
+from ..models import load
+from ..plots import check_plot, plot_search
+from ..search import SearchError, SearchResult, SearchSettings, stream_search
+from ..search.monte_carlo import BACKUPS, SELECTIONS
+from ..search.settings import EVALUATIONS
+from .generate import read_prompt
+from .prompts import parse_bytes
+
+DEFAULTS = SearchSettings()
+
+
+def register(app: typer.Typer) -> None:
+    app.command("search")(search)
+
+
+def search(
+    prompt: Annotated[
+        str | None, typer.Argument(help="The prompt; '-' reads it from standard input.")
+    ] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option(help="Read the prompt from this file (UTF-8).")
+    ] = None,
+    model: Annotated[
+        str, typer.Option(help="Recipe name, folder in mlx-lm layout, or Hugging Face Hub id.")
+    ] = "smollm2-135m",
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", "-m", help="Tokens of the text at most, at least 1.")
+    ] = DEFAULTS.max_tokens,
+    simulations: Annotated[
+        int, typer.Option("--simulations", "-s", help="Simulations for each token, at least 1.")
+    ] = DEFAULTS.simulations,
+    threshold: Annotated[
+        float, typer.Option(help="Tokens with at least this probability are tried, in (0, 1].")
+    ] = DEFAULTS.threshold,
+    max_parallel: Annotated[
+        int, typer.Option(help="Tokens tried after each text at most, at least 1.")
+    ] = DEFAULTS.max_parallel,
+    selection: Annotated[
+        str,
+        typer.Option(
+            metavar="|".join(SELECTIONS),
+            help="uct: value + c sqrt(ln N / n). puct: value + c p sqrt(N) / (1 + n), with the "
+            "model's probability p.",
+        ),
+    ] = DEFAULTS.selection,
+    exploration: Annotated[
+        float, typer.Option("--exploration", "-c", help="The constant c, at least 0.")
+    ] = DEFAULTS.exploration,
+    evaluation: Annotated[
+        str,
+        typer.Option(
+            metavar="|".join(EVALUATIONS),
+            help="What a text is worth: mean_probability of its tokens, mean_logprob (the "
+            "geometric mean of their probabilities), or rollout (the same of it and --depth more "
+            "tokens).",
+        ),
+    ] = DEFAULTS.evaluation,
+    value: Annotated[
+        str | None,
+        typer.Option(
+            help="A function of your own instead: FILE.py:NAME, taking (token ids, text) and "
+            "returning a number in [0, 1]."
+        ),
+    ] = None,
+    backup: Annotated[
+        str,
+        typer.Option(metavar="|".join(BACKUPS), help="What a node makes of the values below it."),
+    ] = DEFAULTS.backup,
+    depth: Annotated[int, typer.Option(help="Tokens of a rollout, at least 1.")] = DEFAULTS.depth,
+    rollout_temp: Annotated[
+        float, typer.Option(help="0 for greedy rollouts, else the temperature they are drawn at.")
+    ] = DEFAULTS.rollout_temp,
+    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = DEFAULTS.seed,
+    leaves_per_batch: Annotated[
+        int, typer.Option(help="Leaves in one forward pass, at least 1.")
+    ] = DEFAULTS.leaves_per_batch,
+    max_forward_tokens: Annotated[
+        int | None, typer.Option(help="End when this many tokens passed through the model.")
+    ] = None,
+    max_seconds: Annotated[
+        float | None, typer.Option(help="End after this time, with what is known.")
+    ] = None,
+    max_kv_bytes: Annotated[
+        str | None, typer.Option(help="Memory for keys and values, such as 800MB or 2GiB.")
+    ] = None,
+    explain: Annotated[
+        bool,
+        typer.Option("--explain", help="Print what was tried for each token: visits, values."),
+    ] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the choices into this file (.svg, .png, .pdf).")
+    ] = None,
+    dot: Annotated[
+        Path | None, typer.Option(help="Write the tree of the last token for Graphviz.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write the search as JSON.")
+    ] = None,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Print the text and nothing else.")
+    ] = False,
+) -> None:
+    """Search for a text by Monte Carlo tree search over one shared cache.
+
+    For each token, texts that may follow are tried and judged; the token that was visited most is
+    kept, with all that is known below it.
+    """
+    settings = SearchSettings(
+        max_tokens=max_tokens,
+        simulations=simulations,
+        threshold=threshold,
+        max_parallel=max_parallel,
+        selection=selection,
+        exploration=exploration,
+        backup=backup,
+        leaves_per_batch=leaves_per_batch,
+        evaluation=evaluation,
+        depth=depth,
+        rollout_temp=rollout_temp,
+        seed=seed,
+        max_forward_tokens=max_forward_tokens,
+        max_seconds=max_seconds,
+        max_kv_bytes=parse_bytes(max_kv_bytes) if max_kv_bytes is not None else None,
+    )
+    function = load_function(value) if value is not None else None
+    for name, path in (("--output", output), ("--dot", dot)):
+        if path is not None:
+            check_writable(name, path)
+    if plot is not None:
+        check_plot(plot)
+    text = read_prompt(prompt, prompt_file)
+    out, notes = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False)
+    notes.quiet = quiet
+    language_model, tokenizer = load(model)
+    result: SearchResult | None = None
+    interrupted = False
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(20),
+        MofNCompleteColumn(),
+        TextColumn("simulations"),
+        TimeElapsedColumn(),
+        console=notes,
+        transient=True,
+        disable=not notes.is_terminal or quiet,
+    ) as progress:
+        bar = progress.add_task("Searching", total=simulations)
+
+        def tell(done: int, now: SearchResult) -> None:
+            progress.update(bar, completed=done, description=f"Token {len(now.choices) + 1}")
+
+        try:
+            for now in stream_search(
+                language_model, tokenizer, text, value=function, progress=tell, **vars(settings)
+            ):
+                result = now
+        except KeyboardInterrupt:
+            interrupted = True
+        except SearchError as error:
+            if output is not None:
+                data = {"error": str(error), "paths": error.paths, "tree": error.tree.to_dict()}
+                write_atomically(output, json.dumps(data, ensure_ascii=False, indent=1) + "\n")
+                raise ValueError(f"{error}; the tree so far is in {output}") from error
+            raise
+    if result is None:
+        raise KeyboardInterrupt
+    if interrupted:
+        result.finish_reason = "interrupted"
+    if quiet:
+        out.print(Text(result.text))
+    else:
+        out.print(Text.assemble((result.prompt, "dim"), result.text))
+        if explain:
+            out.print(choices(result))
+        rate = result.simulations / (result.seconds or float("inf"))
+        notes.print(
+            f"{len(result.choices)} tokens, {result.logprob:.3f} nats, ended by "
+            f"{result.finish_reason} | {result.simulations} simulations, {rate:.1f}/s | "
+            f"{result.forward_tokens} tokens in {result.passes} passes",
+            style="dim",
+        )
+    if output is not None:
+        data = result.to_dict()
+        write_atomically(output, json.dumps(data, ensure_ascii=False, indent=1) + "\n")
+        notes.print(f"written: {output}", style="dim")
+    if dot is not None:
+        write_atomically(dot, result.tree.to_dot(result.label))
+        notes.print(f"written: {dot}", style="dim")
+    if plot is not None:
+        plot_search(result, plot)
+        notes.print(f"drawn: {plot}", style="dim")
+    if interrupted:
+        raise KeyboardInterrupt
+
+
+def choices(result: SearchResult) -> Table:
+    """What was tried for each token, most visited first."""
+    table = Table("position", "token", title="children of each root")
+    for name in ("visits", "value", "prior"):
+        table.add_column(name, justify="right")
+    for i, choice in enumerate(result.choices):
+        for rank, child in enumerate(choice.children):
+            table.add_row(
+                str(i) if rank == 0 else "",
+                Text(repr(child["text"]), "bold green" if child["action"] == choice.id else ""),
+                str(child["visits"]),
+                f"{child['value']:.4f}" if child["visits"] else "",
+                f"{child['prior']:.4f}",
+                end_section=rank == len(choice.children) - 1,
+            )
+    return table
+
+
+def load_function(where: str) -> Callable[..., Any]:
+    """The function that FILE.py:NAME names.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    file, _, name = where.rpartition(":")
+    if not file or not Path(file).is_file():
+        raise ValueError(f"--value must be FILE.py:NAME with a file that is there, got {where!r}")
+    spec = importlib.util.spec_from_file_location("tempo_mlx_value", file)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"--value {where}: {file} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ValueError(f"--value {file} raised {type(error).__name__}: {error}") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise ValueError(f"--value {where}: {file} has no function {name}")
+    return function
