@@ -23,6 +23,9 @@ from .timing import Spread, alternate, ratio
 SCHEMA = 1
 
 READING, COPYING = "reading each text anew", "copying the cache for each branch"
+#: No token is less probable.
+ANY = 1e-30
+
 MIN_OVER_READING, MIN_OVER_COPYING = 10.0, 2.0
 
 
@@ -54,13 +57,17 @@ class Copying(TextEnvironment):
         for node in nodes:
             cache = make_prompt_cache(self.model.model)
             for new, old in zip(cache, self._caches[int(self.tree.parent[node])], strict=True):
-                new.state = tree_map(mx.array, old.state)
+                new.state = tree_map(_copied, old.state)
             token = mx.array([[int(self.tree.action[node])]])
             last = self.model.model(token, cache=cache)[0, -1]
             mx.eval(last, [each.state for each in cache])
             self._caches[node] = cache
             logits.append(last)
         return logits
+
+
+def _copied(part: Any) -> Any:
+    return mx.array(part) if isinstance(part, mx.array) else part
 
 
 @dataclass(frozen=True)
@@ -142,7 +149,10 @@ def bench_search(
     prompt = prompt_of(tokenizer, prompt_tokens)
 
     def run(kind: type[TextEnvironment], in_pass: int) -> float:
-        settings = SearchSettings(simulations=simulations, leaves_per_batch=in_pass)
+        # Wide and by turns, so that every simulation has a leaf of its own.
+        settings = SearchSettings(
+            simulations=simulations, leaves_per_batch=in_pass, threshold=ANY, selection="uct"
+        )
         environment = kind(positioned, vocabulary, prompt, settings)
         environment.read_prompt()
         search = TreeSearch(

@@ -38,11 +38,13 @@ def test_a_function_of_the_users_judges_texts(run, folder, tmp_path):
     file = tmp_path / "judge.py"
     file.write_text("def even(ids, text):\n    return sum(i % 2 == 0 for i in ids) / len(ids)\n")
     output = tmp_path / "out.json"
-    code, _, _ = run(
-        "search", "hello", "--model", folder, *COMMON, "--value", f"{file}:even", "-o", output
-    )
+    command = ["search", "hello", "--model", folder, *COMMON, "-s", 60, "-c", 0.3, "-o", output]
+    code, _, _ = run(*command, "--value", f"{file}:even")
     ids = json.loads(output.read_text())["tokens"]
-    assert code == 0 and sum(id % 2 == 0 for id in ids) >= 4
+    run(*command)
+    others = json.loads(output.read_text())["tokens"]
+    assert code == 0 and ids != others
+    assert sum(id % 2 == 0 for id in ids) > sum(id % 2 == 0 for id in others)
 
 
 def test_a_function_that_fails_names_the_path_and_saves_the_tree(run, folder, tmp_path):
