@@ -71,8 +71,9 @@ def logprob(model: Any, prompt: list[int], tokens: list[int]) -> float:
     """log p(tokens | prompt) in nats, by one plain pass of the model."""
     logits = model(mx.array([*prompt, *tokens])[None], cache=make_prompt_cache(model))[0]
     logits = logits[len(prompt) - 1 : -1].astype(mx.float32)
-    logp = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-    return float(mx.take_along_axis(logp, mx.array(tokens)[:, None], axis=1).sum())
+    rows = np.array(logits, np.float64)
+    logp = rows - np.logaddexp.reduce(rows, axis=-1, keepdims=True)
+    return float(np.take_along_axis(logp, np.array(tokens)[:, None], axis=1).sum())
 
 
 def measure(model: Any, tokenizer: Any, prompt: str, tokens: int, mode: Mode) -> dict[str, float]:

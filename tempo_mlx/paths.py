@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
+from .combining import log_softmax_at
 from .lattice import Lattice
 from .models import BatchedKVCache, PositionedModel
 from .sequences import Batch, SequenceState
@@ -95,9 +96,7 @@ def best_paths(
         of_row, logits = rows[keep], logits[mx.array(np.flatnonzero(keep))]
         widest = max(len(beams[row].ids) for row in going)
         ids = np.array([np.resize(beams[row].ids, widest) for row in of_row])
-        logits = logits.astype(mx.float32)
-        logp = mx.take_along_axis(logits, mx.array(ids), axis=1)
-        logp = logp - mx.logsumexp(logits, axis=-1, keepdims=True)
+        logp = log_softmax_at(logits.astype(mx.float32), mx.array(ids))
         mx.eval(logp, cache.state)
         found = np.array(logp, np.float64)
         for row in going:

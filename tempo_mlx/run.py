@@ -2,6 +2,7 @@
 
 import time
 
+import mlx.core as mx
 import numpy as np
 
 from .branching import branch, recombine
@@ -212,6 +213,7 @@ class Run:
         if self.hindsight:
             self.hindsight.weigh()
         stats.generation_seconds = time.perf_counter() - self._started
+        stats.peak_memory_gb = mx.get_peak_memory() / 1e9
         if not tokens or self._is_complete() or self._has_stop_text():
             self.result.finish_reason = "stop"
         elif last:

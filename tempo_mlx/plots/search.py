@@ -15,6 +15,8 @@ SHOWN, ROW = 8, 26.0
 #: Narrowest and widest column, and the room between two, in points.
 NARROWEST, WIDEST, GAP = 46.0, 120.0, 14.0
 SIZE = 9.0
+#: Room for a value behind the text.
+VALUE = 24.0
 NARROWEST_PAGE = 420.0
 KEY = 34.0
 
@@ -43,7 +45,7 @@ def search_figure(result: SearchResult) -> "Figure":
         raise ValueError("a search that chose no token has nothing to draw")
     columns = [_column(choice) for choice in result.choices]
     widths = [
-        min(WIDEST, max(NARROWEST, *(SIZE * width(text, bold=True) + 8 for text, *_ in rows)))
+        min(WIDEST, max(NARROWEST, *(SIZE * width(text, bold=True) + VALUE for text, *_ in rows)))
         for rows in columns
     ]
     height = ROW * max(len(rows) for rows in columns)
@@ -73,7 +75,7 @@ def search_figure(result: SearchResult) -> "Figure":
             colour = BLUE if chosen else SKY
             axes.fill_between([left, left + wide * share], y + 13, y + 18, color=colour, lw=0)
             weight = "bold" if chosen else "normal"
-            shown = cut(text, (wide - 2) / SIZE, bold=chosen)
+            shown = cut(text, (wide - VALUE + 4) / SIZE, bold=chosen)
             colour = INK if chosen else GREY
             axes.text(left, y + 10, shown, size=SIZE, weight=weight, color=colour, **plain)
             axes.text(left + wide, y + 10, value, size=6, color=GREY, ha="right", **plain)

@@ -123,6 +123,7 @@ def test_paths_are_scored_as_stock_decoding_scores_them(embedded):
     for path in result.paths(3):
         text = mx.array([*prompt, *path.tokens])[None]
         logits = model(text, cache=make_prompt_cache(model))[0]
-        logp = np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True), np.float64)
+        rows = np.array(logits, np.float64)
+        logp = rows - np.logaddexp.reduce(rows, axis=-1, keepdims=True)
         expected = sum(logp[len(prompt) - 1 + i, t] for i, t in enumerate(path.tokens))
         assert path.logprob == pytest.approx(expected, abs=1e-3)

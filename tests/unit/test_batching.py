@@ -198,7 +198,8 @@ def test_rows_wait_for_memory_and_one_that_never_fits_fails():
     slot = 2 * 2 * 16 * MODEL.args.num_hidden_layers * 4
     rng = np.random.default_rng(2)
     prompts = [rng.integers(1, 80, n).tolist() for n in (10, 12, 8, 300, 9, 11)]
-    each = [Settings(max_tokens=20, threshold=0.02, max_parallel=4)] * 6
+    settings_ = {"max_tokens": 20, "threshold": 0.02, "max_parallel": 4}
+    each = [Settings(visibility="isolated", **settings_)] * 6
     waited = []
     batch = batch_generate(
         MODEL,
@@ -227,7 +228,7 @@ def test_paths_of_a_batch_are_those_of_each_result_alone():
     rng = np.random.default_rng(4)
     prompts = [rng.integers(1, 80, n).tolist() for n in (3, 9, 5, 7)]
     each = [
-        Settings(max_tokens=n, threshold=t, max_parallel=4)
+        Settings(max_tokens=n, threshold=t, max_parallel=4, visibility="isolated")
         for n, t in ((6, 0.03), (1, 1.0), (9, 0.05), (3, 0.02))
     ]
     tokenizer = TinyTokenizer(MODEL.args.vocab_size, end_tokens=())

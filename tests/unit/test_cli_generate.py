@@ -19,6 +19,7 @@ def test_prints_sets_the_best_path_and_statistics(run, folder):
     )
     assert code == 0
     assert out.startswith("hello") and re.search(r"\[.+/.+\]", out) and "best path:" in out
+    assert float(re.search(r"peak memory (\S+) GB", err)[1]) >= 0
     assert "8 steps" in err and "ended by length" in err
 
 

@@ -33,7 +33,19 @@ def lines(path):
 
 
 def without_times(records):
-    return [{k: v for k, v in record.items() if k != "stats"} for record in records]
+    """Records without what a run took; what else shares a pass may change the last digits."""
+    return [
+        rounded({k: v for k, v in record.items() if k not in ("stats", "key")})
+        for record in records
+    ]
+
+
+def rounded(value):
+    if isinstance(value, dict):
+        return {k: rounded(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [rounded(v) for v in value]
+    return float(f"{value:.3g}") if isinstance(value, float) else value
 
 
 def test_every_row_has_a_line_in_order_and_is_what_it_gives_alone(run, folder, prompts, tmp_path):
@@ -78,8 +90,7 @@ def test_standard_output_has_the_same_lines(run, folder, prompts, tmp_path):
     run(*command, "-o", output)
     _, out, _ = run(*command)
     printed = [json.loads(line) for line in out.splitlines()]
-    kept = [{k: v for k, v in record.items() if k != "key"} for record in lines(output)]
-    assert without_times(printed) == without_times(kept)
+    assert without_times(printed) == without_times(lines(output))
 
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
@@ -105,7 +116,8 @@ def test_a_killed_run_goes_on_where_it_was(run, folder, tmp_path, sent):
     assert process.returncode == (130 if sent == signal.SIGINT else -signal.SIGKILL), err
     assert "Traceback" not in err
     stored = output.read_bytes().count(b"\n")
-    assert 3 <= stored < 30
+    # A line that was being written when the signal came may be cut off again.
+    assert 2 <= stored < 30
     code, _, err = run(*command, output)
     assert code == 0 and "of 30 prompts are done already" in err
     run(*command, whole)

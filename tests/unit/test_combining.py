@@ -1,6 +1,6 @@
 """Combining rules against NumPy in double precision."""
 
-from tempo_mlx.combining import COMBINE, combine
+from tempo_mlx.combining import COMBINE, combine, log_softmax_at, softmax
 
 import mlx.core as mx
 import numpy as np
@@ -80,3 +80,17 @@ def test_rows_of_a_large_vocabulary_sum_to_one():
     logits = 3 * mx.random.normal((4, 150_000), key=mx.random.key(2))
     _, each = combine(logits, ["mixture"], [np.ones(4)])
     np.testing.assert_allclose(np.array(each).astype(np.float64).sum(axis=1), 1, atol=2e-5)
+
+
+def test_log_probabilities_are_exact_over_a_large_vocabulary():
+    rng = np.random.default_rng(1)
+    logits = (3 * rng.normal(size=(4, 150_000)) + 10).astype(np.float32)
+    logits[:, 7] += 15
+    ids = rng.integers(0, 150_000, (4, 30))
+    wide = logits.astype(np.float64)
+    expected = wide - np.logaddexp.reduce(wide, axis=1, keepdims=True)
+    expected = np.take_along_axis(expected, ids, axis=1)
+    found = np.array(log_softmax_at(mx.array(logits), mx.array(ids)))
+    np.testing.assert_allclose(found, expected, atol=3e-5)
+    p = np.take_along_axis(np.array(softmax(mx.array(logits)), np.float64), ids, axis=1)
+    np.testing.assert_allclose(np.log(p), expected, atol=3e-5)

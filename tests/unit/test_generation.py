@@ -66,7 +66,8 @@ def test_cached_run_equals_one_uncached_pass(model, tokenizer, visibility, combi
 def test_verification_notices_a_wrong_run(model, tokenizer, monkeypatch):
     # A run that lets siblings see each other, verified as if it had isolated them.
     monkeypatch.setitem(VISIBILITY, "isolated", VISIBILITY["visible"])
-    result = generate(model, tokenizer, PROMPT, threshold=0.05, max_tokens=6, verify=True)
+    given = {"threshold": 0.05, "max_tokens": 6, "visibility": "isolated"}
+    result = generate(model, tokenizer, PROMPT, verify=True, **given)
     assert result.verification.max_logit_difference > 1e-2
 
 
@@ -271,9 +272,11 @@ def test_dictionary_is_json_of_schema_one(model, tokenizer):
     assert slots == list(range(len(PROMPT), len(PROMPT) + len(slots)))
     assert [step["position"] for step in data["steps"]] == list(range(13, 19))
     assert set(data["steps"][0]["tokens"][0]) == {
-        "id", "text", "probability", "slot", "parent", "pruned_at", "pruned_by", "score",
+        "id", "text", "probability", "slot", "parent", "logprob",
+        "pruned_at", "pruned_by", "score",
     }  # fmt: skip
     assert data["text"] == data["paths"][0]["text"]
+    assert data["stats"]["peak_memory_gb"] > 0
     assert set(data["stats"]) == {
         "prompt_tps", "steps_per_second", "tokens_per_second", "peak_memory_gb",
     }  # fmt: skip

@@ -129,7 +129,7 @@ def test_every_token_of_the_lattice_is_text_of_the_svg(tmp_path):
     found = svg_texts(tmp_path / "lattice.svg")
     # What else is written: the key repeats no token's text.
     assert expected <= found
-    assert found["The cat"] == 1 and found["threshold 0.1, visibility isolated"] == 1
+    assert found["The cat"] == 1 and found["threshold 0.1, visibility recombined"] == 1
     assert found["…"] == 1 and found["·p11"] == 1 and "·p5" not in found
 
 

@@ -248,7 +248,7 @@ def test_branches_are_the_best_of_all_that_qualify(M, K, threshold, leaves, marg
         ({"visibility": "tree", "leaf_margin": -1.0}, ["leaf_margin", "-1"]),
         ({"visibility": "tree", "temp": 0.5}, ["temp", "0.5", "tree"]),
         ({"visibility": "recombined", "weighting": "prior"}, ["weighting", "recombined"]),
-        ({"branching": "replicate"}, ["branching", "tree", "isolated"]),
+        ({"branching": "replicate"}, ["branching", "tree", "recombined"]),
         ({"visibility": "tree", "sampling": "gumbel"}, ["sampling", "tree", "gumbel"]),
     ],
 )
