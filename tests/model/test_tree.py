@@ -1,0 +1,96 @@
+"""Trees, recombined sets and search on the embedded model, against stock mlx-lm."""
+
+from tempo_mlx import generate, search
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_lm.models.cache import make_prompt_cache
+
+PROMPT = "Once upon a time, there was a"
+
+
+@pytest.fixture(scope="module")
+def stock(embedded):
+    model, tokenizer = embedded
+    prompt = tokenizer.encode(PROMPT)
+
+    def log_p(tokens):
+        """log p of what may follow the prompt and these tokens, by a pass of its own."""
+        logits = model(mx.array([*prompt, *tokens])[None], cache=make_prompt_cache(model))[0, -1]
+        logits = np.array(logits, np.float64)
+        return logits - np.logaddexp.reduce(logits)
+
+    return log_p
+
+
+def score(stock, tokens):
+    return sum(stock(tokens[:i])[token] for i, token in enumerate(tokens))
+
+
+def test_a_tree_is_beam_search(embedded, stock):
+    model, tokenizer = embedded
+    width, steps = 3, 6
+    beams = [((), 0.0)]
+    for _ in range(steps):
+        rows = [(tokens, total, stock(tokens)) for tokens, total in beams]
+        texts = [
+            ((*tokens, int(id)), total + logp[id])
+            for tokens, total, logp in rows
+            for id in np.argsort(-logp)[:width]
+        ]
+        beams = sorted(texts, key=lambda text: -text[1])[:width]
+    for branching in ("shared", "replicate"):
+        result = generate(
+            model,
+            tokenizer,
+            PROMPT,
+            visibility="tree",
+            threshold=1e-9,
+            max_leaves=width,
+            max_parallel=width,
+            max_tokens=steps,
+            branching=branching,
+        )
+        found = {tuple(path.tokens): path.logprob for path in result.paths(width)}
+        assert found.keys() == {tokens for tokens, _ in beams}
+        for tokens, total in beams:
+            assert found[tokens] == pytest.approx(total, abs=1e-3)
+
+
+@pytest.mark.parametrize("visibility", ["tree", "recombined"])
+def test_paths_are_scored_as_sequential_decodes(embedded, stock, visibility):
+    model, tokenizer = embedded
+    result = generate(
+        model,
+        tokenizer,
+        PROMPT,
+        visibility=visibility,
+        threshold=0.05,
+        max_leaves=6,
+        max_tokens=14,
+        verify=True,
+    )
+    assert result.verification.max_logit_difference < 1e-3
+    for path in result.paths(4):
+        if not path.ended:
+            assert path.logprob == pytest.approx(score(stock, path.tokens), abs=1e-3)
+
+
+def test_search_weighs_what_the_model_says(embedded, stock):
+    model, tokenizer = embedded
+    result = search(
+        model,
+        tokenizer,
+        PROMPT,
+        max_tokens=4,
+        simulations=16,
+        evaluation="rollout",
+        depth=3,
+        leaves_per_batch=4,
+    )
+    for i, choice in enumerate(result.choices):
+        logp = stock([c.id for c in result.choices[:i]])
+        for child in choice.children:
+            assert np.log(child["prior"]) == pytest.approx(logp[child["action"]], abs=1e-3)
+    assert result.logprob == pytest.approx(score(stock, result.tokens), abs=1e-3)
