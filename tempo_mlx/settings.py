@@ -191,12 +191,16 @@ class Settings:
 
     def notes(self) -> list[str]:
         """What a user should know about this combination of settings."""
+        notes = []
         if self.seed is not None and not self.draws:
-            return [
+            notes.append(
                 "seed has no effect: a run is deterministic unless sampling is gumbel or the "
                 "pruning rule is random"
-            ]
-        return []
+            )
+        narrowed = self.max_leaves != type(self).max_leaves or self.leaf_margin is not None
+        if narrowed and not self.branches:
+            notes.append("max_leaves and leaf_margin have no effect without visibility tree")
+        return notes
 
     def to_dict(self) -> dict[str, Any]:
         """One key for each setting; the schedule as its text."""

@@ -1,5 +1,6 @@
 """Settings say what is wrong with them: argument, value, range."""
 
+from tempo_mlx.pruning import Pruning
 from tempo_mlx.schedules import Bezier
 from tempo_mlx.settings import Settings
 
@@ -51,3 +52,22 @@ def test_a_sampling_run_always_has_a_seed_on_record():
 
 def test_every_setting_is_in_the_dictionary():
     assert set(Settings().to_dict()) == set(Settings.__dataclass_fields__)
+
+
+def test_leaves_without_a_tree_are_reported_as_useless():
+    assert "max_leaves" in Settings(max_leaves=3).notes()[0]
+    assert not Settings(max_leaves=3, leaf_margin=1.0, visibility="tree").notes()
+
+
+@pytest.mark.parametrize(
+    ("given", "visibility"),
+    [
+        ({}, "recombined"),
+        ({"temp": 0.7}, "isolated"),
+        ({"weighting": "prior"}, "isolated"),
+        ({"pruning": Pruning()}, "isolated"),
+        ({"pruning": Pruning(), "visibility": "visible"}, "visible"),
+    ],
+)
+def test_visibility_that_nobody_chose_is_the_best_that_goes_with_the_rest(given, visibility):
+    assert Settings(**given).visibility == visibility
