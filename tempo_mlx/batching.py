@@ -170,8 +170,8 @@ def stream_batch_generate(
         max_kv_bytes: bytes that keys and values may take; prompts wait while they do not fit, and
             one that does not fit alone fails. None is half of the memory that is left.
         prompt_cache: read already; prompts that begin with its tokens go on from there.
-        paths: if above 0, paths that are found for each result before it is yielded, of as many
-            results together as ``batch_size``.
+        paths: if above 0, paths that are found for each result before it is yielded; where the run
+            did not score them itself, for ``batch_size`` results together.
         verify: as in :func:`tempo_mlx.stream_generate`.
         model_name: what the results call the model.
         progress: called after every step.
@@ -209,21 +209,22 @@ def stream_batch_generate(
 
     budget = max_kv_bytes or default_budget()
     schedule = Schedule(positioned, new_run, len(prompts), batch_size, budget, prompt_cache)
-    held: list[tuple[int, GenerationResult | Failure]] = []
+    # Finished, but their paths are still to be found.
+    held: list[tuple[int, GenerationResult]] = []
     with wired_limit(positioned.model, cast(Any, [generation_stream])):
         for i, outcome in schedule.outcomes(progress or (lambda status: None)):
-            result = (
-                outcome if isinstance(outcome, GenerationResult) else Failure(prompts[i], outcome)
-            )
-            held.append((i, result))
-            if paths == 0 or len(held) == min(batch_size, schedule.left + len(held)):
-                finished = [r for _, r in held if isinstance(r, GenerationResult)]
-                if paths and finished:
-                    slots = [schedule.prompts.pop(id(result), None) for result in finished]
-                    find_paths(finished, max(paths, BEAM), slots)
+            if not isinstance(outcome, GenerationResult):
+                yield i, Failure(prompts[i], outcome)
+            elif paths and not outcome.settings.has_parents:
+                held.append((i, outcome))
+            else:
+                yield i, outcome
+            if held and (len(held) == batch_size or schedule.left == 0):
+                finished = [result for _, result in held]
+                slots = [schedule.prompts.pop(id(result), None) for result in finished]
+                find_paths(finished, max(paths, BEAM), slots)
                 yield from held
                 held = []
-    yield from held
 
 
 def default_budget() -> int:
