@@ -12,20 +12,19 @@ Texts are kept in the JSON-lines file given by --runs and not made again.
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from tempo_mlx import Settings, load, stream_batch_generate
 from tempo_mlx.batching import Failure
 from tempo_mlx.pruning import Pruning
 from tempo_mlx.schedules import Constant
 
-import mlx.core as mx
 import numpy as np
 import typer
-from mlx_lm.models.cache import make_prompt_cache
 from rich.console import Console
 from rich.progress import track
 from scipy import stats
+from stock import logprob
 
 PROMPTS = Path(__file__).with_name("prompts.txt")
 
@@ -84,15 +83,6 @@ def modes(tokens: int) -> list[Mode]:
     ]
 
 
-def logprob(model: Any, prompt: list[int], tokens: list[int]) -> float:
-    """log p(tokens | prompt) in nats, by one plain pass of the model."""
-    logits = model(mx.array([*prompt, *tokens])[None], cache=make_prompt_cache(model))[0]
-    logits = logits[len(prompt) - 1 : -1].astype(mx.float32)
-    rows = np.array(logits, np.float64)
-    logp = rows - np.logaddexp.reduce(rows, axis=-1, keepdims=True)
-    return float(np.take_along_axis(logp, np.array(tokens)[:, None], axis=1).sum())
-
-
 def main(
     model: Annotated[str, typer.Option(help="Recipe, folder or Hub id.")] = "smollm2-135m",
     prompts: Annotated[int, typer.Option(help="Prompts of scripts/prompts.txt, 2 to 100.")] = 40,
@@ -120,9 +110,8 @@ def main(
                 if isinstance(result, Failure):
                     raise SystemExit(result.error)
                 path, lattice = result.paths(1)[0], result.lattice
-                total = logprob(language_model, lattice.prompt_tokens, path.tokens)
                 measured = {
-                    "logprob": total / max(1, len(path.tokens)),
+                    "logprob": logprob(language_model, lattice.prompt_tokens, path.tokens),
                     "tokens": len(path.tokens),
                     "rows": lattice.n_tokens,
                 }

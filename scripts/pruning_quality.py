@@ -19,13 +19,12 @@ from tempo_mlx import generate, load
 from tempo_mlx.pruning import Pruning
 from tempo_mlx.schedules import Constant
 
-import mlx.core as mx
 import numpy as np
 import typer
-from mlx_lm.models.cache import make_prompt_cache
 from rich.console import Console
 from rich.progress import track
 from scipy import stats
+from stock import logprob
 
 PROMPTS = Path(__file__).with_name("prompts.txt")
 
@@ -67,15 +66,6 @@ def modes(threshold: float, keep_rate: float) -> list[Mode]:
     ]
 
 
-def logprob(model: Any, prompt: list[int], tokens: list[int]) -> float:
-    """log p(tokens | prompt) in nats, by one plain pass of the model."""
-    logits = model(mx.array([*prompt, *tokens])[None], cache=make_prompt_cache(model))[0]
-    logits = logits[len(prompt) - 1 : -1].astype(mx.float32)
-    rows = np.array(logits, np.float64)
-    logp = rows - np.logaddexp.reduce(rows, axis=-1, keepdims=True)
-    return float(np.take_along_axis(logp, np.array(tokens)[:, None], axis=1).sum())
-
-
 def measure(model: Any, tokenizer: Any, prompt: str, tokens: int, mode: Mode) -> dict[str, float]:
     """One run: quality of its best path and of its chain, and what it cost."""
     result = generate(model, tokenizer, prompt, max_tokens=tokens, **mode.settings)
@@ -85,8 +75,8 @@ def measure(model: Any, tokenizer: Any, prompt: str, tokens: int, mode: Mode) ->
     several = sum(n for n in sizes if n > 1)
     path, chain = result.paths(1)[0], result.chain()
     return {
-        "path": logprob(model, lattice.prompt_tokens, path.tokens) / len(path.tokens),
-        "chain": logprob(model, lattice.prompt_tokens, chain.tokens) / len(chain.tokens),
+        "path": logprob(model, lattice.prompt_tokens, path.tokens),
+        "chain": logprob(model, lattice.prompt_tokens, chain.tokens),
         "steps": len(sizes),
         "paths": float(np.log10(np.array(live, float)).sum()),
         "rows": sum(sizes),

@@ -16,25 +16,14 @@ from typing import Annotated, Any
 
 from tempo_mlx import Settings, batch_generate, generate, load, search
 
-import mlx.core as mx
 import numpy as np
 import typer
-from mlx_lm.models.cache import make_prompt_cache
 from rich.console import Console
 from rich.progress import track
 from scipy import stats
+from stock import logprob
 
 PROMPTS = Path(__file__).with_name("prompts.txt")
-
-
-def logprob(model: Any, prompt: list[int], tokens: list[int]) -> float:
-    """log p(tokens | prompt) in nats per token, by one plain pass of the model."""
-    logits = model(mx.array([*prompt, *tokens])[None], cache=make_prompt_cache(model))[0]
-    logits = logits[len(prompt) - 1 : -1].astype(mx.float32)
-    rows = np.array(logits, np.float64)
-    logp = rows - np.logaddexp.reduce(rows, axis=-1, keepdims=True)
-    total = np.take_along_axis(logp, np.array(tokens)[:, None], axis=1).sum()
-    return float(total) / len(tokens)
 
 
 def texts_of(
