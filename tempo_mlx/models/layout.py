@@ -57,8 +57,8 @@ class Layout:
         flat = x.transpose(1, 0, 2, 3).reshape(H, self.batch_size * self.width, D)
         return mx.take(flat, self._back, axis=1)[None]
 
-    def pack_logits(self, x: mx.array) -> mx.array:
-        """[B, T, V] by rows to [1, N, V] of all tokens."""
+    def in_order(self, x: mx.array) -> mx.array:
+        """[B, T, ..] by rows to [1, N, ..] of all tokens."""
         return x.reshape(1, self.batch_size * self.width, -1)[:, self._back]
 
     def spread(self, weights: np.ndarray) -> np.ndarray:

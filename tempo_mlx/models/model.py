@@ -13,6 +13,7 @@ from . import attention, positions
 from .architectures import ARRAY_OFFSETS, EXACT, GROUPED_SCORES, names, refusal
 from .attention import AttentionRecorder, Capture
 from .cache import BatchedKVCache
+from .halves import Halves
 from .layout import Layout
 from .positions import Positions
 
@@ -42,6 +43,10 @@ class PositionedModel:
         if not positions.install(model):
             raise self._unsupported("has no rotary embedding that could take positions")
         attention.install(model)
+        try:
+            self._halves = Halves(model)
+        except ValueError as error:
+            raise self._unsupported(str(error)) from error
         #: dtype of the activations, which an additive mask must have
         self.dtype = _activation_dtype(model)
         #: whether attention can be captured, and whether masks may be additive
@@ -101,6 +106,7 @@ class PositionedModel:
         cache: BatchedKVCache,
         capture: None = None,
         rows: np.ndarray | None = None,
+        layers_only: bool = False,
     ) -> mx.array: ...
 
     @overload
@@ -112,9 +118,12 @@ class PositionedModel:
         cache: BatchedKVCache,
         capture: Capture,
         rows: np.ndarray | None = None,
+        layers_only: bool = False,
     ) -> tuple[mx.array, dict[int, mx.array]]: ...
 
-    def __call__(self, tokens, positions, mask, cache, capture=None, rows=None):
+    def __call__(
+        self, tokens, positions, mask, cache, capture=None, rows=None, layers_only=False
+    ):
         """One forward pass over T new tokens for each row, which become slots of the cache.
 
         Rows may also carry different numbers of tokens. Then all N tokens come side by side, and
@@ -133,9 +142,10 @@ class PositionedModel:
             capture: what attention to report, [B, ...] over rows and slots; row weights are given
                 for the tokens, [N] or [layers, N], where ``rows`` is given.
             rows: the cache row of each token, [N].
+            layers_only: return the output of the layers, of which :meth:`logits` makes logits.
 
         Returns:
-            logits [B, T, V] or [1, N, V]; with ``capture`` also a dict from layer to its
+            logits [B, T, V] or [1, N, V], or the layers' output [.., D]; with ``capture`` also a dict from layer to its
             attention, fp32. Both are lazy: evaluate them together with ``cache.state``.
 
         Raises:
@@ -156,21 +166,30 @@ class PositionedModel:
             spread = layout.spread(np.asarray(capture.row_weights, np.float32))
             capture = replace(capture, row_weights=spread)
         recorder = AttentionRecorder(capture) if capture is not None else None
-        if layout is None:
-            logits = self._forward(tokens, positions, mask, cache, recorder)
+        if layers_only:
+            with self._halves.layers_only() as tap:
+                self._in_rows(tokens, positions, mask, cache, recorder, layout)
+                output = self._arranged(tap.taken, layout)
         else:
-            logits = self._in_rows(tokens, positions, mask, cache, recorder, layout)
-        return logits if recorder is None else (logits, recorder.weights)
+            output = self._arranged(
+                self._in_rows(tokens, positions, mask, cache, recorder, layout), layout
+            )
+        return output if recorder is None else (output, recorder.weights)
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """The layers' output [B, T, D] through the vocabulary layer: logits [B, T, V], lazy."""
+        return self._halves.logits(hidden)
 
     def _in_rows(self, tokens, positions, mask, cache, recorder, layout):
         """A pass over [1, N] tokens: by rows if they are rectangular, else packed or padded."""
+        if layout is None:
+            return self._forward(tokens, positions, mask, cache, recorder)
         by_row = positions[0][layout.tokens]
         if layout.is_rectangular:
             shape = (cache.batch_size, layout.width)
             if not isinstance(mask, str):
                 mask = mask.reshape(*shape, -1)[:, None]
-            logits = self._forward(tokens.reshape(shape), by_row, mask, cache, recorder)
-            return logits.reshape(1, -1, logits.shape[-1])
+            return self._forward(tokens.reshape(shape), by_row, mask, cache, recorder)
         if (layout.counts == 0).any():
             # What stands for a row without tokens looks at that row's first slot.
             empty = layout.counts == 0
@@ -185,7 +204,15 @@ class PositionedModel:
         if self.packs_rows:
             return self._forward(tokens, by_row, mask, cache, recorder, layout, packed=True)
         padded = tokens[0][mx.array(layout.tokens)]
-        return layout.pack_logits(self._forward(padded, by_row, mask, cache, recorder, layout))
+        return self._forward(padded, by_row, mask, cache, recorder, layout)
+
+    def _arranged(self, output, layout):
+        """The output of a pass in the order of its tokens: [B, T, ..], or [1, N, ..] with rows."""
+        if layout is None:
+            return output
+        if layout.is_rectangular:
+            return output.reshape(1, -1, output.shape[-1])
+        return output if self.packs_rows else layout.in_order(output)
 
     def _forward(self, tokens, positions, mask, cache, recorder, layout=None, packed=False):
         cache.begin(positions, mask, recorder, layout, packed)
@@ -208,7 +235,9 @@ class PositionedModel:
         mask = mx.array(np.array([[1, 0, 0], [1, 1, 0], [1, 0, 1]], bool))[None, None]
         cache.begin(np.array([[0, 1, 1]]), mask, trace)
         try:
-            logits = self.model(mx.zeros((1, 3), mx.int32), cache=cache.layers)
+            with self._halves.layers_only() as tap:
+                logits = self.model(mx.zeros((1, 3), mx.int32), cache=cache.layers)
+                hidden = tap.taken
         except Exception as error:
             raise self._unsupported(
                 "computes with the cache's offset or state instead of handing them to a rotary "
@@ -223,6 +252,8 @@ class PositionedModel:
             raise self._unsupported("builds its own attention mask")
         if logits.shape[:2] != (1, 3):
             raise self._unsupported(f"returns logits of shape {logits.shape}")
+        if not self._halves.divide(logits, hidden):
+            raise self._unsupported("does not make its logits of its layers' output alone")
         self.n_layers = trace.calls
         #: bytes of one slot's keys and values in all layers
         self.slot_bytes = cache.nbytes // cache.capacity
