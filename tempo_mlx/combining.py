@@ -56,6 +56,24 @@ def log_softmax_at(logits: mx.array, ids: mx.array) -> mx.array:
     return mx.take_along_axis(shifted, ids, axis=-1) - mx.log(total)
 
 
+def log_p_at(
+    logits: mx.array, rows: mx.array, ids: mx.array, sets: mx.array | None = None
+) -> tuple[mx.array, mx.array | None]:
+    """log p of single tokens and of sets of tokens, as exact as :func:`softmax`.
+
+    Args:
+        logits: [R, V], fp32.
+        rows, ids: which token of which row, [n] each.
+        sets: 1 for each token of a set, else 0, [V, K].
+
+    Returns:
+        log p of the tokens [n], and of each set in each row [R, K].
+    """
+    shifted, powers, total = _powers(logits)
+    found = shifted[rows, ids] - mx.log(total[rows, 0])
+    return found, None if sets is None else mx.log(powers @ sets) - mx.log(total)
+
+
 def _powers(logits: mx.array) -> tuple[mx.array, mx.array, mx.array]:
     """Logits below their maximum, exp of them, and its sum [..., 1]."""
     shifted = logits - logits.max(axis=-1, keepdims=True)

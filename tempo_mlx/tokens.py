@@ -26,6 +26,10 @@ class Vocabulary:
             self._texts[id] = self.decode([id])
         return self._texts[id]
 
+    def beginning(self, texts: tuple[str, ...]) -> set[int]:
+        """The tokens whose text begins with one of these."""
+        return {id for id in range(len(self._tokenizer)) if self.text(id).startswith(texts)}
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of consecutive tokens inside a sentence, the leading space included."""
         text: str = self._tokenizer.decode([*self._anchor, *ids])

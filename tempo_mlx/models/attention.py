@@ -10,10 +10,14 @@ come packed, rows of a batch side by side, are put into their rows for the call.
 import functools
 import sys
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+
+#: What the logarithm of an attention weight takes in place of 0.
+LEAST = 1e-30
 
 
 @dataclass(frozen=True)
@@ -46,17 +50,62 @@ class Capture:
         # Not a matrix product: GPUs may round its operands to TF32.
         return (mx.expand_dims(rows, -1) * by_row).sum(axis=1)
 
+    def report(self, weights: mx.array, nth: int) -> Any:
+        """What is reported of the nth layer, whose weights are [B, H, T, S]."""
+        return weights if self.full else self.received(weights, nth)
+
+
+class ByHead(NamedTuple):
+    """What a :class:`HeadCapture` reports of a layer.
+
+    Args:
+        received: attention that each slot received, [B, H, S].
+        entropy: of each row's attention, in nats, [B, H, T].
+        weighted: what a plain :class:`Capture` with the weights of the layer reports, [B, S].
+        matrix: the weights themselves, [B, H, T, S], fp16; None unless ``full``.
+    """
+
+    received: mx.array
+    entropy: mx.array
+    weighted: mx.array | None
+    matrix: mx.array | None
+
+
+@dataclass(frozen=True)
+class HeadCapture(Capture):
+    """Reductions of the attention of every head: a :class:`ByHead` for each layer.
+
+    Args:
+        full: report the matrices, too.
+        row_weights: [1, T] or [1, B, T], weights of the rows in the attention received; or
+            [layers + 1, ..], those of a plain capture for each layer before them.
+    """
+
+    def report(self, weights: mx.array, nth: int) -> ByHead:
+        """The reductions of the nth layer."""
+        *layers, means = np.asarray(self.row_weights, np.float32)
+        rows = mx.array(np.atleast_2d(means))[:, None, :, None]
+        # A slot that a row may not see has a weight of 0, and 0 log 0 is 0.
+        logs = mx.log(mx.maximum(weights, LEAST))
+        return ByHead(
+            (rows * weights).sum(axis=2),
+            -(weights * logs).sum(axis=-1),
+            Capture(row_weights=layers[nth][None]).received(weights, 0) if layers else None,
+            weights.astype(mx.float16) if self.full else None,
+        )
+
 
 class AttentionRecorder:
     """Collects what a :class:`Capture` asks for during one forward pass.
 
-    ``calls`` counts attention calls; ``weights`` maps the layer to its captured array, fp32.
+    ``calls`` counts attention calls; ``weights`` maps the layer to what the capture reports of it:
+    an array, fp32, or a :class:`ByHead`.
     """
 
     def __init__(self, capture: Capture | None):
         self.capture = capture
         self.calls = 0
-        self.weights: dict[int, mx.array] = {}
+        self.weights: dict[int, Any] = {}
 
     def record(
         self,
@@ -73,8 +122,7 @@ class AttentionRecorder:
         if capture is None or (capture.layers is not None and layer not in capture.layers):
             return
         weights = attention_weights(queries, keys, scale, mask, sinks, capture.heads, capture.rows)
-        nth = len(self.weights)
-        self.weights[layer] = weights if capture.full else capture.received(weights, nth)
+        self.weights[layer] = capture.report(weights, len(self.weights))
 
 
 def attention_weights(
@@ -98,20 +146,26 @@ def attention_weights(
     Returns:
         [B, len(heads), len(rows), S]; rows sum to 1 (to less than 1 with sinks).
     """
-    B, H, T, _ = queries.shape
+    B, H, T, D = queries.shape
     H_kv, S = keys.shape[1], keys.shape[2]
-    chosen_heads = mx.arange(H) if heads is None else mx.array(heads)
     if isinstance(mask, str):
         mask = mx.arange(S - T, S)[:, None] >= mx.arange(S)[None]
-    if mask is not None and mask.ndim == 4 and mask.shape[1] > 1:
-        mask = mask[:, chosen_heads]
     if rows is not None:
         queries = queries[:, :, mx.array(rows)]
         if mask is not None and mask.ndim >= 2 and mask.shape[-2] == T:
             mask = mask[..., mx.array(rows), :]
-    queries = queries[:, chosen_heads].astype(mx.float32) * scale
-    keys = keys[:, chosen_heads // (H // H_kv)].astype(mx.float32)
-    scores = queries @ keys.swapaxes(-1, -2)
+    queries = queries.astype(mx.float32) * scale
+    keys = keys.astype(mx.float32).swapaxes(-1, -2)
+    if heads is None:
+        # The query heads of a group side by side: no copy of their keys for each.
+        scores = (queries.reshape(B, H_kv, -1, D) @ keys).reshape(B, H, -1, S)
+    else:
+        chosen_heads = mx.array(heads)
+        if mask is not None and mask.ndim == 4 and mask.shape[1] > 1:
+            mask = mask[:, chosen_heads]
+        if sinks is not None:
+            sinks = sinks[chosen_heads]
+        scores = queries[:, chosen_heads] @ keys[:, chosen_heads // (H // H_kv)]
     if mask is not None:
         if mask.dtype == mx.bool_:
             scores = mx.where(mask, scores, -mx.inf)
@@ -119,9 +173,7 @@ def attention_weights(
             scores = scores + mask.astype(mx.float32)
     if sinks is None:
         return mx.softmax(scores, axis=-1)
-    sink = mx.broadcast_to(
-        sinks.astype(mx.float32)[chosen_heads][None, :, None, None], (*scores.shape[:3], 1)
-    )
+    sink = mx.broadcast_to(sinks.astype(mx.float32)[None, :, None, None], (*scores.shape[:3], 1))
     return mx.softmax(mx.concatenate([scores, sink], axis=-1), axis=-1)[..., :-1]
 
 

@@ -59,9 +59,14 @@ class ForwardPass:
         if self.start is not None:
             buffer[..., self.start : self.end, :] = new
             return
+        buffer[self._rows, :, self._slots] = self.side_by_side(new)[0].transpose(1, 0, 2)
+
+    def side_by_side(self, new: mx.array) -> mx.array:
+        """Keys or values as the model made them, [1, H, N, D] of all tokens."""
+        if self.packing is not None:
+            return new
         assert self._layout is not None
-        packed = new if self.packing is not None else self._layout.pack(new)  # [1, H, N, D]
-        buffer[self._rows, :, self._slots] = packed[0].transpose(1, 0, 2)
+        return self._layout.pack(new)
 
     def mask_within(self, window: int | None, return_array: bool) -> mx.array | str | None:
         """The mask, narrowed to keys less than ``window`` logical positions behind."""

@@ -15,6 +15,7 @@ from .attention import AttentionRecorder, Capture
 from .cache import BatchedKVCache
 from .halves import Halves
 from .layout import Layout
+from .pool import SlotPool
 from .positions import Positions
 
 
@@ -76,6 +77,11 @@ class PositionedModel:
             grouped_scores=self.architecture in GROUPED_SCORES,
         )
 
+    def make_pool(self, limit: int) -> SlotPool:
+        """An empty pool of at most ``limit`` slots."""
+        grouped = self.architecture in GROUPED_SCORES
+        return SlotPool(self._windows, limit, self.as_offset, grouped)
+
     def require_capture(self) -> None:
         """Raise UnsupportedModelError unless the model's attention can be captured."""
         if not self.captures_attention:
@@ -103,7 +109,7 @@ class PositionedModel:
         tokens: mx.array,
         positions: np.ndarray,
         mask: mx.array | str,
-        cache: BatchedKVCache,
+        cache: BatchedKVCache | SlotPool,
         capture: None = None,
         rows: np.ndarray | None = None,
         layers_only: bool = False,
@@ -115,15 +121,13 @@ class PositionedModel:
         tokens: mx.array,
         positions: np.ndarray,
         mask: mx.array | str,
-        cache: BatchedKVCache,
+        cache: BatchedKVCache | SlotPool,
         capture: Capture,
         rows: np.ndarray | None = None,
         layers_only: bool = False,
     ) -> tuple[mx.array, dict[int, mx.array]]: ...
 
-    def __call__(
-        self, tokens, positions, mask, cache, capture=None, rows=None, layers_only=False
-    ):
+    def __call__(self, tokens, positions, mask, cache, capture=None, rows=None, layers_only=False):
         """One forward pass over T new tokens for each row, which become slots of the cache.
 
         Rows may also carry different numbers of tokens. Then all N tokens come side by side, and
@@ -145,8 +149,9 @@ class PositionedModel:
             layers_only: return the output of the layers, of which :meth:`logits` makes logits.
 
         Returns:
-            logits [B, T, V] or [1, N, V], or the layers' output [.., D]; with ``capture`` also a dict from layer to its
-            attention, fp32. Both are lazy: evaluate them together with ``cache.state``.
+            logits [B, T, V] or [1, N, V], or the layers' output [.., D]; with ``capture`` also a
+            dict from layer to its attention, fp32. All are lazy: evaluate them together with
+            ``cache.state``.
 
         Raises:
             ValueError: if shapes do not fit or the mask is neither boolean nor floating point.
@@ -255,8 +260,9 @@ class PositionedModel:
         if not self._halves.divide(logits, hidden):
             raise self._unsupported("does not make its logits of its layers' output alone")
         self.n_layers = trace.calls
-        #: bytes of one slot's keys and values in all layers
+        #: bytes of one slot's keys and values in all layers, and of what the layers make of it
         self.slot_bytes = cache.nbytes // cache.capacity
+        self.hidden_bytes = hidden.nbytes // 3
         captures = trace.calls >= sum(n > 0 for n in appended)
         return captures, captures and trace.masks_arrive_unchanged()
 

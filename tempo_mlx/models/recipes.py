@@ -99,7 +99,7 @@ def root() -> Path:
     """The folder of the models: TEMPO_MLX_HOME, or a checkout's `models`, or the user's cache."""
     if home := os.environ.get(HOME_VARIABLE):
         return Path(home).expanduser()
-    if (checkout := _checkout()) is not None:
+    if (checkout := checkout_folder()) is not None:
         return checkout / "models"
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Caches" / "tempo-mlx"
@@ -336,11 +336,11 @@ def _by_hand(recipe: Recipe) -> str:
 
 def _recipe_folder() -> Path:
     """At the top of a checkout, inside the package where it is installed."""
-    checkout = _checkout()
+    checkout = checkout_folder()
     return PACKAGE / "recipes" if checkout is None else checkout / "models"
 
 
-def _checkout() -> Path | None:
+def checkout_folder() -> Path | None:
     """The project's folder if the package runs from there."""
     path = PACKAGE.parent / "pyproject.toml"
     try:

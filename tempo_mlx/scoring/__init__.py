@@ -1,0 +1,13 @@
+"""Scores of candidate words in contexts, for decoders of speech and brain signals."""
+
+from .pyctcdecode import PyctcdecodeLM
+from .reading import ScoringStats
+from .scorer import CandidateScore, ContinuationScorer, TokenScore
+
+__all__ = [
+    "CandidateScore",
+    "ContinuationScorer",
+    "PyctcdecodeLM",
+    "ScoringStats",
+    "TokenScore",
+]

@@ -1,0 +1,341 @@
+"""Scores of candidate words, given the contexts that they would continue."""
+
+import math
+import string
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, cast
+
+import mlx.nn as nn
+import numpy as np
+from mlx_lm.generate import generation_stream, wired_limit
+
+from ..batching import default_budget
+from ..models import PositionedModel, UnsupportedModelError
+from ..models.model import context_length_of
+from ..tokens import Vocabulary
+from .reading import Answer, FullPasses, Question, Reader, ScoringStats, TreeReader
+from .texts import CLOSING, Candidate, Texts
+
+#: Tokens of a forward pass, unless the caller says how many.
+CHUNK_SIZE = 512
+
+#: How log-probabilities of homophones make one.
+AGGREGATES: dict[str, Callable[[list[float]], float]] = {
+    "max": max,
+    "logsumexp": np.logaddexp.reduce,
+}
+
+#: A candidate: a word, or several spellings of one.
+Word = str | Sequence[str]
+
+#: Sets of tokens that may follow a text: those at which a word has ended, and those that end all.
+BOUNDARY, END = 0, 1
+
+#: What a token begins with that does not go on with a word.
+BEGINNINGS = (*string.whitespace, *CLOSING)
+
+
+@dataclass(frozen=True)
+class TokenScore:
+    """A token of a word: its id, its text, and its log-probability in nats."""
+
+    id: int
+    text: str
+    logprob: float
+
+
+@dataclass(frozen=True)
+class CandidateScore:
+    """What a candidate's score is made of.
+
+    Args:
+        word: as it was given; of homophones the most probable one.
+        score: weight x logprob + word_insertion_bonus.
+        logprob: natural log-probability of the word given its context, corrections included; of
+            homophones what they were aggregated to.
+        context: as it was scored, in the case that truecasing gave it; all of it, also where the
+            model was given its last tokens only.
+        tokens: that were scored: the word's, and before them what the context by itself would
+            have been cut into otherwise.
+        boundary: what ``trailing_space_correction`` added to the tokens' log-probabilities.
+        variants: the homophones' own scores, in the order given.
+    """
+
+    word: str
+    score: float
+    logprob: float
+    context: str
+    tokens: list[TokenScore]
+    boundary: float | None = None
+    variants: list["CandidateScore"] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The score as JSON-ready data."""
+        return asdict(self)
+
+
+class ContinuationScorer:
+    """Scores words in contexts with a language model.
+
+        score = weight x sum of log p(token | all before it) + word_insertion_bonus
+
+    over the tokens of the word, in nats. Context and word are joined by a space; by nothing where
+    the word begins with one of ``, . ? ! ; : ' )`` or the context is empty, which is then the
+    tokenizer's token that begins a text, or else the one that ends it. Where context and word
+    together are cut into other tokens than the context by itself, the sum begins with the first
+    token that differs.
+
+    Texts are read as one trie of tokens that is kept from call to call: what was read before is
+    not read again.
+
+    Args:
+        model: as ``load`` returns it. One that cannot hold branches in one sequence state is read
+            in full passes, see :attr:`.ScoringStats.method`.
+        tokenizer: mlx-lm's tokenizer wrapper.
+        weight: factor on log-probabilities, finite.
+        word_insertion_bonus: added for every word, finite; not multiplied by ``weight``.
+        truecase: None, "english" (needs the extra ``truecase``), or a function text -> text that
+            changes the case of letters only. Each candidate is cased together with its context.
+        max_context_tokens: the last ones of a context that are kept, at least 1; None keeps all.
+        trailing_space_correction: add log P(the word ends here) - log P(the context ended), where a
+            text ends before a token that begins with a space or with one of the marks above, or
+            that ends the text. A tokenizer that puts the space before a word leaves its end to the
+            next token. (Oh and Schuler 2024, "Leading Whitespaces of Language Models' Subword
+            Vocabulary Pose a Confound for Calculating Word Probabilities".)
+        aggregate: "max" or "logsumexp", of the homophones' log-probabilities where a candidate is
+            a list of spellings.
+        max_kv_bytes: bytes that may be held; what was used longest ago makes room. None is half
+            of the memory that is left.
+        chunk_size: tokens of a forward pass, at least 1.
+
+    Raises:
+        ValueError: for an argument out of range.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | PositionedModel,
+        tokenizer: Any,
+        weight: float = 1.0,
+        word_insertion_bonus: float = 0.0,
+        truecase: str | Callable[[str], str] | None = None,
+        max_context_tokens: int | None = None,
+        *,
+        trailing_space_correction: bool = False,
+        aggregate: str = "max",
+        max_kv_bytes: int | None = None,
+        chunk_size: int = CHUNK_SIZE,
+    ):
+        for name, number in (("weight", weight), ("word_insertion_bonus", word_insertion_bonus)):
+            if isinstance(number, bool) or not isinstance(number, (int, float, np.number)):
+                raise ValueError(f"{name} must be a number, got {number!r}")
+            if not math.isfinite(number):
+                raise ValueError(f"{name} must be finite, got {number}")
+        sizes = {
+            "max_context_tokens": max_context_tokens,
+            "max_kv_bytes": max_kv_bytes,
+            "chunk_size": chunk_size,
+        }
+        for name, size in sizes.items():
+            if size is not None and size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}")
+        if aggregate not in AGGREGATES:
+            raise ValueError(f"aggregate must be one of {', '.join(AGGREGATES)}, got {aggregate!r}")
+        if isinstance(truecase, str):
+            if truecase != "english":
+                raise ValueError(f'truecase must be "english" or a function, got {truecase!r}')
+            from .truecase import english
+
+            truecase = english()
+        self.weight, self.word_insertion_bonus = float(weight), float(word_insertion_bonus)
+        self.aggregate = aggregate
+        self.trailing_space_correction = trailing_space_correction
+        self._plain = model.model if isinstance(model, PositionedModel) else model
+        self._vocabulary = Vocabulary(tokenizer)
+        length = context_length_of(self._plain)
+        self._texts = Texts(tokenizer, truecase, max_context_tokens, length)
+        ends = self._vocabulary.end_tokens
+        begins = self._vocabulary.beginning(BEGINNINGS) if trailing_space_correction else set()
+        sets = [sorted(begins | ends), sorted(ends)]
+        self._reader: Reader
+        try:
+            self._reader = TreeReader(
+                PositionedModel.of(model), max_kv_bytes or default_budget(), chunk_size, sets
+            )
+        except UnsupportedModelError:
+            self._reader = FullPasses(self._plain, chunk_size, sets)
+
+    def score_continuations(
+        self, contexts: Sequence[str], candidate_words: Sequence[Sequence[Word]]
+    ) -> list[list[float]]:
+        """Scores of the candidate words of each context; the higher, the more probable.
+
+        Args:
+            contexts: texts; duplicates cost nothing.
+            candidate_words: for each context its candidates: words, or lists of spellings.
+
+        Returns:
+            a score for each candidate, nested and ordered as they are.
+
+        Raises:
+            ValueError: for a word that is empty or no text, named by its index; if there are not
+                as many lists of words as contexts; or if a text is too long for the model.
+            CacheBudgetError: if a text alone needs more than ``max_kv_bytes``.
+        """
+        nested = self._candidates(contexts, candidate_words)
+        logprobs = {c: parts.total for c, parts in self._read(nested).items()}
+        return [
+            [self._score(self._aggregated([logprobs[c] for c in word])) for word in words]
+            for words in nested
+        ]
+
+    def score_details(
+        self, contexts: Sequence[str], candidate_words: Sequence[Sequence[Word]]
+    ) -> list[list[CandidateScore]]:
+        """As :meth:`score_continuations`, with what each score is made of."""
+        nested = self._candidates(contexts, candidate_words)
+        parts = self._read(nested)
+        return [
+            [
+                self._detail(word, [self._spelling(c, parts[c]) for c in own])
+                for word, own in zip(words, each, strict=True)
+            ]
+            for words, each in zip(candidate_words, nested, strict=True)
+        ]
+
+    def log_p_end(self, contexts: Sequence[str]) -> list[float]:
+        """log P that each context is followed by a token that ends the text, in nats."""
+        questions = []
+        for i, context in enumerate(_require_list(contexts, "contexts")):
+            _require_text(context, f"contexts[{i}]")
+            with _naming(f"contexts[{i}]"):
+                questions.append(_after(self._texts.context(context)))
+        return [float(_behind(self._answers(questions)[q])[END]) for q in questions]
+
+    def stats(self) -> ScoringStats:
+        """What scoring has cost since the scorer was made, and what is held."""
+        return self._reader.stats
+
+    def reset(self) -> None:
+        """Let go of all that is held."""
+        self._reader.reset()
+
+    def _candidates(
+        self, contexts: Sequence[str], candidate_words: Sequence[Sequence[Word]]
+    ) -> list[list[list[Candidate]]]:
+        """The spellings of each candidate of each context, as tokens."""
+        _require_list(contexts, "contexts")
+        _require_list(candidate_words, "candidate_words")
+        if len(contexts) != len(candidate_words):
+            raise ValueError(
+                f"candidate_words must have a list for each of {len(contexts)} contexts, "
+                f"got {len(candidate_words)}"
+            )
+        nested = []
+        for i, (context, words) in enumerate(zip(contexts, candidate_words, strict=True)):
+            _require_text(context, f"contexts[{i}]")
+            own = []
+            for j, word in enumerate(_require_list(words, f"candidate_words[{i}]")):
+                name = f"candidate_words[{i}][{j}]"
+                spellings = [word] if isinstance(word, str) else word
+                if not isinstance(spellings, (list, tuple)) or not spellings:
+                    raise ValueError(f"{name} must be a word or a list of spellings, got {word!r}")
+                for spelling in spellings:
+                    _require_text(spelling, name)
+                    if not spelling.strip():
+                        raise ValueError(f"{name} is empty; give a word of at least one letter")
+                with _naming(name):
+                    own.append([self._texts.candidate(context, each) for each in spellings])
+            nested.append(own)
+        return nested
+
+    def _read(self, nested: list[list[list[Candidate]]]) -> dict[Candidate, "_Parts"]:
+        """Log-probabilities of candidates, each read once."""
+        unique = dict.fromkeys(c for words in nested for spellings in words for c in spellings)
+        correct = self.trailing_space_correction
+        asked = {c: Question(c.tokens, c.start, after=correct) for c in unique}
+        before = {c: _after(c.context_tokens) for c in unique if correct and c.context}
+        answers = self._answers([*asked.values(), *before.values()])
+        parts = {}
+        for c, question in asked.items():
+            answer = answers[question]
+            boundary = None
+            if correct:
+                boundary = float(_behind(answer)[BOUNDARY])
+                if c in before:
+                    boundary -= float(_behind(answers[before[c]])[BOUNDARY])
+            parts[c] = _Parts(answer.logprobs, boundary)
+        return parts
+
+    def _answers(self, questions: Sequence[Question]) -> dict[Question, Answer]:
+        unique = list(dict.fromkeys(questions))
+        with wired_limit(self._plain, cast(Any, [generation_stream])):
+            return dict(zip(unique, self._reader.answer(unique), strict=True))
+
+    def _score(self, logprob: float) -> float:
+        return self.weight * logprob + self.word_insertion_bonus
+
+    def _aggregated(self, logprobs: list[float]) -> float:
+        return float(AGGREGATES[self.aggregate](logprobs))
+
+    def _spelling(self, candidate: Candidate, parts: "_Parts") -> CandidateScore:
+        ids = candidate.tokens[candidate.start :]
+        tokens = [
+            TokenScore(id, self._vocabulary.text(id), float(logprob))
+            for id, logprob in zip(ids, parts.logprobs, strict=True)
+        ]
+        total = parts.total
+        return CandidateScore(
+            candidate.word, self._score(total), total, candidate.context, tokens, parts.boundary
+        )
+
+    def _detail(self, word: Word, spellings: list[CandidateScore]) -> CandidateScore:
+        if isinstance(word, str):
+            return spellings[0]
+        best = max(spellings, key=lambda each: each.logprob)
+        total = self._aggregated([each.logprob for each in spellings])
+        return replace(best, score=self._score(total), logprob=total, variants=spellings)
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """Log-probabilities of a candidate's tokens, and the correction for where it ends."""
+
+    logprobs: np.ndarray
+    boundary: float | None
+
+    @property
+    def total(self) -> float:
+        return float(self.logprobs.sum()) + (self.boundary or 0.0)
+
+
+def _after(tokens: tuple[int, ...]) -> Question:
+    """What follows these tokens?"""
+    return Question(tokens, len(tokens), after=True)
+
+
+def _behind(answer: Answer) -> np.ndarray:
+    assert answer.after is not None
+    return answer.after
+
+
+def _require_list(value: Any, name: str) -> Any:
+    if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
+        raise ValueError(f"{name} must be a list, got {value!r}")
+    return value
+
+
+def _require_text(value: Any, name: str) -> None:
+    if not isinstance(value, str):
+        raise ValueError(f"{name} must be a text, got {value!r}")
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Say which of many an error is about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error

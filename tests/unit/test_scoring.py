@@ -1,0 +1,363 @@
+"""Scores of continuations against a scorer that runs every text alone through stock mlx-lm."""
+
+import itertools
+import random
+
+from tempo_mlx import ContinuationScorer, PositionedModel, UnsupportedModelError
+from tempo_mlx.decoder import CacheBudgetError
+from tempo_mlx.selection import NonFiniteLogitsError
+from tests.brute_scorer import BruteScorer
+from tests.tiny_models import architectures, tiny_model
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+TOLERANCE = 1e-3
+
+
+class PieceTokenizer:
+    """Cuts text into the longest pieces it knows; some go over the end of a word."""
+
+    PIECES = (
+        *"abcdeABCDE ,.'?",
+        *(f" {letter}" for letter in "abcdeABCDE"),
+        *(first + second for first, second in itertools.product("abc", repeat=2)),
+        *(" ab", " abc", " dead", ",.", "..", "a,", "e'", "'a", ".'", " B", "?.", "b c"),
+    )
+    bos_token = None
+    name_or_path = "pieces"
+
+    def __init__(self, bos=0, adds_bos=False):
+        self.pieces = {piece: 2 + i for i, piece in enumerate(dict.fromkeys(self.PIECES))}
+        self.texts = {id: piece for piece, id in self.pieces.items()} | {0: "", 1: ""}
+        self.bos_token_id, self.eos_token_id, self.eos_token_ids = bos, 1, {1}
+        self.adds_bos = adds_bos
+
+    def encode(self, text, add_special_tokens=True):
+        ids = [self.bos_token_id] if add_special_tokens and self.adds_bos else []
+        while text:
+            piece = next(text[:n] for n in range(5, 0, -1) if text[:n] in self.pieces)
+            ids.append(self.pieces[piece])
+            text = text[len(piece) :]
+        return ids
+
+    def decode(self, ids):
+        return "".join(self.texts[id] for id in ids)
+
+    def __len__(self):
+        return 2 + len(self.pieces)
+
+
+TOKENIZER = PieceTokenizer()
+
+WORDS = st.sampled_from(["a", "ab", "abc", "dead", "ca", "e", ",", ".", "'", "'a", "?", "bb", "Ab"])
+CONTEXTS = st.lists(WORDS, max_size=9).map(" ".join) | st.lists(WORDS, max_size=4).map("".join)
+
+
+def same(scores, expected):
+    assert [len(each) for each in scores] == [len(each) for each in expected]
+    np.testing.assert_allclose(np.concatenate(scores), np.concatenate(expected), atol=TOLERANCE)
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma3_text", "gemma2", "deepseek_v2"])
+def model(request):
+    return tiny_model(request.param, seed=1)
+
+
+@settings(
+    max_examples=25,
+    deadline=None,
+    phases=[Phase.generate],
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(
+    calls=st.lists(
+        st.lists(st.tuples(CONTEXTS, st.lists(WORDS, max_size=4)), min_size=1, max_size=6),
+        min_size=1,
+        max_size=3,
+    ),
+    chunk_size=st.sampled_from([1, 3, 8, 512]),
+    slots=st.sampled_from([60, 10_000]),
+    kept=st.sampled_from([None, 3, 11]),
+    correct=st.booleans(),
+)
+def test_scores_are_those_of_every_text_alone(model, calls, chunk_size, slots, kept, correct):
+    positioned = PositionedModel.of(model)
+    scorer = ContinuationScorer(
+        positioned,
+        TOKENIZER,
+        weight=0.7,
+        word_insertion_bonus=1.5,
+        max_context_tokens=kept,
+        trailing_space_correction=correct,
+        chunk_size=chunk_size,
+        max_kv_bytes=slots * (positioned.slot_bytes + positioned.hidden_bytes),
+    )
+    brute = BruteScorer(model, TOKENIZER, 0.7, 1.5, None, kept, correct)
+    for call in calls:
+        contexts, words = map(list, zip(*call, strict=True))
+        if any(words):
+            same(
+                scorer.score_continuations(contexts, words),
+                brute.score_continuations(contexts, words),
+            )
+    assert scorer.stats().slots <= slots
+    assert scorer.stats().bytes <= 1.1 * slots * (positioned.slot_bytes + positioned.hidden_bytes)
+
+
+#: Those that stock mlx-lm cannot run here.
+BROKEN = {"bitnet", "muse_spark", "olmo", "phi3small"}
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("name", [name for name in architectures() if name not in BROKEN])
+def test_every_architecture_is_scored_one_way_or_the_other(name):
+    model = tiny_model(name)
+    contexts = ["a dead", "a dead ca", "a dead ca bb", "e e", ""]
+    words = [["abc", "ca"], ["bb", "."], ["abc"], ["ab", "a"], ["dead"]]
+    expected = BruteScorer(model, TOKENIZER).score_continuations(contexts, words)
+    scorer = ContinuationScorer(model, TOKENIZER)
+    try:
+        PositionedModel.of(model)
+        method = "tree"
+    except UnsupportedModelError:
+        method = "full passes"
+    assert scorer.stats().method == method
+    same(scorer.score_continuations(contexts, words), expected)
+    # Again, in another order and with a word more.
+    contexts.append("a dead ca bb abc")
+    words.append(["abc", "bb"])
+    expected = BruteScorer(model, TOKENIZER).score_continuations(contexts, words)
+    same(scorer.score_continuations(contexts[::-1], words[::-1]), expected[::-1])
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return tiny_model("llama", seed=1)
+
+
+def test_shared_beginnings_are_read_once(llama):
+    scorer = ContinuationScorer(llama, TOKENIZER)
+    contexts = ["a a a a", "a a a a a", "a a a a a a"]
+    words = [["b", "c", "d"]] * 3
+    scorer.score_continuations(contexts, words)
+    stats = scorer.stats()
+    # "a" and five " a"; the words are one token each, looked up and not read.
+    assert (stats.passes, stats.tokens_computed, stats.rows) == (1, 6, 3)
+    assert stats.tokens_reused == 4 + 5 + 6 + 2 * (4 + 5 + 6) - 6
+    scorer.score_continuations(["a a a a a a b"], [["c"]])
+    assert (stats.passes, stats.tokens_computed, stats.rows) == (2, 7, 4)
+    # Other words in a context that was read before take no pass.
+    scorer.score_continuations(contexts, [["e"], ["d", "a"], []])
+    assert (stats.passes, stats.tokens_computed, stats.rows) == (2, 7, 6)
+
+
+def test_duplicates_cost_nothing(llama):
+    one, many = (ContinuationScorer(llama, TOKENIZER) for _ in range(2))
+    (expected,) = one.score_continuations(["ab ca"], [["dead", "abc"]])
+    found = many.score_continuations(["ab ca"] * 7, [["dead", "abc", "dead"]] * 7)
+    assert found == [[*expected, expected[0]]] * 7
+    costs = [(s.stats().passes, s.stats().tokens_computed, s.stats().rows) for s in (one, many)]
+    assert costs[0] == costs[1]
+
+
+def test_unrelated_contexts_take_one_pass(llama):
+    rng = random.Random(0)
+    contexts = [" ".join(rng.choices(["ab", "ca", "dead", "e", "bb"], k=12)) for _ in range(20)]
+    scorer = ContinuationScorer(llama, TOKENIZER)
+    same(
+        scorer.score_continuations(contexts, [["abc"]] * 20),
+        BruteScorer(llama, TOKENIZER).score_continuations(contexts, [["abc"]] * 20),
+    )
+    assert scorer.stats().passes == 1
+
+
+def test_what_was_used_longest_ago_is_dropped(llama):
+    model = PositionedModel.of(llama)
+    room = 40 * (model.slot_bytes + model.hidden_bytes)
+    scorer = ContinuationScorer(model, TOKENIZER, max_kv_bytes=room)
+    brute = BruteScorer(llama, TOKENIZER)
+    rng = random.Random(1)
+    for _ in range(30):
+        contexts = [" ".join(rng.choices("abcde", k=rng.randint(1, 30))) for _ in range(4)]
+        words = [["ca", "dead"]] * 4
+        same(
+            scorer.score_continuations(contexts, words), brute.score_continuations(contexts, words)
+        )
+        assert scorer.stats().slots <= 40
+        assert scorer.stats().bytes <= 1.1 * room
+    assert scorer.stats().dropped > 100
+    with pytest.raises(CacheBudgetError, match="max_kv_bytes allows"):
+        scorer.score_continuations(["a " * 60], [["b"]])
+    # Nothing is lost by that.
+    same(scorer.score_continuations(["a b"], [["c"]]), brute.score_continuations(["a b"], [["c"]]))
+
+
+def test_words_that_change_the_tokens_of_their_context(llama):
+    scorer, brute = ContinuationScorer(llama, TOKENIZER), BruteScorer(llama, TOKENIZER)
+    (details,) = scorer.score_details(["b ca"], [[",", "c"]])
+    # "a," is one token, so the sum begins with it.
+    assert [[token.text for token in each.tokens] for each in details] == [["a,"], [" c"]]
+    same([[d.score for d in details]], brute.score_continuations(["b ca"], [[",", "c"]]))
+    # Not even the first token stays: it is scored as behind an empty context.
+    (details,) = scorer.score_details(["e"], [["'"]])
+    assert [token.text for token in details[0].tokens] == ["e'"]
+    same([[details[0].score]], brute.score_continuations(["e"], [["'"]]))
+
+
+def test_case_depends_on_the_word(llama):
+    def truecase(text):
+        return text.title() if text.endswith("a") else text
+
+    scorer = ContinuationScorer(llama, TOKENIZER, truecase=truecase)
+    brute = BruteScorer(llama, TOKENIZER, truecase=truecase)
+    contexts, words = ["dead e", "dead e", "dead"], [["a", "b"], ["b", "ca"], ["e"]]
+    expected = brute.score_continuations(contexts, words)
+    for _ in range(2):
+        same(scorer.score_continuations(contexts, words), expected)
+    (details, *_) = scorer.score_details(contexts, words)
+    assert [d.context for d in details] == ["Dead E", "dead e"]
+    assert [d.word for d in details] == ["A", "b"]
+
+
+def test_truecasing_may_change_case_only(llama):
+    scorer = ContinuationScorer(llama, TOKENIZER, truecase=lambda text: text + ".")
+    with pytest.raises(ValueError, match=r"candidate_words\[0\]\[0\]: truecase must change"):
+        scorer.score_continuations(["a"], [["b"]])
+
+
+@pytest.mark.parametrize("adds_bos", [False, True])
+def test_an_empty_context_is_what_begins_a_text(llama, adds_bos):
+    tokenizer = PieceTokenizer(adds_bos=adds_bos)
+    (details,) = ContinuationScorer(llama, tokenizer).score_details([""], [["ab"]])
+    brute = BruteScorer(llama, tokenizer)
+    assert abs(details[0].score - brute.score("", "ab")) < TOLERANCE
+    assert [token.text for token in details[0].tokens] == ["ab"]
+
+
+def test_an_empty_context_without_such_a_token(llama):
+    tokenizer = PieceTokenizer(bos=None)
+    scorer = ContinuationScorer(llama, tokenizer)
+    brute = BruteScorer(llama, PieceTokenizer(bos=1))
+    same(scorer.score_continuations([""], [["ab"]]), brute.score_continuations([""], [["ab"]]))
+    tokenizer.eos_token_id, tokenizer.eos_token_ids = None, set()
+    scorer = ContinuationScorer(llama, tokenizer)
+    with pytest.raises(ValueError, match=r"candidate_words\[0\]\[0\]: a context is empty"):
+        scorer.score_continuations([""], [["ab"]])
+
+
+def test_a_token_before_every_text_is_kept(llama):
+    tokenizer = PieceTokenizer(adds_bos=True)
+    scorer = ContinuationScorer(llama, tokenizer, max_context_tokens=3)
+    log_p = BruteScorer(llama, tokenizer).log_p
+    ids = tokenizer.encode("a b c d", add_special_tokens=False)
+    expected = log_p([0, *ids[1:3]])[-1, ids[3]]
+    assert abs(scorer.score_continuations(["a b c"], [["d"]])[0][0] - expected) < TOLERANCE
+
+
+def test_homophones(llama):
+    words = ["ab", "ca", "dead"]
+    each = ContinuationScorer(llama, TOKENIZER).score_continuations(["e"], [words])[0]
+    for aggregate, total in (("max", max(each)), ("logsumexp", np.logaddexp.reduce(each))):
+        scorer = ContinuationScorer(llama, TOKENIZER, 2.0, 0.5, aggregate=aggregate)
+        ((found, single),) = scorer.score_continuations(["e"], [[words, "ab"]])
+        assert found == pytest.approx(2 * total + 0.5, abs=TOLERANCE)
+        assert single == pytest.approx(2 * each[0] + 0.5, abs=TOLERANCE)
+        ((detail, _),) = scorer.score_details(["e"], [[words, "ab"]])
+        assert detail.score == pytest.approx(found)
+        assert detail.word == words[int(np.argmax(each))]
+        assert [d.word for d in detail.variants] == words
+        assert [d.logprob for d in detail.variants] == pytest.approx(each)
+
+
+def test_details_add_up(llama):
+    scorer = ContinuationScorer(llama, TOKENIZER, 0.3, -1, trailing_space_correction=True)
+    contexts, words = ["ab e", ""], [["dead", "?"], ["ca"]]
+    scores = scorer.score_continuations(contexts, words)
+    for each, details in zip(scores, scorer.score_details(contexts, words), strict=True):
+        for score, detail in zip(each, details, strict=True):
+            assert detail.score == pytest.approx(score)
+            total = sum(token.logprob for token in detail.tokens) + detail.boundary
+            assert detail.logprob == pytest.approx(total)
+            assert detail.score == pytest.approx(0.3 * total - 1)
+            assert detail.to_dict()["tokens"][0]["logprob"] == detail.tokens[0].logprob
+
+
+def test_the_end_of_a_text(llama):
+    scorer = ContinuationScorer(llama, TOKENIZER)
+    brute = BruteScorer(llama, TOKENIZER)
+    texts = ["ab ca", "", "dead"]
+    expected = [brute.log_p(brute.ids(text) or [0])[-1, 1] for text in texts]
+    np.testing.assert_allclose(scorer.log_p_end(texts), expected, atol=TOLERANCE)
+
+
+def test_nothing_to_score(llama):
+    scorer = ContinuationScorer(llama, TOKENIZER)
+    assert scorer.score_continuations([], []) == []
+    assert scorer.score_continuations(["a", "b"], [[], []]) == [[], []]
+    assert scorer.stats().passes == 0
+
+
+@pytest.mark.parametrize(
+    "contexts, words, message",
+    [
+        (["a"], [["b", ""]], r"candidate_words\[0\]\[1\] is empty"),
+        (["a"], [["  "]], r"candidate_words\[0\]\[0\] is empty"),
+        (["a", "b"], [["c"], [float("nan")]], r"candidate_words\[1\]\[0\] must be a word"),
+        (["a"], [[None]], r"candidate_words\[0\]\[0\] must be a word"),
+        (["a"], [[["b", 3]]], r"candidate_words\[0\]\[0\] must be a text, got 3"),
+        (["a"], [[[]]], r"candidate_words\[0\]\[0\] must be a word"),
+        ([float("nan")], [["b"]], r"contexts\[0\] must be a text, got nan"),
+        (["a"], ["b"], r"candidate_words\[0\] must be a list, got 'b'"),
+        ("a", [["b"]], "contexts must be a list"),
+        (["a"], [["b"], ["c"]], "a list for each of 1 contexts, got 2"),
+    ],
+)
+def test_what_cannot_be_scored_is_named(llama, contexts, words, message):
+    with pytest.raises(ValueError, match=message):
+        ContinuationScorer(llama, TOKENIZER).score_continuations(contexts, words)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"weight": float("nan")}, "weight must be finite"),
+        ({"weight": "1"}, "weight must be a number"),
+        ({"word_insertion_bonus": float("inf")}, "word_insertion_bonus must be finite"),
+        ({"max_context_tokens": 0}, "max_context_tokens must be at least 1, got 0"),
+        ({"chunk_size": 0}, "chunk_size must be at least 1"),
+        ({"max_kv_bytes": 10}, "max_kv_bytes must be at least .* the bytes of one token"),
+        ({"aggregate": "mean"}, "aggregate must be one of max, logsumexp"),
+        ({"truecase": "german"}, 'truecase must be "english" or a function'),
+    ],
+)
+def test_arguments_out_of_range(llama, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ContinuationScorer(llama, TOKENIZER, **arguments)
+
+
+def test_numbers_that_are_none_leave_nothing_behind(llama):
+    scorer = ContinuationScorer(llama, TOKENIZER)
+    head = llama.lm_head.weight
+    try:
+        llama.lm_head.weight = head * float("nan")
+        with pytest.raises(NonFiniteLogitsError):
+            scorer.score_continuations(["a b"], [["c"]])
+    finally:
+        llama.lm_head.weight = head
+    assert scorer.stats().slots == 0
+    brute = BruteScorer(llama, TOKENIZER)
+    same(scorer.score_continuations(["a b"], [["c"]]), brute.score_continuations(["a b"], [["c"]]))
+
+
+def test_a_text_longer_than_the_model_takes(llama):
+    args, before = llama.args, llama.args.max_position_embeddings
+    try:
+        args.max_position_embeddings = 8
+        scorer = ContinuationScorer(llama, TOKENIZER)
+        with pytest.raises(ValueError, match=r"candidate_words\[0\]\[0\]: .* set max_context_tok"):
+            scorer.score_continuations(["a b c d e a b c"], [["d"]])
+    finally:
+        args.max_position_embeddings = before
