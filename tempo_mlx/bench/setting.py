@@ -49,16 +49,15 @@ def prompt_of(tokenizer: Any, length: int) -> list[int]:
 
 
 def describe(
-    model: PositionedModel, prompt_tokens: int, max_tokens: int, rounds: int
+    model: PositionedModel, prompt_tokens: int | None, max_tokens: int | None, rounds: int
 ) -> dict[str, Any]:
-    """Where and how it was measured."""
+    """Where and how it was measured; None is left out."""
     library = blas.info().library
+    sizes = {"prompt_tokens": prompt_tokens, "max_tokens": max_tokens, "rounds": rounds}
     return {
         "architecture": model.architecture,
         "dtype": dtype_name(model),
-        "prompt_tokens": prompt_tokens,
-        "max_tokens": max_tokens,
-        "rounds": rounds,
+        **{name: size for name, size in sizes.items() if size is not None},
         "device": str(mx.device_info().get("device_name", mx.default_device())),
         "versions": {name: metadata.version(name) for name in ("mlx", "mlx-lm")},
         "blas": str(library) if library is not None else "mlx's own",

@@ -11,6 +11,7 @@ from ..bench.batch import MIN_SPEEDUP, SETS, bench_batch
 from ..bench.decode import bench_decode
 from ..bench.pruning import bench_pruning
 from ..bench.runs import LONG_BLOCKS
+from ..bench.score import bench_score, workloads
 from ..bench.search import bench_search
 from ..bench.tree import bench_tree
 from ..files import check_writable
@@ -376,4 +377,73 @@ def search(
     for each in report.measured:
         table.add_row(each.name, spread(each.simulations_per_second, 1), spread(each.over_ours, 2))
     console.print(table)
+    conclude(report, console, output)
+
+
+@bench.command("score")
+def score(
+    model: Annotated[
+        str, typer.Option(help="Recipe name, folder in mlx-lm layout, or Hugging Face Hub id.")
+    ] = "smollm2-135m",
+    contexts: Annotated[
+        int,
+        typer.Option(
+            "--contexts", "-c", help="Contexts that are scored under --max-kv-bytes; 0 for none."
+        ),
+    ] = 10_000,
+    max_kv_bytes: Annotated[
+        int, typer.Option("--max-kv-bytes", help="Bytes that these contexts may hold.")
+    ] = 100_000_000,
+    rounds: Annotated[
+        int, typer.Option("--rounds", "-n", help="Runs of each variant that count, at least 1.")
+    ] = 3,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write the measurements as JSON.")
+    ] = None,
+) -> None:
+    """Candidate words in contexts: one trie of tokens beside three plainer ways, and its memory.
+
+    The others run every text alone; or a pass a word over the context's cache; or one padded
+    batch of words over copies of it.
+    """
+    if output is not None:
+        check_writable("--output", output)
+    language_model, tokenizer = load(model)
+    with ticking((rounds + 1) * 4 * len(workloads()) + -(-contexts // 100)) as tick:
+        report = bench_score(
+            language_model,
+            tokenizer,
+            contexts=contexts,
+            max_kv_bytes=max_kv_bytes,
+            rounds=rounds,
+            model_name=model,
+            progress=tick,
+        )
+    console = wide_console()
+    print_setting(report.model, report.setting, console)
+    table = Table("contexts x words", "variant")
+    for name in ("ms", "time over ours", "largest difference, nats"):
+        table.add_column(name, justify="right")
+    for each in report.measured:
+        table.add_row(
+            each.workload,
+            each.name,
+            spread(each.seconds.scaled(1e3), 0),
+            spread(each.over_ours, 2),
+            f"{each.difference:.1e}",
+        )
+    console.print(table)
+    calls = Table("second call, a word later", "tokens, first and second")
+    calls.add_column("times faster", justify="right")
+    for call in report.grown:
+        calls.add_row(
+            call.workload, f"{call.first_tokens} and {call.second_tokens}", spread(call.faster, 2)
+        )
+    console.print(calls)
+    if report.memory is not None:
+        held = report.memory
+        console.print(
+            f"{held.contexts:,} contexts in {held.seconds:.0f} s: {held.largest / 1e6:.1f} MB held "
+            f"at most of {held.max_kv_bytes / 1e6:.1f} MB, {held.dropped:,} tokens dropped"
+        )
     conclude(report, console, output)

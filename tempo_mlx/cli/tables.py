@@ -100,11 +100,19 @@ def print_decoding(report: Report, console: Console) -> None:
 def print_setting(model: str, setting: dict[str, Any], console: Console) -> None:
     """What was measured, on what, and how."""
     versions = ", ".join(f"{name} {version}" for name, version in setting["versions"].items())
+    sizes = [
+        f"{setting[key]} {name}"
+        for key, name in (
+            ("prompt_tokens", "prompt tokens"),
+            ("max_tokens", "steps"),
+            ("rounds", "rounds"),
+        )
+        if key in setting
+    ]
     console.print(
         f"{escape(model)} ({setting['architecture']}, {setting['dtype']}) on {setting['device']}\n"
         f"{versions}, BLAS {escape(setting['blas'])}\n"
-        f"{setting['prompt_tokens']} prompt tokens, {setting['max_tokens']} steps, "
-        f"{setting['rounds']} rounds; median \\[quartiles]"
+        f"{', '.join(sizes)}; median \\[quartiles]"
     )
 
 

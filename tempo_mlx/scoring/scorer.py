@@ -15,8 +15,10 @@ from ..batching import default_budget
 from ..models import PositionedModel, UnsupportedModelError
 from ..models.model import context_length_of
 from ..tokens import Vocabulary
-from .reading import Answer, FullPasses, Question, Reader, ScoringStats, TreeReader
+from .full_passes import FullPasses
+from .questions import Answer, Question, Reader, ScoringStats
 from .texts import CLOSING, Candidate, Texts
+from .tree_reader import TreeReader
 
 #: Tokens of a forward pass, unless the caller says how many.
 CHUNK_SIZE = 512

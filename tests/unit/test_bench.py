@@ -345,3 +345,17 @@ def test_rivals_of_the_search_find_the_same_values(loaded, kind):
     np.testing.assert_array_equal(ours.action, theirs.action)
     np.testing.assert_array_equal(ours.visits, theirs.visits)
     np.testing.assert_allclose(ours.value, theirs.value, atol=1e-5)
+
+
+def test_score_bench_finds_the_same_scores_in_every_way(tmp_path, run):
+    folder = save_tiny_model(tmp_path / "tiny", max_position_embeddings=512)
+    output = tmp_path / "bench.json"
+    code, out, err = run("bench", "score", "--model", folder, "-n", 1, "-c", 150, "-o", output)
+    assert (code, err) == (0, "") and "one trie" in out and "150 contexts" in out
+    report = json.loads(output.read_text())
+    assert len(report["runs"]) == 4 * 4 and len(report["second_calls"]) == 4
+    assert all(each["difference"] < 1e-3 for each in report["runs"])
+    assert {target["met"] for target in report["targets"]} <= {True, False}
+    assert report["memory"]["largest"] <= 1.1 * report["memory"]["max_kv_bytes"]
+    code, _, err = run("bench", "score", "--model", folder, "-c", -1)
+    assert code == 2 and "contexts must be at least 0" in err and err.count("\n") == 1

@@ -1,0 +1,250 @@
+"""``tempo-mlx score``: candidate words of many contexts, scored and ranked."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Timer
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ..files import check_writable
+from ..models import load
+from ..models.identity import fingerprint
+from ..results_file import ResultsFile
+from ..scoring import ContinuationScorer, ScoringStats
+from ..scoring.rows import Row, key_of, ranked, read_rows
+from ..scoring.scorer import AGGREGATES, CHUNK_SIZE
+from .prompts import StandardOutput, parse_bytes
+from .score_output import Tables, TextFile, TextOutput
+
+#: Endings of the names of files, and the format of each.
+FORMATS = {".jsonl": "jsonl", ".tsv": "tsv", ".txt": "tsv"}
+
+#: Candidates up to which a terminal gets a table.
+TABLE_SIZE = 100
+
+#: Seconds before a progress bar shows.
+PATIENCE = 1.0
+
+
+def register(app: typer.Typer) -> None:
+    app.command("score")(score)
+
+
+def score(
+    file: Annotated[
+        str,
+        typer.Argument(
+            metavar="INPUT",
+            help='.jsonl, lines such as {"context": "He is", "candidates": ["happy", "sad"]}; or '
+            ".tsv or .txt, lines of context, tab, word. '-' reads standard input.",
+        ),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Write the results here, in the format of the input; text gives JSON where this "
+            "ends in .jsonl. A run that was interrupted goes on where it was.",
+        ),
+    ] = None,
+    format: Annotated[
+        str | None,
+        typer.Option(
+            metavar="jsonl|tsv",
+            show_default="by the ending of INPUT; jsonl for standard input",
+            help="Format of the input.",
+        ),
+    ] = None,
+    model: Annotated[
+        str, typer.Option(help="Recipe name, folder in mlx-lm layout, or Hugging Face Hub id.")
+    ] = "smollm2-135m",
+    weight: Annotated[
+        float, typer.Option(help="Factor on the log-probability of a word, in nats.")
+    ] = 1.0,
+    word_insertion_bonus: Annotated[
+        float, typer.Option(help="Added to the score of each word, whatever the weight.")
+    ] = 0.0,
+    truecase: Annotated[
+        str | None,
+        typer.Option(
+            metavar="english",
+            help="Give context and word the case that they have in print, before they are scored.",
+        ),
+    ] = None,
+    max_context_tokens: Annotated[
+        int | None, typer.Option(help="Keep the last tokens of a context, this many at most.")
+    ] = None,
+    trailing_space_correction: Annotated[
+        bool,
+        typer.Option(
+            "--trailing-space-correction",
+            help="Score that the word ends where it does, too, instead of the word before it.",
+        ),
+    ] = False,
+    aggregate: Annotated[
+        str,
+        typer.Option(
+            metavar="|".join(AGGREGATES),
+            help="What log-probabilities make one where a candidate is a list of spellings.",
+        ),
+    ] = "max",
+    max_kv_bytes: Annotated[
+        str | None,
+        typer.Option(
+            help="Memory for what was read and may be needed again, such as 800MB or 2GiB. Half "
+            "of what the model leaves, by default."
+        ),
+    ] = None,
+    chunk_size: Annotated[
+        int, typer.Option(help="Tokens in one forward pass; smaller needs less memory.")
+    ] = CHUNK_SIZE,
+    batch_size: Annotated[
+        int, typer.Option(help="Rows of the input that are scored at once, at least 1.")
+    ] = 64,
+    details: Annotated[
+        bool, typer.Option("--details", help="Add what each score is made of, token by token.")
+    ] = False,
+    stats: Annotated[
+        bool, typer.Option("--stats", help="Say what it took: passes, tokens, memory.")
+    ] = False,
+) -> None:
+    """Score words that may go on from contexts, and rank them.
+
+    score = weight x log-probability of the word given its context + word insertion bonus
+    """
+    if batch_size < 1:
+        raise ValueError(f"--batch-size must be at least 1, got {batch_size}")
+    if truecase not in (None, "english"):
+        raise ValueError(f"--truecase must be english, got {truecase!r}")
+    kv_bytes = parse_bytes(max_kv_bytes) if max_kv_bytes is not None else None
+    kind = input_format(file, format)
+    kind_out = kind if output is None else output_format(output, kind)
+    rows = read_rows(file, kind)
+    out, notes = Console(highlight=False), Console(stderr=True, highlight=False, soft_wrap=True)
+    language_model, tokenizer = load(model)
+    settings: dict[str, Any] = {
+        "weight": weight,
+        "word_insertion_bonus": word_insertion_bonus,
+        "truecase": truecase,
+        "max_context_tokens": max_context_tokens,
+        "trailing_space_correction": trailing_space_correction,
+        "aggregate": aggregate,
+    }
+    scorer = ContinuationScorer(
+        language_model, tokenizer, **settings, max_kv_bytes=kv_bytes, chunk_size=chunk_size
+    )
+    sink: ResultsFile | TextFile | Tables | StandardOutput | TextOutput
+    if output is not None:
+        name = fingerprint(language_model)
+        keys = [key_of(row, {**settings, "details": details}, name) for row in rows]
+        sink = ResultsFile(output, keys) if kind_out == "jsonl" else TextFile(output, keys)
+    elif out.is_terminal and sum(len(row.candidates) for row in rows) <= TABLE_SIZE:
+        sink = Tables(out)
+    else:
+        sink = StandardOutput(len(rows)) if kind_out == "jsonl" else TextOutput()
+    with sink:
+        if sink.done:
+            notes.print(f"{len(sink.done)} of {len(rows)} rows are done already", style="dim")
+        todo = [number for number in range(len(rows)) if number not in sink.done]
+        with patient_progress(notes, len(rows), len(sink.done)) as advance:
+            for start in range(0, len(todo), batch_size):
+                numbers = todo[start : start + batch_size]
+                results = scored(scorer, [rows[number] for number in numbers], details)
+                for number, data in zip(numbers, results, strict=True):
+                    sink.add(number, data)
+                    advance()
+    if output is not None:
+        notes.print(f"written: {output}", style="dim")
+    if stats:
+        notes.print(summary(scorer.stats()), style="dim")
+
+
+def scored(scorer: ContinuationScorer, rows: list[Row], details: bool) -> Iterator[dict[str, Any]]:
+    """The record of each row.
+
+    Raises:
+        ValueError: naming file and line, for the first row that cannot be scored; the records of
+            those before it have come by then.
+    """
+    contexts, words = [row.context for row in rows], [row.candidates for row in rows]
+    try:
+        if details:
+            found = scorer.score_details(contexts, words)
+            scores = [[each.score for each in row] for row in found]
+        else:
+            scores = scorer.score_continuations(contexts, words)
+    except ValueError as error:
+        if len(rows) == 1:
+            message = str(error).replace("candidate_words[0]", "candidates")
+            message = message.replace("contexts[0]", "context")
+            raise ValueError(f"{rows[0].where}: {message}") from error
+        for row in rows:
+            yield from scored(scorer, [row], details)
+        return
+    for i, row in enumerate(rows):
+        data = {**row.given, **ranked(row, scores[i])}
+        if details:
+            data["details"] = [each.to_dict() for each in found[i]]
+        yield data
+
+
+def summary(stats: ScoringStats) -> str:
+    """What scoring took, in a line."""
+    named = [f"{name.replace('_', ' ')} {value}" for name, value in stats.to_dict().items()]
+    return ", ".join(named)
+
+
+def input_format(file: str, format: str | None) -> str:
+    """The format of the input, jsonl or tsv, as the user says or the file's name does.
+
+    Raises:
+        ValueError: if neither does.
+    """
+    if format is None:
+        format = "jsonl" if file == "-" else FORMATS.get(Path(file).suffix.lower())
+        if format is None:
+            raise ValueError(f"{file} must end in {', '.join(FORMATS)}; or give its --format")
+    elif format not in FORMATS.values():
+        raise ValueError(f"--format must be jsonl or tsv, got {format!r}")
+    return format
+
+
+def output_format(output: Path, kind: str) -> str:
+    """The format of the results in a file.
+
+    Raises:
+        ValueError: if it cannot be written, or is named as text where the input is JSON.
+    """
+    named = FORMATS.get(output.suffix.lower(), kind)
+    if (kind, named) == ("jsonl", "tsv"):
+        raise ValueError(f"--output {output} must end in .jsonl, because the input is JSON")
+    check_writable("--output", output)
+    return named
+
+
+@contextmanager
+def patient_progress(notes: Console, total: int, done: int) -> Iterator[Callable[[], None]]:
+    """A progress bar on a terminal, for work that takes long; yields what to call for each row."""
+    progress = Progress(
+        BarColumn(20),
+        MofNCompleteColumn(),
+        TextColumn("rows"),
+        TimeRemainingColumn(),
+        console=notes,
+        disable=not notes.is_terminal,
+    )
+    bar = progress.add_task("", total=total, completed=done)
+    timer = Timer(PATIENCE, progress.start)
+    timer.start()
+    try:
+        yield lambda: progress.advance(bar)
+    finally:
+        timer.cancel()
+        timer.join()
+        if progress.live.is_started:
+            progress.stop()

@@ -1,0 +1,122 @@
+"""Scored rows as text: on standard output, in a file, or as a table on a terminal."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any, Self
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ..files import write_atomically
+from ..results_file import ResultsFile
+
+
+def text_lines(data: dict[str, Any]) -> str:
+    """A record as lines of context, word, score, rank; and the tokens in JSON if it has details."""
+    lines = []
+    for i, word in enumerate(data["candidates"]):
+        columns = [data["context"], word, f"{data['scores'][i]:.6f}", str(data["ranks"][i])]
+        if "details" in data:
+            tokens = data["details"][i]["tokens"]
+            columns.append(
+                json.dumps(
+                    [[token["text"], token["logprob"]] for token in tokens], ensure_ascii=False
+                )
+            )
+        lines.append("\t".join(columns) + "\n")
+    return "".join(lines)
+
+
+class TextOutput:
+    """Prints records as text."""
+
+    def __init__(self) -> None:
+        self.done: set[int] = set()
+
+    def add(self, row: int, data: dict[str, Any]) -> None:
+        sys.stdout.write(text_lines(data))
+        sys.stdout.flush()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        pass
+
+
+class TextFile:
+    """Text that is written when all of it is there; until then, records wait in a file beside it.
+
+    Args:
+        path: of the text.
+        keys: as for :class:`ResultsFile`.
+    """
+
+    def __init__(self, path: Path, keys: list[str]):
+        self._path, self._total = path, len(keys)
+        self._waiting_path = path.with_name(f".{path.name}.jsonl")
+        self._waiting = ResultsFile(self._waiting_path, keys)
+
+    @property
+    def done(self) -> set[int]:
+        return self._waiting.done
+
+    def add(self, row: int, data: dict[str, Any]) -> None:
+        self._waiting.add(row, data)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        with self._waiting:
+            if len(self.done) == self._total:
+                with self._waiting_path.open(encoding="utf-8", newline="\n") as file:
+                    text = "".join(text_lines(json.loads(line)) for line in file)
+                write_atomically(self._path, text)
+                self._waiting_path.unlink()
+
+
+class Tables:
+    """Prints records as one table, at the end."""
+
+    def __init__(self, console: Console):
+        self.done: set[int] = set()
+        self._console = console
+        self._table = Table("context", "word")
+        for name in ("score", "rank"):
+            self._table.add_column(name, justify="right")
+
+    def add(self, row: int, data: dict[str, Any]) -> None:
+        if "details" in data and len(self._table.columns) == 4:
+            self._table.add_column("tokens, nats")
+        context = Text(data["context"]) if data["context"] else Text("(empty)", "dim")
+        ranks = data["ranks"]
+        for i in sorted(range(len(ranks)), key=ranks.__getitem__):
+            word = data["candidates"][i]
+            cells = [
+                context,
+                Text(
+                    word if isinstance(word, str) else " / ".join(word),
+                    "bold green" if ranks[i] == 1 else "",
+                ),
+                Text(f"{data['scores'][i]:.3f}"),
+                Text(str(ranks[i])),
+            ]
+            if "details" in data:
+                tokens = data["details"][i]["tokens"]
+                cells.append(
+                    Text(", ".join(f"{each['text']!r} {each['logprob']:.2f}" for each in tokens))
+                )
+            self._table.add_row(*cells)
+            context = Text()
+        if not ranks:
+            self._table.add_row(context, Text("no candidates", "dim"))
+        self._table.add_section()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._console.print(self._table)

@@ -1,0 +1,329 @@
+"""``tempo-mlx score``: lines in, the same lines with scores and ranks out, resumable."""
+
+import io
+import json
+import time
+
+from tempo_mlx.cli import score as command
+from tempo_mlx.scoring import truecase
+from tests.brute_scorer import BruteScorer
+
+import mlx_lm
+import numpy as np
+import pytest
+from rich.console import Console
+
+ROWS = [
+    {"context": "he is also", "candidates": ["happy", "sad", ["sea", "see"]], "id": "a"},
+    {"context": "", "candidates": ["so", "it", "so"], "note": {"kept": [1, None]}},
+    {"context": "he is also", "candidates": []},
+    {"context": "so it goes", "candidates": ["on", ",", "on and on"]},
+]
+
+TEXT = "he is\thappy\nhe is\tsad\n\n\tso\nhe is\there\n"
+
+#: Fails where log-probabilities of fp32 logits differ by more than the product promises.
+CLOSE = 1e-3
+
+
+@pytest.fixture
+def rows(tmp_path):
+    path = tmp_path / "in.jsonl"
+    write(path, ROWS)
+    return path
+
+
+@pytest.fixture
+def columns(tmp_path):
+    path = tmp_path / "in.tsv"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.fixture(scope="module")
+def stock(folder):
+    model, tokenizer = mlx_lm.load(folder)
+    # What an empty context is, for want of a token that begins a text.
+    tokenizer.bos_token = tokenizer.eos_token
+    return model, tokenizer
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def lines(text):
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def brute(scorer, row, aggregate=max):
+    return [
+        aggregate([scorer.score(row["context"], each) for each in spellings])
+        for spellings in ([c] if isinstance(c, str) else c for c in row["candidates"])
+    ]
+
+
+def check(records, given, scorer, aggregate=max):
+    """Each record has all of its row, the scores of every text alone, and ranks to match."""
+    for number, (record, row) in enumerate(zip(records, given, strict=True)):
+        assert record["row"] == number
+        assert {name: record[name] for name in row} == row
+        expected = brute(scorer, row, aggregate)
+        assert record["scores"] == pytest.approx(expected, abs=CLOSE)
+        scores = record["scores"]
+        assert record["ranks"] == [1 + sum(s > each for s in scores) for each in scores]
+        best = row["candidates"][int(np.argmax(scores))] if scores else None
+        assert record["best"] == best
+
+
+def test_prints_every_row_with_its_scores(run, folder, rows, stock):
+    code, out, err = run("score", rows, "--model", folder)
+    records = lines(out)
+    assert (code, err) == (0, "")
+    check(records, ROWS, BruteScorer(*stock))
+    assert records[1]["ranks"][0] == records[1]["ranks"][2] and records[1]["scores"][0] < 0
+    assert records[2]["scores"] == [] and records[2]["best"] is None
+    assert "details" not in records[0] and "key" not in records[0]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_options_reach_the_scorer(run, folder, rows, stock, monkeypatch, batch_size):
+    monkeypatch.setattr(truecase, "english", lambda: str.title)
+    options = ["--weight", 0.5, "--word-insertion-bonus", -1.5, "--truecase", "english"]
+    options += ["--max-context-tokens", 4, "--trailing-space-correction"]
+    sizes = ["--chunk-size", 8, "--max-kv-bytes", "1MB", "--batch-size", batch_size]
+    scorer = BruteScorer(*stock, 0.5, -1.5, str.title, 4, True)
+    code, out, _ = run("score", rows, "--model", folder, *options, *sizes)
+    assert code == 0
+    check(lines(out), ROWS, scorer)
+    plain = BruteScorer(*stock)
+    code, out, _ = run("score", rows, "--model", folder, "--aggregate", "logsumexp")
+    assert code == 0
+    check(lines(out), ROWS, plain, np.logaddexp.reduce)
+
+
+def test_details_are_what_the_scores_are_made_of(run, folder, rows):
+    _, out, _ = run("score", rows, "--model", folder, "--details")
+    for record in lines(out):
+        for candidate, score, detail in zip(
+            record["candidates"], record["scores"], record["details"], strict=True
+        ):
+            assert detail["score"] == score
+            assert sum(t["logprob"] for t in detail["tokens"]) == pytest.approx(score, abs=1e-4)
+            text = "".join(token["text"] for token in detail["tokens"]).strip()
+            if isinstance(candidate, list):
+                assert [each["word"] for each in detail["variants"]] == candidate
+                assert text == detail["word"] and text in candidate
+            else:
+                assert text == candidate
+
+
+def test_stats_say_what_it_took(run, folder, rows):
+    code, _, err = run("score", rows, "--model", folder, "--stats")
+    assert code == 0 and err.count("\n") == 1
+    assert err.startswith("method tree, passes ") and "tokens reused" in err and "bytes" in err
+
+
+def test_text_in_two_columns_gives_text_in_four(run, folder, columns, stock):
+    code, out, err = run("score", columns, "--model", folder)
+    assert (code, err) == (0, "")
+    found = [line.split("\t") for line in out.splitlines()]
+    assert [each[:2] for each in found] == [
+        ["he is", "happy"],
+        ["he is", "sad"],
+        ["", "so"],
+        ["he is", "here"],
+    ]
+    scorer = BruteScorer(*stock)
+    expected = [scorer.score(context, word) for context, word, _, _ in found]
+    assert [float(each[2]) for each in found] == pytest.approx(expected, abs=CLOSE)
+    # Ranks are among lines of one context that follow each other.
+    first = "1" if expected[0] > expected[1] else "2"
+    assert [each[3] for each in found] == [first, {"1": "2", "2": "1"}[first], "1", "1"]
+    _, detailed, _ = run("score", columns, "--model", folder, "--details")
+    for line, plain in zip(detailed.splitlines(), out.splitlines(), strict=True):
+        *same, tokens = line.split("\t")
+        assert "\t".join(same) == plain
+        total = sum(logprob for _, logprob in json.loads(tokens))
+        assert total == pytest.approx(float(same[2]), abs=1e-4)
+
+
+def test_reads_standard_input(run, folder, rows, columns):
+    for path, options in ((rows, []), (columns, ["--format", "tsv"])):
+        # As it comes from Windows, too.
+        data = b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n")
+        stdin = io.TextIOWrapper(io.BytesIO(data))
+        piped = run("score", "-", "--model", folder, *options, stdin=stdin)
+        assert piped == run("score", path, "--model", folder) and piped[0] == 0
+
+
+def test_a_file_has_the_same_lines_and_goes_on_where_it_was(run, folder, rows, tmp_path):
+    output, whole = tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
+    command = ["score", rows, "--model", folder, "-o"]
+    _, printed, _ = run(*command[:-1])
+    code, out, err = run(*command, whole)
+    assert (code, out) == (0, "") and "written" in err
+    records = lines(whole.read_text())
+    assert [{k: v for k, v in r.items() if k != "key"} for r in records] == lines(printed)
+    # A line that a kill cut short is made again.
+    raw = whole.read_bytes().splitlines(keepends=True)
+    output.write_bytes(raw[0] + raw[1] + raw[2][:20])
+    code, _, err = run(*command, output)
+    assert code == 0 and "2 of 4 rows are done already" in err
+    after = lines(output.read_text())
+    assert [r.pop("scores") for r in after] == [
+        pytest.approx(r.pop("scores"), abs=CLOSE) for r in records
+    ]
+    assert after == records
+    assert output.read_bytes().startswith(raw[0] + raw[1])
+    made = output.read_bytes()
+    for other in (["--weight", 2], ["--details"], ["--aggregate", "logsumexp"]):
+        code, _, err = run(*command, output, *other)
+        assert code == 2 and err.count("\n") == 1 and "other settings" in err
+    changed = [dict(ROWS[0], id="b"), *ROWS[1:]]
+    write(rows, changed)
+    code, _, err = run(*command, output)
+    assert code == 2 and "another input" in err and output.read_bytes() == made
+
+
+def test_what_is_made_before_a_row_that_cannot_be_scored_is_kept(run, folder, tmp_path):
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    long = {"context": "x" * 300, "candidates": ["y"]}
+    write(source, [*ROWS[:3], long, ROWS[3]])
+    command = ["score", source, "--model", folder, "--batch-size", 3]
+    code, out, err = run(*command, "-o", output)
+    assert (code, out) == (2, "") and err.count("\n") == 1
+    assert f"{source}, line 4: candidates[0]: " in err and "256" in err
+    assert len(lines(output.read_text())) == 3
+    code, out, _ = run(*command[:-1], 64)
+    assert code == 2 and [r["row"] for r in lines(out)] == [0, 1, 2]
+    write(source, [*ROWS[:3], dict(long, context="x"), ROWS[3]])
+    code, _, err = run(*command, "-o", output)
+    assert code == 0 and "3 of 5 rows are done already" in err
+    assert [r["row"] for r in lines(output.read_text())] == [0, 1, 2, 3, 4]
+
+
+def test_a_text_file_is_whole_or_not_there_and_goes_on_where_it_was(run, folder, tmp_path):
+    source, output = tmp_path / "in.txt", tmp_path / "out.tsv"
+    source.write_text(TEXT + "x" * 300 + "\ty\n")
+    command = ["score", source, "--model", folder, "-o", output]
+    code, _, err = run(*command)
+    assert code == 2 and f"{source}, line 6: candidates[0]: " in err
+    assert not output.exists()
+    source.write_text(TEXT + "x\ty\n")
+    code, _, err = run(*command)
+    assert code == 0 and "3 of 4 rows are done already" in err
+    made, printed = (
+        [line.split("\t") for line in text.splitlines()]
+        for text in (output.read_text(), run(*command[:-2])[1])
+    )
+    assert [float(each.pop(2)) for each in made] == [
+        pytest.approx(float(each.pop(2)), abs=CLOSE) for each in printed
+    ]
+    assert made == printed and len(made) == 5
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.txt", "out.tsv"]
+    # Named so, the same results are JSON.
+    code, _, _ = run(*command[:-1], tmp_path / "out.jsonl")
+    records = lines((tmp_path / "out.jsonl").read_text())
+    assert code == 0 and [r["context"] for r in records] == ["he is", "", "he is", "x"]
+    assert records[0]["candidates"] == ["happy", "sad"]
+
+
+def test_a_terminal_gets_a_table_unless_it_is_long(run, folder, rows, columns, monkeypatch):
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "100")
+    code, out, _ = run("score", rows, "--model", folder)
+    assert code == 0 and "context" in out and "rank" in out and "{" not in out
+    for word in ("he is also", "(empty)", "sea / see", "no candidates", "on and on"):
+        assert word in out
+    _, out, _ = run("score", rows, "--model", folder, "--details")
+    assert "tokens, nats" in out and "'h' -" in out
+    _, out, _ = run("score", columns, "--model", folder)
+    assert "happy" in out and "\t" not in out
+    monkeypatch.setattr(command, "TABLE_SIZE", 3)
+    _, out, _ = run("score", rows, "--model", folder)
+    assert len(lines(out)) == 4
+
+
+def test_a_progress_bar_shows_only_where_work_takes_long(monkeypatch):
+    monkeypatch.setenv("NO_COLOR", "1")
+
+    def shown(patience, terminal):
+        monkeypatch.setattr(command, "PATIENCE", patience)
+        console = Console(file=io.StringIO(), force_terminal=terminal, width=80)
+        with command.patient_progress(console, 3, 1) as advance:
+            time.sleep(0.2)
+            advance()
+        return console.file.getvalue()
+
+    assert "2/3 rows" in shown(0.01, True)
+    assert shown(60.0, True) == shown(0.01, False) == ""
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('{"context": "a"', ["not JSON"]),
+        ('["a"]', ["not an object"]),
+        ('{"candidates": ["a"]}', ['there is no "context"']),
+        ('{"context": "a"}', ['there is no "candidates"']),
+        ('{"context": 3, "candidates": []}', ["context must be text, got 3"]),
+        ('{"context": "a", "candidates": "b"}', ['candidates must be a list, got "b"']),
+        ('{"context": "a", "candidates": ["b", " "]}', ["candidates[1]", 'got " "']),
+        ('{"context": "a", "candidates": ["b", ["c", 1]]}', ["candidates[1]", 'got ["c", 1]']),
+        ('{"context": "a", "candidates": [[]]}', ["candidates[0]", "got []"]),
+        ('{"context": "a", "candidates": [null]}', ["candidates[0]", "got null"]),
+        ('{"context": "a", "candidates": ["b"], "scores": 1}', ['"scores"', "rename"]),
+        ('{"context": "a", "candidates": ["b"], "row": 1}', ['"row"', "rename"]),
+        ('{"context": "\\ud800", "candidates": []}', ["surrogate"]),
+        (b'{"context": "\xff", "candidates": []}', ["UTF-8"]),
+    ],
+)
+def test_a_bad_line_is_named_before_anything_is_made(run, folder, rows, tmp_path, line, words):
+    line = line if isinstance(line, bytes) else line.encode()
+    rows.write_bytes(rows.read_bytes() + b"\n" + line + b"\n")
+    output = tmp_path / "out.jsonl"
+    code, out, err = run("score", rows, "--model", folder, "-o", output)
+    assert (code, out) == (2, "") and err.count("\n") == 1 and not output.exists()
+    for word in (f"{rows}, line 6: ", *words):
+        assert word in err
+
+
+@pytest.mark.parametrize(
+    ("line", "word"),
+    [("alone", "got 1 columns"), ("a\tb\tc", "got 3 columns"), ("a\t ", "the word is empty")],
+)
+def test_a_bad_line_of_text_is_named(run, folder, columns, line, word):
+    columns.write_text(TEXT + line + "\n")
+    code, out, err = run("score", columns, "--model", folder)
+    assert (code, out) == (2, "") and err.count("\n") == 1
+    assert f"{columns}, line 6: " in err and word in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["{folder}/none.jsonl"], ["none.jsonl", "cannot be read"]),
+        (["{folder}"], ["must end in .jsonl, .tsv, .txt", "--format"]),
+        (["{folder}", "--format", "tsv"], ["cannot be read"]),
+        (["{rows}", "--format", "csv"], ["--format", "jsonl or tsv", "'csv'"]),
+        (["{empty}"], ["empty.txt has no rows"]),
+        (["{rows}", "-o", "{folder}/out.tsv"], ["--output", ".jsonl"]),
+        (["{rows}", "-o", "{folder}/none/out.jsonl"], ["--output", "cannot be written"]),
+        (["{rows}", "--batch-size", "0"], ["--batch-size", "at least 1"]),
+        (["{rows}", "--max-kv-bytes", "lots"], ["--max-kv-bytes", "lots"]),
+        (["{rows}", "--weight", "nan"], ["weight", "nan"]),
+        (["{rows}", "--aggregate", "mean"], ["aggregate", "'mean'", "logsumexp"]),
+        (["{rows}", "--truecase", "german"], ["--truecase", "english", "'german'"]),
+        (["{rows}", "--max-context-tokens", "0"], ["max_context_tokens", "at least 1"]),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(run, folder, rows, tmp_path, arguments, words):
+    empty = tmp_path / "empty.txt"
+    empty.write_text("\n \n")
+    given = [each.format(rows=rows, folder=folder, empty=empty) for each in arguments]
+    code, out, err = run("score", *given, "--model", folder)
+    assert (code, out) == (2, "") and err.count("\n") == 1 and "Traceback" not in err
+    for word in words:
+        assert word in err
