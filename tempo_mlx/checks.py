@@ -25,6 +25,8 @@ from .lattice import Lattice
 from .models import Capture, PositionedModel, load
 from .pruning import Pruning
 from .random_models import CONFIGS, VOCABULARY, Letters, random_model
+from .scoring.questions import Question
+from .scoring.tree_reader import TreeReader
 from .sequences import Batch, SequenceState
 from .tokens import without_end
 from .visibility import VISIBILITY
@@ -53,6 +55,9 @@ MAX_PARALLEL = 6
 #: Low enough for sets of several tokens in most steps, and of one in some.
 EMBEDDED_THRESHOLD, RANDOM_THRESHOLD = 0.05, 0.04
 
+
+#: Slots that scores are read in: fewer than the texts have tokens, so that some are dropped.
+SCORE_SLOTS = 64
 
 #: Precisions of weights and activations.
 FORMS = ("fp32", "fp16", "bf16", "4-bit")
@@ -327,6 +332,29 @@ def greedy_difference(subject: Subject, model: PositionedModel) -> tuple[float, 
     return largest / logit_spread(subject), f"{ties} tokens differ, near-ties" if ties else ""
 
 
+def score_difference(subject: Subject, model: PositionedModel) -> tuple[float, str]:
+    """Log-probabilities of branches and of unrelated texts, against stock passes of each alone."""
+    prompt, n = subject.prompt, len(subject.prompt)
+    texts = [(*prompt[:end], *prompt[:3]) for end in range(2, n)]
+    texts += [(*prompt[::-1], *prompt[:end]) for end in range(1, 4)]
+    questions = [Question(text, min(n, len(text) - 2), after=True) for text in texts]
+    reader = TreeReader(model, SCORE_SLOTS * model.slot_bytes, n, [[0]])
+    largest = 0.0
+    for part in (questions[::2], questions):
+        for question, answer in zip(part, reader.answer(part), strict=True):
+            rows = stock_logits(subject.model, list(question.tokens)).astype(np.float64)
+            log_p = rows - np.logaddexp.reduce(rows, axis=1, keepdims=True)
+            start = question.start
+            exact = log_p[np.arange(start - 1, len(rows) - 1), question.tokens[start:]]
+            assert answer.after is not None
+            found = np.append(answer.logprobs, answer.after)
+            difference = np.abs(found - np.append(exact, log_p[-1, 0])).max()
+            largest = max(largest, float(difference))
+    stats = reader.stats
+    note = f"{stats.tokens_computed} tokens read, {stats.tokens_reused} reused"
+    return largest / logit_spread(subject), note
+
+
 def attention_difference(subject: Subject, model: PositionedModel) -> tuple[float, str]:
     """Captured weights of a set's pass, all layers, against NumPy's; and their sums against 1."""
     largest = 0.0
@@ -435,6 +463,7 @@ ORACLES: dict[str, Oracle] = {
     "hindsight: cached = replay": Oracle(hindsight_difference),
     "isolated: set = mlx-lm's": Oracle(sibling_difference),
     "threshold 1 = mlx-lm greedy": Oracle(greedy_difference),
+    "scores = mlx-lm, text by text": Oracle(score_difference),
     "attention = NumPy, sum 1": Oracle(attention_difference, "attention", captures=True),
     "attention x values = kernel": Oracle(kernel_difference, "kernel", captures=True),
 }
