@@ -14,6 +14,7 @@ from mlx_lm.generate import generation_stream, wired_limit
 from .decoder import CacheBudgetError, Decoder
 from .generation import Prompt, begin
 from .models import BatchedKVCache, PositionedModel
+from .observation import Observer
 from .prompt_cache import PromptCache
 from .result import BEAM, GenerationResult, find_paths
 from .run import Run
@@ -155,6 +156,7 @@ def stream_batch_generate(
     paths: int = 0,
     verify: bool = False,
     model_name: str | None = None,
+    observe: Callable[[int], Observer | None] | None = None,
     progress: Callable[[BatchStatus], None] | None = None,
     **kwargs: Any,
 ) -> Generator[tuple[int, GenerationResult | Failure], None, None]:
@@ -174,6 +176,8 @@ def stream_batch_generate(
             did not score them itself, for ``batch_size`` results together.
         verify: as in :func:`tempo_mlx.stream_generate`.
         model_name: what the results call the model.
+        observe: called with the number of a prompt whenever its run begins; returns what is to see
+            its steps. A run that has to start again gets another observer.
         progress: called after every step.
         kwargs: fields of :class:`Settings`, if ``settings`` is None.
 
@@ -205,7 +209,8 @@ def stream_batch_generate(
         if each[i].branching == "replicate":
             raise ValueError("branching replicate generates from one prompt at a time")
         result = begin(positioned, tokenizer, prompts[i], each[i], model_name, vocabulary)
-        return Run(result, keep_logits=verify, paths=paths)
+        observer = None if observe is None else observe(i)
+        return Run(result, keep_logits=verify, paths=paths, observer=observer)
 
     budget = max_kv_bytes or default_budget()
     schedule = Schedule(positioned, new_run, len(prompts), batch_size, budget, prompt_cache)

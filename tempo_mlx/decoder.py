@@ -13,6 +13,7 @@ from mlx_lm.generate import generation_stream
 
 from .combining import combine
 from .models import BatchedKVCache, Capture, PositionedModel
+from .observation import Attending, PassAttention, head_capture
 from .run import Run
 from .selection import Offers, gumbel, most_probable
 from .sequences import Batch, SequenceState
@@ -165,15 +166,15 @@ class Decoder:
             capture = _capture(runs, probabilities)
             parts = [(run.sequence, run.pending) for run in runs]
             logits, attention = self.batch.append(tokens, parts, capture)
-            received = mx.stack(list(attention.values())).sum(axis=0) if attention else None
-            self._offer(runs, logits, probabilities, received)
+            captured = PassAttention(attention) if attention else None
+            self._offer(runs, logits, probabilities, captured)
 
     def _offer(
         self,
         runs: list[Run],
         logits: mx.array,
         probabilities: list[np.ndarray],
-        received: mx.array | None = None,
+        attention: PassAttention | None = None,
     ) -> None:
         """Start computing what may come next in each run, and all that the host will read."""
         sizes = [run.sizes(len(each)) for run, each in zip(runs, probabilities, strict=True)]
@@ -187,11 +188,21 @@ class Decoder:
         p, rows = combine(logits, rules, weights, [run.settings.temp for run in groups])
         keys = [run.noise() for run in groups]
         scores = p if all(key is None for key in keys) else gumbel(p, keys)
-        ids = most_probable(scores, max(run.k for run in runs))
-        offers = Offers(ids, p, rows, sizes, received)
+        observers = [run.observer for run in runs if run.observer is not None]
+        top = max((observer.candidates for observer in observers), default=0)
+        ids = most_probable(scores, max(top, *(run.k for run in runs)))
+        offers = Offers(
+            ids,
+            p,
+            rows,
+            sizes,
+            attention,
+            _attending(runs) if attention is not None else (),
+            (ids[:, :top] if scores is p else most_probable(p, top)) if top else None,
+            any(observer.distributions for observer in observers),
+        )
         for place, run in enumerate(runs):
             run.upcoming = offers, place
-            run.attending = run.sequence.row, run.sequence.at, run.sequence.held
             if run.offers is None:
                 run.offers = run.upcoming
         mx.async_eval(*offers.state, *self.batch.cache.state)
@@ -273,6 +284,10 @@ def _capture(runs: list[Run], probabilities: list[np.ndarray]) -> Capture | None
         run.hindsight.capture(p) if run.hindsight else None
         for run, p in zip(runs, probabilities, strict=True)
     ]
+    if any(run.observer is not None for run in runs):
+        n_layers = runs[0].result.model.n_layers
+        sizes = [len(p) for p in probabilities]
+        return head_capture(n_layers, wanted, sizes, [run.observer for run in runs])
     layers = {len(weights) for weights in wanted if weights is not None}
     if not layers:
         return None
@@ -286,3 +301,14 @@ def _capture(runs: list[Run], probabilities: list[np.ndarray]) -> Capture | None
     )
     used = np.flatnonzero(weights.any(axis=1))
     return Capture(layers=tuple(used.tolist()), row_weights=weights[used])
+
+
+def _attending(runs: list[Run]) -> list[Attending]:
+    """Where each run is in the attention of the pass that appended their sets, in this order."""
+    appended: dict[int, int] = {}
+    found = []
+    for run in runs:
+        row = run.sequence.row
+        found.append(run.attending(appended.get(row, 0)))
+        appended[row] = appended.get(row, 0) + len(run.pending)
+    return found

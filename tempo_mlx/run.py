@@ -9,10 +9,13 @@ from .branching import branch, recombine
 from .hindsight import Hindsight
 from .lattice import Slots, Step, Token
 from .models import BatchedKVCache, PositionedModel
+from .observation import Attending, Observation, Observer
 from .result import GenerationResult
 from .schedules import interpolate
 from .selection import Candidates, Offers, Selected, keep
 from .sequences import SequenceState
+from .settings import Settings
+from .visibility import may_attend
 
 
 class Run:
@@ -22,10 +25,23 @@ class Run:
         result: its prompt, settings and model; the lattice in it is extended step by step.
         keep_logits: keep every step's logits for :mod:`tempo_mlx.verification`.
         paths: paths that will be asked of the result; 0 lets its prompt's keys and values go.
+        observer: sees every step.
+
+    Raises:
+        ValueError: for an observer of a run whose steps have several distributions, or are run
+            again.
+        UnsupportedModelError: if the model cannot do what the settings or an observer need.
     """
 
-    def __init__(self, result: GenerationResult, keep_logits: bool = False, paths: int = 0):
+    def __init__(
+        self,
+        result: GenerationResult,
+        keep_logits: bool = False,
+        paths: int = 0,
+        observer: Observer | None = None,
+    ):
         self.result = result
+        self.observer = observer
         #: whether the lattice's paths will have to be found by another search
         self.rescores = paths > 0 and not result.settings.has_parents
         #: the prompt's slots but the last one, after a run that will be rescored
@@ -35,6 +51,9 @@ class Run:
         model = result.model
         if isinstance(model, PositionedModel):
             if settings.pruning is not None and settings.pruning.needs_attention:
+                model.require_capture()
+            if observer is not None:
+                require_observable(settings)
                 model.require_capture()
             if settings.weighting != "none":
                 model.require_additive_masks()
@@ -61,8 +80,6 @@ class Run:
         self.offers: tuple[Offers, int] | None = None
         #: what may come after that, once its pass has started
         self.upcoming: tuple[Offers, int] | None = None
-        #: row, places and lattice slots that the attention in ``upcoming`` is over
-        self.attending = 0, self.sequence.at, self.sequence.held
         self._queries: Slots | None = None
         self._kept: Selected | None = None
         #: earliest step of which a token fell in this step
@@ -145,10 +162,13 @@ class Run:
         self._kept = self._keep()
         self.fallen = None
         if self.hindsight and len(self._kept.ids):
-            offers, _ = self.offers or (None, 0)
-            if offers is not None and offers.received is not None:
-                row, at, held = self.attending
-                self.hindsight.attend(offers.read_received()[row, at], held)
+            assert self.offers is not None
+            offers, place = self.offers
+            if offers.attention is not None:
+                attending = offers.attending[place]
+                received = offers.attention.received(attending)
+                if received is not None:
+                    self.hindsight.attend(received, attending.held)
             self.hindsight.select(self._kept.probabilities, self._kept.transitions)
             fallen = self.hindsight.prune()
             if settings.repairs and fallen is not None:
@@ -186,6 +206,29 @@ class Run:
         offers, place = self.offers
         return offers.of(place, self.k, leaves=self.settings.branches)
 
+    def attending(self, first: int) -> Attending:
+        """Where the run is in the pass that appended its pending set.
+
+        Args:
+            first: place of the set's first token among the new tokens of its row.
+        """
+        state, seen = self.sequence, None
+        if self.observer is not None:
+            keys = self.lattice.slots[state.held]
+            seen = np.any(may_attend(state.visibility, self.pending, keys), axis=0)
+        return Attending(state.row, first, self.pending, state.held, state.at, seen)
+
+    def observation(self) -> Observation:
+        """What the observer sees of the step that was recorded last."""
+        assert self.offers is not None
+        offers, place = self.offers
+        ids, probabilities, *p = offers.observed(place)
+        attention = None
+        if offers.attention is not None:
+            attention = offers.attention.of(offers.attending[place])
+        distribution = p[0] if p else None
+        return Observation(self.step - 1, ids, probabilities, distribution, attention)
+
     def first_to_repair(self) -> int:
         """The first step that has to be run again; siblings too where they saw each other."""
         assert self.fallen is not None
@@ -219,6 +262,8 @@ class Run:
         elif last:
             full = self.limit < self.settings.max_tokens
             self.result.finish_reason = "context" if full else "length"
+        if self.observer is not None:
+            self.observer.observe(self.observation())
         return record
 
     def _has_stop_text(self) -> bool:
@@ -243,3 +288,17 @@ class Run:
         ended = [(e.logprob or 0.0) / (s.step + 1) for s in steps for e in s.endings]
         n = self.settings.max_leaves
         return len(ended) >= n and sorted(ended)[-n] >= self._scores.max() / (self.limit + 1)
+
+
+def require_observable(settings: Settings) -> None:
+    """Raise ValueError unless each step has one distribution and one forward pass."""
+    if settings.branches:
+        raise ValueError(
+            "visibility tree has a distribution for each branch, and what is captured is one for "
+            "each step; choose another visibility or capture nothing"
+        )
+    if settings.repairs:
+        raise ValueError(
+            "prune repair recompute runs steps again, and what is captured is one pass for each "
+            "step; choose repair none or capture nothing"
+        )

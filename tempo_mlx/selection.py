@@ -7,6 +7,7 @@ import mlx.core as mx
 import numpy as np
 
 from .lattice import Ending
+from .observation import Attending, PassAttention
 
 
 class NonFiniteLogitsError(ValueError):
@@ -36,7 +37,8 @@ class Offers:
         p: the distributions, [G, V].
         rows: what they were combined from, [N, V].
         sizes: for each run the rows of each of its distributions.
-        received: attention that the cache's slots received, [B, S], if it was captured.
+        attention: that the rows paid, if it was captured; and where each run is in it.
+        top: ids [G, K'] of the most probable tokens, for observers; and whether they want p.
     """
 
     def __init__(
@@ -45,7 +47,10 @@ class Offers:
         p: mx.array,
         rows: mx.array,
         sizes: Sequence[Sequence[int]],
-        received: mx.array | None = None,
+        attention: PassAttention | None = None,
+        attending: Sequence[Attending] = (),
+        top: mx.array | None = None,
+        distributions: bool = False,
     ):
         self.ids = ids
         self.probabilities = mx.take_along_axis(p, ids, axis=1)
@@ -54,23 +59,27 @@ class Offers:
         if len(each) != rows.shape[0]:
             of_row = ids[mx.array(np.repeat(range(len(each)), each))]
         self.transitions = mx.take_along_axis(rows, of_row, axis=1)
-        self.received = received
+        self.attention = attention
+        self.attending = attending
+        self._observed: list[mx.array] = []
+        if top is not None:
+            self._observed = [top, mx.take_along_axis(p, top, axis=1), *([p] * distributions)]
         self._groups = np.cumsum([0, *(len(run) for run in sizes)])
         self._rows = np.cumsum([0, *(sum(run) for run in sizes)])
-        self._attention: np.ndarray | None = None
+        self._seen: list[np.ndarray] | None = None
         self._read: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
 
     @property
     def state(self) -> list[mx.array]:
         """The arrays to evaluate."""
-        arrays = [self.ids, self.probabilities, self.transitions]
-        return arrays if self.received is None else [*arrays, self.received]
+        attention = [] if self.attention is None else self.attention.state
+        return [self.ids, self.probabilities, self.transitions, *attention, *self._observed]
 
-    def read_received(self) -> np.ndarray:
-        """:attr:`received` on the host."""
-        if self._attention is None:
-            self._attention = np.array(self.received)
-        return self._attention
+    def observed(self, run: int) -> list[np.ndarray]:
+        """Most probable ids of one run's distribution, their p, and if it is wanted, all p."""
+        if self._seen is None:
+            self._seen = [np.array(array) for array in self._observed]
+        return [array[self._groups[run]] for array in self._seen]
 
     def of(self, run: int, k: int | None = None, leaves: bool = False) -> Candidates:
         """The first k candidates of one run. Reads the device: the step's one synchronisation.

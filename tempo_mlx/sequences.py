@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -155,7 +156,7 @@ class Batch:
         parts: Sequence[tuple[SequenceState, Slots]],
         capture: Capture | None = None,
         note: bool = True,
-    ) -> tuple[mx.array, dict[int, mx.array]]:
+    ) -> tuple[mx.array, dict[int, Any]]:
         """Append tokens in one forward pass, each at the position of its step.
 
         Args:
@@ -165,7 +166,8 @@ class Batch:
             note: let the sequences know their logits.
 
         Returns:
-            logits [N, V]; attention by layer over the slots of the rows, empty without a capture.
+            logits [N, V]; by layer what the capture reports of the attention over the slots of
+            the rows, empty without a capture.
         """
         sizes = [len(queries) for _, queries in parts]
         rows = np.repeat([sequence.row for sequence, _ in parts], sizes)
@@ -178,7 +180,7 @@ class Batch:
             sequence.at = np.concatenate([sequence.at, places])
             used[sequence.row] += n
         mask = self._mask(parts, sizes, int(used.max()))
-        attention: dict[int, mx.array] = {}
+        attention: dict[int, Any] = {}
         arguments = tokens[None], positions[None], mask, self.cache
         if capture is None:
             logits = self.model(*arguments, rows=rows)[0]
