@@ -7,7 +7,7 @@ import sys
 import typer
 
 #: Commands, each a module of this package.
-COMMANDS = ("generate", "search", "score", "schedule", "models", "doctor", "bench")
+COMMANDS = ("generate", "search", "score", "experiment", "schedule", "models", "doctor", "bench")
 
 
 app = typer.Typer(

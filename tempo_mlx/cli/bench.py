@@ -16,6 +16,7 @@ from ..bench.search import bench_search
 from ..bench.tree import bench_tree
 from ..files import check_writable
 from ..models import load
+from .experiment import require_extra
 from .tables import (
     conclude,
     parse_widths,
@@ -446,4 +447,63 @@ def score(
             f"{held.contexts:,} contexts in {held.seconds:.0f} s: {held.largest / 1e6:.1f} MB held "
             f"at most of {held.max_kv_bytes / 1e6:.1f} MB, {held.dropped:,} tokens dropped"
         )
+    conclude(report, console, output)
+
+
+@bench.command("experiments")
+def experiments(
+    model: Annotated[
+        str, typer.Option(help="Recipe name, folder in mlx-lm layout, or Hugging Face Hub id.")
+    ] = "smollm2-135m",
+    runs: Annotated[int, typer.Option(help="Runs, an even number in [2, 100].")] = 100,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", "-m", help="Steps of each run, at least 2.")
+    ] = 10,
+    batch_size: Annotated[int, typer.Option(help="Rows of the batch, at least 2.")] = 64,
+    workers: Annotated[int, typer.Option(help="Processes, at least 1.")] = 2,
+    rounds: Annotated[
+        int, typer.Option("--rounds", "-n", help="Goes of each variant that count, at least 1.")
+    ] = 1,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write the measurements as JSON.")
+    ] = None,
+) -> None:
+    """The runs of a suite: in one batch, one by one, in processes, and loading the model for each.
+
+    Every way runs the same prompts with the same seeds, and what it makes is compared with what
+    the runs make one by one.
+    """
+    require_extra()
+    # What suites need is an extra.
+    from ..bench.experiments import bench_experiments
+
+    if output is not None:
+        check_writable("--output", output)
+    language_model, tokenizer = load(model)
+    with ticking((rounds + 1) * 6) as tick:
+        report = bench_experiments(
+            language_model,
+            tokenizer,
+            runs=runs,
+            max_tokens=max_tokens,
+            batch_size=batch_size,
+            workers=workers,
+            rounds=rounds,
+            model_name=model,
+            progress=tick,
+        )
+    console = wide_console()
+    print_setting(report.model, report.setting, console)
+    table = Table("variant", title=f"{runs} runs, {batch_size} rows, {workers} workers")
+    for name in ("s/run", "over the batch", "runs that differ", "largest difference"):
+        table.add_column(name, justify="right")
+    for each in report.measured:
+        table.add_row(
+            each.name,
+            f"{each.seconds.median:.3f}",
+            spread(each.over_batched, 2),
+            str(each.differing),
+            f"{each.largest_difference:.1e}",
+        )
+    console.print(table)
     conclude(report, console, output)

@@ -128,7 +128,7 @@ def summary(status: BatchStatus) -> str:
     return ", ".join(parts)
 
 
-def parse_bytes(text: str) -> int:
+def parse_bytes(text: str, argument: str = "--max-kv-bytes") -> int:
     """Bytes of a text such as 800M, 2GB or 1.5GiB.
 
     Raises:
@@ -141,7 +141,7 @@ def parse_bytes(text: str) -> int:
     except (ValueError, KeyError):
         size = 0
     if size < 1:
-        raise ValueError(f"--max-kv-bytes must be a size such as 800MB or 2GiB, got {text!r}")
+        raise ValueError(f"{argument} must be a size such as 800MB or 2GiB, got {text!r}")
     return size
 
 

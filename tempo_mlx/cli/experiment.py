@@ -1,0 +1,272 @@
+"""``tempo-mlx experiment``: suites of many runs, stored, analysed and reported."""
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ..files import check_writable, write_atomically
+from ..models import load
+from .experiment_analysis import analyze, plot, report
+from .prompts import parse_bytes
+
+#: What suites need beside the package, and the extra that brings it.
+NEEDED = ("pandas", "psutil", "pyarrow", "pydantic", "yaml")
+MISSING = "experiments need {}: pip install 'tempo-mlx[experiments]'"
+
+#: Where suites are stored unless --output says where.
+RUNS = Path("runs")
+
+app = typer.Typer(
+    name="experiment",
+    help="Run suites of prompts, settings and seeds from one file; stop and resume them, analyse "
+    "and report what came out.",
+    no_args_is_help=True,
+)
+
+
+def register(parent: typer.Typer) -> None:
+    for command in (analyze, plot, report):
+        app.command()(command)
+    parent.add_typer(app)
+
+
+def require_extra() -> None:
+    """Raise ImportError unless what suites need is installed."""
+    missing = [name for name in NEEDED if find_spec(name) is None]
+    if missing:
+        raise ImportError(MISSING.format(", ".join(missing)))
+
+
+@app.command("run")
+def run(
+    suite: Annotated[
+        str, typer.Argument(metavar="SUITE", help="A suite's YAML file, or a built-in suite.")
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="DIR",
+            help="Folder of the suite; what is there already is not done again. "
+            "Default: runs/ and the suite's name.",
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Recipe, folder or Hub id, instead of the suite's own model."),
+    ] = None,
+    runner: Annotated[
+        str,
+        typer.Option(
+            metavar="batched|sequential|workers=N",
+            help="Runs as rows of one batch, one after another, or in N processes, each with a "
+            "model of its own. The results are the same.",
+        ),
+    ] = "batched",
+    scheduler: Annotated[
+        str | None,
+        typer.Option(
+            metavar="tcp://HOST:PORT",
+            help="Hand the runs to a Dask cluster instead. Needs the extra cluster on all "
+            "machines; a worker should have one thread.",
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int, typer.Option(help="Rows of a batch, at least 1; with --runner batched.")
+    ] = 64,
+    max_kv_bytes: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE", help="Memory for keys and values, such as 800MB; default: half of it."
+        ),
+    ] = None,
+    capture: Annotated[
+        str | None,
+        typer.Option(
+            metavar="reductions|full|none",
+            help="What to keep beside the tokens, instead of what the suite says: attention "
+            "received and its entropy for each head, the most probable tokens and divergences; "
+            "attention matrices as well; or nothing.",
+        ),
+    ] = None,
+    max_disk: Annotated[
+        str, typer.Option(metavar="SIZE", help="Refuse captures that may take more.")
+    ] = "10GB",
+    cross_validate: Annotated[
+        float,
+        typer.Option(
+            metavar="SHARE",
+            help="Run this share of the runs again, each alone, and compare tokens, probabilities "
+            "and captures, [0, 1]. A mismatch fails the suite.",
+        ),
+    ] = 0.0,
+) -> None:
+    """Run a suite, or what is left of it.
+
+    Stopped at any time, in whatever way, the same command goes on. Runs that failed are tried
+    again. Exit code 1 if a run failed or a comparison found a mismatch.
+    """
+    require_extra()
+    from ..experiments.session import RUNNERS, Options, Session, Status
+    from ..experiments.store import free_bytes
+    from ..experiments.suite import CAPTURES, read_suite
+
+    kind, _, count = runner.partition("=")
+    counted = count.isdecimal() if kind == "workers" else not count
+    if kind not in RUNNERS or not counted or "=" in runner and not count:
+        raise ValueError(
+            f"--runner must be batched, sequential or workers=N with N at least 1, got {runner!r}"
+        )
+    if scheduler is not None and runner != "batched":
+        raise ValueError("--scheduler runs the suite elsewhere; leave --runner out")
+    if capture is not None and capture not in CAPTURES:
+        raise ValueError(f"--capture must be one of {', '.join(CAPTURES)}, got {capture!r}")
+    options = Options(
+        runner=kind,
+        workers=int(count or 1),
+        scheduler=scheduler,
+        batch_size=batch_size,
+        max_kv_bytes=parse_bytes(max_kv_bytes) if max_kv_bytes is not None else None,
+        cross_validate=cross_validate,
+        max_disk=parse_bytes(max_disk, "--max-disk"),
+    )
+    given = {"model": model, "captures": capture}
+    wanted = read_suite(suite).model_copy(
+        update={name: value for name, value in given.items() if value is not None}
+    )
+    folder = output if output is not None else RUNS / wanted.name
+    notes = Console(stderr=True, highlight=False, soft_wrap=True)
+    plan = wanted.expand()
+    for note in plan.notes:
+        notes.print(f"note: {note}", style="yellow")
+    language_model, tokenizer = load(wanted.model)
+    session = Session(wanted, folder, language_model, tokenizer, options)
+    del language_model
+    notes.print(
+        f"{wanted.name}: {len(plan.runs)} runs, {options}, into {folder}; captures "
+        f"{wanted.captures}, at most {session.capture_bytes / 1e6:.1f} MB",
+        style="dim",
+    )
+    if session.capture_bytes > (free := free_bytes(folder)):
+        notes.print(f"note: {free / 1e6:.1f} MB are free there", style="yellow")
+    with Progress(
+        BarColumn(20),
+        MofNCompleteColumn(),
+        TextColumn("runs, {task.fields[told]}"),
+        TimeRemainingColumn(),
+        console=notes,
+        disable=not notes.is_terminal,
+    ) as progress:
+        bar = progress.add_task("", total=len(plan.runs), told="")
+        known: list[int] = []
+
+        def tell(status: Status) -> None:
+            ended = status.done + status.failed
+            if not known:
+                known.append(ended)
+                if ended:
+                    notes.print(f"{ended} of {status.total} runs are done already", style="dim")
+            told = status.what + (f", {status.failed} failed" if status.failed else "")
+            progress.update(bar, completed=ended, told=told)
+
+        try:
+            summary = session.run(tell)
+        except KeyboardInterrupt:
+            notes.print("stopped; the same command goes on from here", style="yellow")
+            raise
+    out = Console(highlight=False, soft_wrap=True)
+    out.print(
+        f"{summary.done} of {summary.total} runs are done, {summary.made} now in "
+        f"{summary.seconds:.1f} s; {folder} holds {summary.nbytes / 1e6:.1f} MB"
+    )
+    for run_id, error in summary.errors.items():
+        out.print(f"failed: {run_id}: {error}", style="red", markup=False)
+    found = summary.validation
+    if found is not None:
+        largest = ", ".join(f"{name} {value:.2g}" for name, value in found.differences.items())
+        out.print(
+            f"{found.runs} runs again alone: largest differences {largest}; "
+            f"tolerance {found.tolerance:g}, {len(found.mismatches)} mismatches"
+        )
+        for run_id, why in found.mismatches.items():
+            out.print(f"mismatch: {run_id}: {why}", style="red", markup=False)
+    if summary.errors or (found is not None and found.mismatches):
+        raise typer.Exit(1)
+
+
+@app.command("status")
+def status(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a suite.")],
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print it as JSON and nothing else.")
+    ] = False,
+) -> None:
+    """How far a suite is: runs by state, what failed and why, time left."""
+    require_extra()
+    from ..experiments.ledger import DONE, FAILED, PENDING, RUNNING, in_use
+    from ..experiments.store import read_ledger, read_manifest, size_of
+
+    ledger = read_ledger(folder)
+    try:
+        entries, left = ledger.entries(), ledger.seconds_left()
+    finally:
+        ledger.close()
+    running = in_use(folder)
+    counts = {
+        state: sum(entry.state == state for entry in entries)
+        for state in (DONE, FAILED, RUNNING, PENDING)
+    }
+    failures = {entry.run_id: entry.error for entry in entries if entry.state == FAILED}
+    manifest = read_manifest(folder)
+    if as_json:
+        data = {
+            "suite": manifest.get("suite"),
+            "in_use": running,
+            "runs": {"total": len(entries), **counts},
+            "failures": failures,
+            "seconds_left": left,
+            "bytes": size_of(folder),
+        }
+        typer.echo(json.dumps(data, indent=1))
+        return
+    out = Console(highlight=False, soft_wrap=True)
+    told = ", ".join(f"{n} {state}" for state, n in counts.items() if n)
+    out.print(f"{manifest.get('suite', folder)}: {len(entries)} runs, {told}")
+    if counts[PENDING] + counts[RUNNING]:
+        out.print("a command works on it" if running else "no command works on it")
+        if left is not None:
+            out.print(f"about {_duration(left)} left at the pace of the latest command")
+    for run_id, error in failures.items():
+        out.print(f"failed: {run_id}: {error}", style="red", markup=False)
+
+
+@app.command("schema")
+def schema(
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write it to a file.")
+    ] = None,
+) -> None:
+    """The JSON Schema of suite files, for editors that check YAML as it is written."""
+    require_extra()
+    from ..experiments.suite import json_schema
+
+    text = json.dumps(json_schema(), indent=1) + "\n"
+    if output is None:
+        typer.echo(text, nl=False)
+        return
+    check_writable("--output", output)
+    write_atomically(output, text)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

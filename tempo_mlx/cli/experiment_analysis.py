@@ -1,0 +1,200 @@
+"""``tempo-mlx experiment analyze``, ``plot`` and ``report``: what a suite's runs say."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .tables import wide_console
+
+if TYPE_CHECKING:
+    from ..experiments.analysis import Analysis
+
+MISSING = "experiments need {}: pip install 'tempo-mlx[experiments]'"
+
+#: The word for no limit.
+ANY = "any"
+
+Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of a suite's run.")]
+Measure = Annotated[
+    str,
+    typer.Option(
+        metavar="MEASURE",
+        help="What the pictures show: token (attention per sibling), set (of the whole set) or "
+        "alone (per sibling, its siblings taken out of the row).",
+    ),
+]
+
+
+def analyze(
+    folder: Folder,
+    caliper: Annotated[
+        str,
+        typer.Option(
+            metavar="LOGITS",
+            help="Largest difference between the logits of a sibling's and a control's "
+            "probabilities, above 0, or 'any'.",
+        ),
+    ] = "0.5",
+    window: Annotated[
+        str,
+        typer.Option(
+            metavar="STEPS",
+            help="Largest difference between their query steps, at least 0, or 'any'.",
+        ),
+    ] = "3",
+    adjustment: Annotated[
+        str,
+        typer.Option(
+            metavar="linear|none",
+            help="Whether what matching leaves different is evened out along fitted slopes.",
+        ),
+    ] = "linear",
+    resamples: Annotated[int, typer.Option(help="Samples of each bootstrap, at least 1.")] = 9999,
+    seed: Annotated[int, typer.Option(help="Seed of the bootstraps, at least 0.")] = 0,
+) -> None:
+    """Compare siblings with matched single tokens, and modes with each other.
+
+    Writes FOLDER/analysis: every table as CSV and Parquet, and analysis.json.
+    """
+    with _packages():
+        from ..experiments.analysis import analyze as analyze_tables
+        from ..experiments.analysis import save
+        from ..experiments.matching import Rules
+        from ..experiments.tables import load_tables
+    rules = Rules(_limit("--caliper", caliper, float), _limit("--window", window, int), adjustment)
+    if resamples < 1:
+        raise ValueError(f"--resamples must be at least 1, got {resamples}")
+    if seed < 0:
+        raise ValueError(f"--seed must be at least 0, got {seed}")
+    _check_folder(folder)
+    with _working("Analysing"):
+        analysis = analyze_tables(load_tables(folder), rules, resamples, seed)
+        target = save(analysis, folder)
+    _print(analysis)
+    _say(f"written: {target}")
+
+
+def plot(
+    folder: Folder,
+    measure: Measure = "token",
+    ending: Annotated[
+        str, typer.Option("--format", metavar="FORMAT", help="svg, png or pdf.")
+    ] = "svg",
+) -> None:
+    """Draw the analysis into FOLDER/plots: layers and heads, prompts, categories, distances, KL."""
+    if f".{ending}" not in (".svg", ".png", ".pdf"):
+        raise ValueError(f"--format must be svg, png or pdf, got {ending!r}")
+    with _packages():
+        from ..experiments.analysis import load_analysis
+        from ..experiments.report import PLOTS
+        from ..plots.experiment import plot_experiment
+    _check_folder(folder)
+    analysis = load_analysis(folder)
+    with _working("Drawing"):
+        written = plot_experiment(analysis, folder / PLOTS, measure, f".{ending}")
+    for path in written:
+        _say(f"drawn: {path}")
+
+
+def report(folder: Folder, measure: Measure = "token") -> None:
+    """Write FOLDER/report.html, one file with its pictures inside, and FOLDER/report.md."""
+    with _packages():
+        from ..experiments.analysis import load_analysis
+        from ..experiments.report import write_report
+    _check_folder(folder)
+    analysis = load_analysis(folder)
+    with _working("Writing"):
+        written = write_report(analysis, folder, measure)
+    for path in written:
+        _say(f"written: {path}")
+
+
+@contextmanager
+def _packages() -> Iterator[None]:
+    """Say which extra is missing; what is missing of our own stays an error of ours."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("tempo_mlx"):
+            raise
+        raise ImportError(MISSING.format(error.name)) from error
+
+
+@contextmanager
+def _working(what: str) -> Iterator[None]:
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield
+        return
+    with console.status(f"{what} ..."):
+        yield
+
+
+def _limit(name: str, text: str, kind: type) -> Any:
+    if text == ANY:
+        return None
+    try:
+        return kind(text)
+    except ValueError as error:
+        raise ValueError(f"{name} must be a number or {ANY!r}, got {text!r}") from error
+
+
+def _check_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise ValueError(f"FOLDER must be the folder of a suite's run, {folder} is none")
+
+
+def _say(text: str) -> None:
+    Console(stderr=True, highlight=False, soft_wrap=True).print(text, style="dim", markup=False)
+
+
+def _print(analysis: "Analysis") -> None:
+    """The most important numbers: naive beside controlled, and mode against mode."""
+    from ..experiments.sections import interval, number
+    from ..experiments.summary import each
+
+    console = wide_console()
+    effects = analysis["effects"]
+    table = Table("measure", "mode", title="siblings minus controls")
+    for name in ("n", "naive", "controlled", "95%", "d_z", "p (t)", "Holm"):
+        table.add_column(name, justify="right")
+    for row in each(effects[effects["grouping"] == "overall"]):
+        table.add_row(
+            row.measure,
+            row.mode,
+            str(row.n),
+            number(row.naive, True),
+            number(row.mean, True),
+            interval(row.low, row.high, row.note),
+            number(row.d_z, True),
+            number(row.p_t),
+            number(row.p_t_holm),
+        )
+    console.print(table)
+    contrasts = analysis["contrasts"]
+    if len(contrasts):
+        table = Table("measure", "modes", title="mode minus mode, prompt by prompt")
+        for name in ("n", "difference", "95%", "d_z", "p (t)", "Holm"):
+            table.add_column(name, justify="right")
+        for row in each(contrasts[contrasts["grouping"] == "overall"]):
+            table.add_row(
+                row.measure,
+                f"{row.mode_b} - {row.mode_a}",
+                str(row.n),
+                number(row.mean, True),
+                interval(row.low, row.high, row.note),
+                number(row.d_z, True),
+                number(row.p_t),
+                number(row.p_t_holm),
+            )
+        console.print(table)
+    matches = analysis["matches"].groupby(["of", "mode"], sort=False, as_index=False)
+    for row in each(matches[["units", "without"]].sum()):
+        console.print(f"{row.mode}: {row.without} of {row.units} {row.of} had no control")
+    for note in analysis.info["notes"]:
+        console.print(note, style="yellow", markup=False)

@@ -1,0 +1,1 @@
+"""Suites of many runs: expanded from one file, run, captured, analysed, reported."""

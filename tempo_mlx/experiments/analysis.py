@@ -1,0 +1,405 @@
+"""The analysis of a suite: all that is computed from its tables, and the files it fills."""
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from pandas import DataFrame
+
+from ..files import write_atomically
+from .matching import Rules, keys_of
+from .measures import ALL, MEASURES, Measured, Measurements, measure
+from .mixed_model import mode_model, observations, seed_model, sibling_model
+from .statistics import CONFIDENCE, MIN_BOOTSTRAP, MIN_PROMPTS, MIN_WILCOXON, clustered_mean
+from .summary import (
+    EVERY_CATEGORY,
+    TESTED,
+    by_head,
+    by_prompt,
+    each,
+    influences,
+    mode_differences,
+    mode_pairs,
+    over_prompts,
+    overall,
+    summarise,
+)
+from .table_checks import check_tables
+from .tables import Tables
+
+SCHEMA = 1
+
+#: Where the files are, in the folder of a suite's run.
+FOLDER, INFO = "analysis", "analysis.json"
+#: The tables, each with what it holds; in a cell, no set size or layer means all of them.
+CONTENTS = {
+    "runs": "the runs that were analysed",
+    "matches": "how many siblings and sets found controls, by mode and category",
+    "balance": "how alike siblings and controls are, before and after matching",
+    "effects": "siblings minus controls by category, set size and layer, the naive number beside",
+    "contrasts": "the same, one mode minus another, prompt by prompt",
+    "prompts": "the values of each prompt that these are computed from",
+    "intervals": "the effect in each prompt, with an interval of its own",
+    "heads": "siblings and controls by layer and head",
+    "distances": "attention of matched siblings and controls by distance",
+    "influence": "outliers and leave-one-out influence of the prompts",
+    "sensitivity": "the effect under other rules of matching",
+    "seeds": "how much the effect varies between seeds and between prompts",
+    "models": "mixed models of the same questions",
+    "kl": "divergence of the modes' next distributions by step",
+    "entropy": "entropy of attention by mode and layer",
+    "first_token": "attention of the prompt's first token by mode and layer",
+}
+#: In Parquet and CSV only.
+NOT_IN_JSON = ("prompts",)
+
+#: Other rules, beside those chosen.
+OTHER_RULES = (
+    Rules(0.25, 3),
+    Rules(0.5, 1),
+    Rules(0.5, 3),
+    Rules(0.5, 3, "none"),
+    Rules(0.5, None),
+    Rules(1.0, 3),
+    Rules(2.0, 3),
+    Rules(None, 3),
+    Rules(None, None),
+    Rules(None, None, "none"),
+)
+
+#: Bootstrap samples, and their seed.
+RESAMPLES, SEED = 9999, 0
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What was found.
+
+    Args:
+        info: schema, suite, manifest, how it was analysed (rules, confidence, families, ...), and
+            notes: what to know about these data.
+        tables: by the names in :data:`CONTENTS`.
+    """
+
+    info: dict[str, Any]
+    tables: dict[str, DataFrame]
+
+    def __getitem__(self, name: str) -> DataFrame:
+        return self.tables[name]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready: ``info``, and rows of the tables with None where there is no number."""
+        kept = {name: table for name, table in self.tables.items() if name not in NOT_IN_JSON}
+        return {**self.info, "tables": {name: _records(table) for name, table in kept.items()}}
+
+
+def analyze(
+    tables: Tables, rules: Rules | None = None, resamples: int = RESAMPLES, seed: int = SEED
+) -> Analysis:
+    """Analyse a suite; the prompt is the unit of replication throughout.
+
+    Args:
+        tables: of the runs that are done.
+        rules: of matching.
+        resamples: of each bootstrap, at least 1.
+        seed: of the bootstraps, at least 0.
+
+    Raises:
+        ValueError: if a number is not finite, a column is missing, or no run has siblings that a
+            later step could see.
+    """
+    rules = rules or Rules()
+    if resamples < 1:
+        raise ValueError(f"resamples must be at least 1, got {resamples}")
+    if seed < 0:
+        raise ValueError(f"seed must be at least 0, got {seed}")
+    check_tables(tables)
+    if not (keys_of(tables)["kind"] == "sibling").any():
+        raise ValueError(
+            "no run has a set of two or more tokens that a later step could see: nothing to "
+            "compare; a lower threshold or more steps give some"
+        )
+    found = measure(tables, rules)
+    runs = tables.runs
+    pairs = mode_pairs(runs)
+    prompts = by_prompt(found)
+    differences = mode_differences(prompts, pairs)
+    bootstrap = {"resamples": resamples, "seed": seed}
+    of_modes = ["measure", "mode_a", "mode_b"]
+    beside = ["siblings", "controls", "naive"]
+    contrasts = summarise(differences, of_modes, ["effect_a", "effect_b"], **bootstrap)
+    influence = [
+        influences(prompts, ["measure", "mode"]).assign(question="siblings"),
+        influences(differences, of_modes).assign(question="modes"),
+    ]
+    named = runs[["run_id", "prompt_id", "mode"]]
+    first = found.first.merge(runs[["run_id", "prompt_id"]], on="run_id")
+    entropy = tables.entropy.merge(named, on="run_id")
+    seeds = seed_sensitivity(found, tables)
+    results = {
+        "runs": runs.reset_index(drop=True),
+        "matches": found.matches,
+        "balance": found.balance,
+        "effects": summarise(prompts, ["measure", "mode"], beside, **bootstrap),
+        "contrasts": contrasts,
+        "prompts": prompts,
+        "intervals": prompt_intervals(found, runs),
+        "heads": by_head(found),
+        "distances": distances(found.measured["token"]),
+        "influence": pd.concat(influence, ignore_index=True),
+        "sensitivity": sensitivity(tables, rules, pairs),
+        "seeds": seeds,
+        "models": models(tables, pairs),
+        "kl": over_prompts(tables.kl, ["mode_a", "mode_b", "step"], ["kl_ab", "kl_ba"]),
+        "entropy": over_prompts(entropy, ["mode", "layer"], ["entropy"]),
+        "first_token": over_prompts(first, ["mode", "layer"], ["attention"]),
+    }
+    info = {
+        "schema": SCHEMA,
+        "suite": tables.suite,
+        "manifest": tables.manifest,
+        "rules": asdict(rules),
+        "bootstrap": bootstrap,
+        "confidence": CONFIDENCE,
+        "fewest_prompts": {
+            "interval": MIN_PROMPTS,
+            "bootstrap": MIN_BOOTSTRAP,
+            "wilcoxon": MIN_WILCOXON,
+        },
+        "measures": MEASURES,
+        "families": list(TESTED.values()),
+        "n_runs": len(runs),
+        "n_prompts": int(runs["prompt_id"].nunique()),
+        "modes": list(runs["mode"].unique()),
+        "mode_pairs": [list(pair) for pair in pairs],
+        "notes": notes(found, tables, seeds, rules),
+        "contents": CONTENTS,
+    }
+    return Analysis(info, results)
+
+
+def prompt_intervals(found: Measurements, runs: DataFrame) -> DataFrame:
+    """The effect in each prompt, with an interval over what varies inside the prompt.
+
+    Over its runs, where there are at least three (seeds); else over its parallel sets. The interval
+    describes the prompt, not the model: what holds beyond the prompt has its interval over prompts.
+
+    Returns:
+        measure, category, prompt_id, prompt, mode, effect, low, high, n (runs or sets that the
+        interval is over), over ("runs" or "sets").
+    """
+    texts = runs.drop_duplicates("prompt_id").set_index("prompt_id")["prompt"]
+    rows = []
+    for name, measured in found.measured.items():
+        units = measured.units[measured.units["controls"].notna()]
+        for labels, mine in units.groupby(["category", "prompt_id", "mode"], sort=False):
+            category, prompt, mode = map(str, labels)
+            several = mine["run_id"].nunique() >= MIN_PROMPTS
+            clusters = ["run_id"] if several else ["run_id", "key_step"]
+            # Every run counts the same, as everywhere.
+            weights = 1 / mine.groupby("run_id")["siblings"].transform("size")
+            effect, low, high, n = clustered_mean(
+                (mine["siblings"] - mine["controls"]).to_numpy(),
+                mine.groupby(clusters).ngroup().to_numpy(),
+                weights.to_numpy(),
+            )
+            over = "runs" if several else "sets"
+            rows.append((name, category, prompt, texts[prompt], mode, effect, low, high, n, over))
+    columns = ["measure", "category", "prompt_id", "prompt", "mode"]
+    return DataFrame(rows, columns=[*columns, "effect", "low", "high", "n", "over"])
+
+
+def distances(measured: Measured) -> DataFrame:
+    """Attention of matched units and their controls by distance: means over prompts."""
+    matched = measured.units[measured.units["controls"].notna()]
+    by = ["mode", "distance"]
+    found = over_prompts(matched, by, ["siblings", "controls"])
+    counts = matched.groupby(by, as_index=False).size().rename(columns={"size": "units"})
+    return found.merge(counts, on=by).sort_values(by, ignore_index=True)
+
+
+def sensitivity(tables: Tables, rules: Rules, pairs: list[tuple[str, str]]) -> DataFrame:
+    """The effect by token and by set, over everything, under other rules of matching.
+
+    Returns:
+        caliper, window (empty: any), adjustment, chosen (the rules of this analysis), measure,
+        mode (or "second - first" of a pair), n, effect, effect_low, effect_high, without (share of
+        a mode's units that found no control).
+    """
+    # These measures are linear: the mean over layers and heads may be taken first.
+    mean = tables.received.mean(axis=(1, 2), dtype=np.float64)
+    flat = replace(tables, received=mean[:, None, None])
+    by = ["measure", "mode"]
+    parts = []
+    for other in dict.fromkeys([*OTHER_RULES, rules]):
+        rows = by_prompt(measure(flat, other))
+        rows = rows[(rows["measure"] != "alone") & rows["set_size"].isna() & rows["layer"].isna()]
+        both = mode_differences(rows, pairs)
+        both["mode"] = both["mode_b"].astype(str) + " - " + both["mode_a"].astype(str)
+        known = pd.concat([overall(rows)[[*by, "prompt_id", "effect"]], both], join="inner")
+        sums = rows.groupby(by, sort=False)[["units", "matched"]].sum()
+        without = (1 - sums["matched"] / sums["units"]).rename("without").reset_index()
+        found = without.merge(over_prompts(known, by, ["effect"]), on=by, how="outer")
+        found["n"] = found["n"].fillna(0).astype(int)
+        parts.append(found.assign(**asdict(other), chosen=other == rules))
+    table = pd.concat(
+        [part.astype({"caliper": "Float64", "window": "Int64"}) for part in parts],
+        ignore_index=True,
+    )
+    columns = ["caliper", "window", "adjustment", "chosen", "measure", "mode", "n", "effect"]
+    return table[[*columns, "effect_low", "effect_high", "without"]]
+
+
+def seed_sensitivity(found: Measurements, tables: Tables) -> DataFrame:
+    """How much of the effect's variance lies between seeds of one prompt.
+
+    Returns:
+        measure, mode, prompts, runs, distinct (different texts or sets within their prompt),
+        sd_seeds, sd_prompts, icc (share of the variance between prompts, ICC(1) of Shrout and
+        Fleiss 1979, from the mixed model's components), converged, note.
+    """
+    tokens = tables.tokens.sort_values(["run_id", "step", "slot"])
+    contents = tokens.groupby("run_id")["id"].agg(tuple)
+    rows = []
+    for name, measured in found.measured.items():
+        cells = measured.cells.assign(effect=measured.effect.mean(axis=(1, 2)))
+        used = cells[(cells["set_size"] == ALL) & cells["effect"].notna()]
+        for mode, mine in used.groupby("mode", sort=False):
+            texts = mine.assign(content=mine["run_id"].map(contents))
+            distinct = len(texts.drop_duplicates(["prompt_id", "content"]))
+            row: dict[str, Any] = {"measure": name, "mode": mode}
+            row |= {"prompts": mine["prompt_id"].nunique(), "runs": len(mine)}
+            row |= {"distinct": distinct, "sd_seeds": None, "sd_prompts": None, "icc": None}
+            if len(mine) == row["prompts"]:
+                note = "one run for each prompt: nothing varies but the prompt"
+                rows.append(row | {"converged": None, "note": note})
+                continue
+            model = seed_model(mine[["prompt_id", "effect"]])
+            if model["var_residual"] is not None:
+                within, between = model["var_residual"], model["var_prompt"]
+                row |= {"sd_seeds": within**0.5, "sd_prompts": between**0.5}
+                row["icc"] = between / (between + within) if between + within > 0 else None
+            rows.append(row | {"converged": model["converged"], "note": model["note"]})
+    columns = ["measure", "mode", "prompts", "runs", "distinct"]
+    numbers = dict.fromkeys(("sd_seeds", "sd_prompts", "icc"), float)
+    table = DataFrame(rows, columns=[*columns, *numbers, "converged", "note"])
+    return table.astype({**numbers, "converged": "boolean"})
+
+
+def models(tables: Tables, pairs: list[tuple[str, str]]) -> DataFrame:
+    """Mixed models of siblings' attention in each mode, and of its difference between modes."""
+    seen = observations(tables)
+    by_mode = dict(list(seen.groupby("mode", sort=False)))
+    rows = [
+        {"question": "siblings", "mode": mode, **sibling_model(mine)}
+        for mode, mine in by_mode.items()
+    ]
+    rows += [
+        {"question": "modes", "mode": f"{second} - {first}", **model}
+        for first, second in pairs
+        if first in by_mode and second in by_mode
+        for model in [mode_model(by_mode[first], by_mode[second])]
+    ]
+    numbers = ["estimate", "low", "high", "p", "var_prompt", "var_sibling", "var_residual"]
+    return DataFrame(rows).astype(dict.fromkeys(numbers, float))
+
+
+def notes(found: Measurements, tables: Tables, seeds: DataFrame, rules: Rules) -> list[str]:
+    """What a reader of these results has to know about these data."""
+    said = []
+    runs = tables.runs
+    if runs["seed"].isna().all():
+        said.append(
+            "Selection was deterministic: a seed changes nothing, each configuration ran once."
+        )
+    of_tokens = seeds[seeds["measure"] == "token"]
+    for row in each(of_tokens):
+        if row.distinct < row.runs:
+            said.append(
+                f"{row.mode}: {row.runs} runs of {row.prompts} prompts, {row.distinct} of them "
+                "different; runs are averaged within their prompt, so copies are no evidence."
+            )
+    measured = found.measured["token"]
+    cells = measured.cells[measured.cells["set_size"] == ALL]
+    for mode, mine in runs.groupby("mode", sort=False):
+        prompts = set(mine["prompt_id"])
+        here = cells[cells["mode"] == mode]
+        with_units = set(here["prompt_id"])
+        with_controls = set(here.loc[here["matched"] > 0, "prompt_id"])
+        for what, missing in (
+            ("no set of several tokens that a later step could see", prompts - with_units),
+            ("siblings, but none with a matched control", with_units - with_controls),
+        ):
+            if missing:
+                names = ", ".join(sorted(missing))
+                said.append(
+                    f"{mode}: {len(missing)} of {len(prompts)} prompts have {what}: {names}"
+                )
+        mine_units = measured.units[measured.units["mode"] == mode]
+        if len(mine_units) and not mine_units["siblings"].fillna(0).any():
+            said.append(
+                f"{mode}: siblings got no attention at all; where later steps cannot see them, the "
+                "difference says nothing about the model."
+            )
+        if rules.adjustment != "none" and mode not in found.adjusted:
+            said.append(f"{mode}: too few single tokens for slopes; controls are not adjusted.")
+    everyone = set(runs["prompt_id"])
+    for mode, mine in runs.groupby("mode", sort=False):
+        lacking = everyone - set(mine["prompt_id"])
+        if lacking:
+            names = ", ".join(sorted(lacking))
+            said.append(f"{mode}: no finished run of {len(lacking)} prompts: {names}")
+    return said
+
+
+def save(analysis: Analysis, folder: Path) -> Path:
+    """Write every table as CSV and Parquet, and analysis.json last.
+
+    Args:
+        folder: of the suite's run.
+
+    Returns:
+        The folder ``analysis`` in it.
+    """
+    target = folder / FOLDER
+    target.mkdir(exist_ok=True)
+    for name, table in analysis.tables.items():
+        write_atomically(target / f"{name}.csv", table.to_csv(index=False))
+        write_atomically(target / f"{name}.parquet", table.to_parquet(index=False))
+    text = json.dumps(
+        analysis.to_dict(), ensure_ascii=False, indent=1, allow_nan=False, default=_plain
+    )
+    write_atomically(target / INFO, text + "\n")
+    return target
+
+
+def load_analysis(folder: Path) -> Analysis:
+    """What :func:`save` wrote.
+
+    Raises:
+        ValueError: if there is none, or not of this version.
+    """
+    path = folder / FOLDER / INFO
+    if not path.is_file():
+        raise ValueError(f"{folder} has no analysis; run: tempo-mlx experiment analyze {folder}")
+    info = json.loads(path.read_text(encoding="utf-8"))
+    if info.get("schema") != SCHEMA:
+        raise ValueError(f"{path} is of version {info.get('schema')}, this program reads {SCHEMA}")
+    del info["tables"]
+    tables = {name: pd.read_parquet(path.with_name(f"{name}.parquet")) for name in CONTENTS}
+    return Analysis(info, tables)
+
+
+def _records(table: DataFrame) -> list[dict[Any, Any]]:
+    objects = table.astype(object)
+    return objects.where(table.notna(), None).to_dict("records")
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic) else str(value)
+
+
+__all__ = ["EVERY_CATEGORY", "Analysis", "analyze", "load_analysis", "save"]

@@ -1,0 +1,347 @@
+"""One command's work on a suite: check it, run what is not done, store it, say how it went."""
+
+import gc
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from ..bench.setting import dtype_name
+from ..generation import begin
+from ..models import Capture, PositionedModel
+from ..models.identity import fingerprint
+from ..run import Run
+from ..tokens import Vocabulary
+from .capture import Recorder
+from .ledger import FAILED
+from .running import Outcome, run_batched, run_one_by_one
+from .store import SCHEMA, Store, read_manifest, size_of
+from .suite import Plan, RunConfig, Suite, SuiteError
+from .validation import Validation, cross_validate
+from .workers import require_memory, run_in_workers, run_on_cluster
+
+RUNNERS = ("batched", "sequential", "workers")
+
+#: Rows of a batch, unless the caller says how many. Runs of a suite are short: many fit.
+BATCH_SIZE = 64
+
+#: Bytes that the captures of a suite may take, unless the caller says how many.
+MAX_DISK = 10 * 10**9
+
+PACKAGES = ("tempo-mlx", "mlx", "mlx-lm", "numpy")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a suite is run; none of it changes what a run is.
+
+    Args:
+        runner: "batched" (runs are rows of one batch), "sequential" (one after another) or
+            "workers" (in processes of their own).
+        workers: processes, at least 1.
+        scheduler: address of a Dask cluster that runs them instead; None where there is none.
+        batch_size: rows of a batch, at least 1.
+        max_kv_bytes: as of :func:`tempo_mlx.stream_batch_generate`.
+        cross_validate: share of the runs that are run again alone and compared, [0, 1].
+        max_disk: bytes that captures may take.
+
+    Raises:
+        ValueError: naming the option, its value and the allowed range.
+    """
+
+    runner: str = "batched"
+    workers: int = 1
+    scheduler: str | None = None
+    batch_size: int = BATCH_SIZE
+    max_kv_bytes: int | None = None
+    cross_validate: float = 0.0
+    max_disk: int = MAX_DISK
+
+    def __post_init__(self) -> None:
+        if self.runner not in RUNNERS:
+            raise ValueError(f"runner must be one of {', '.join(RUNNERS)}, got {self.runner!r}")
+        for name in ("workers", "batch_size", "max_disk"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.cross_validate <= 1:
+            raise ValueError(f"cross_validate must be in [0, 1], got {self.cross_validate}")
+
+    def __str__(self) -> str:
+        if self.scheduler is not None:
+            return f"cluster {self.scheduler}"
+        if self.runner == "workers":
+            return f"workers={self.workers}"
+        return f"batched, {self.batch_size} rows" if self.runner == "batched" else self.runner
+
+
+@dataclass(frozen=True)
+class Status:
+    """How far a suite has come.
+
+    Args:
+        total, done, failed: runs.
+        what: is being done.
+    """
+
+    total: int
+    done: int
+    failed: int
+    what: str = ""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What one command did.
+
+    Args:
+        total, done, failed: runs of the suite, as they stand now.
+        made: runs that this command ran.
+        seconds: that it took for them.
+        nbytes: of the folder.
+        errors: of failed runs, by id.
+        validation: None unless it was asked for.
+    """
+
+    total: int
+    done: int
+    failed: int
+    made: int
+    seconds: float
+    nbytes: int
+    errors: dict[str, str]
+    validation: Validation | None
+
+
+class Session:
+    """A suite, checked with its model and ready to run into a folder.
+
+    Args:
+        suite: what to run.
+        folder: where it is stored; made if it is not there, continued if it is.
+        model, tokenizer: as :func:`tempo_mlx.load` returns them, of the suite's ``model``.
+        options: how.
+
+    Raises:
+        SuiteError: naming what a setting, a prompt or the model does not allow.
+        ValueError: if captures would take more than ``max_disk``, or for a lack of memory.
+    """
+
+    def __init__(
+        self,
+        suite: Suite,
+        folder: Path,
+        model: nn.Module | PositionedModel,
+        tokenizer: Any,
+        options: Options | None = None,
+    ):
+        self.suite, self.folder = suite, folder
+        self.options = options or Options()
+        self.model: PositionedModel | None = PositionedModel.of(model)
+        self.tokenizer = tokenizer
+        self.plan: Plan = suite.expand()
+        self.identity = fingerprint(self.model.model)
+        self._facts = _facts(self.model)
+        heads = self._facts["heads"]
+        if len(heads) > 1 and suite.captures != "none":
+            raise SuiteError(
+                f"{self.model.architecture}: its layers have {heads} heads, and captures have one "
+                "axis for them; use captures none"
+            )
+        #: bytes that captures take at most
+        self.capture_bytes = self._check()
+        if self.capture_bytes > self.options.max_disk:
+            raise ValueError(
+                f"captures {suite.captures} take up to {self.capture_bytes / 1e9:.2f} GB, more "
+                f"than --max-disk {self.options.max_disk / 1e9:.2f} GB; raise it, or capture less"
+            )
+        if self.options.scheduler is None and self.options.runner == "workers":
+            require_memory(self.options.workers)
+            if not self.options.cross_validate:
+                # The workers load their own.
+                self.model = None
+
+    def _check(self) -> int:
+        """Make every run without running it; returns the most bytes that captures take."""
+        assert self.model is not None
+        vocabulary = Vocabulary(self.tokenizer)
+        total = 0
+        for config in self.plan.runs:
+            observer = None if config.captures == "none" else Recorder(False, None, 0)
+            try:
+                result = begin(
+                    self.model, self.tokenizer, config.prompt, config.settings, "", vocabulary
+                )
+                run = Run(result, observer=observer)
+            except ValueError as error:
+                raise SuiteError(
+                    f"suite {self.suite.name}, {config.prompt_id} ({config.mode}): {error}"
+                ) from error
+            layers, heads = self._facts["layers"], max(self._facts["heads"])
+            total += capture_bytes(config, run.length, layers, heads)
+        return total
+
+    def run(
+        self,
+        tell: Callable[[Status], None] = lambda status: None,
+        command: list[str] | None = None,
+    ) -> Summary:
+        """Run what is not done yet.
+
+        Args:
+            tell: called when runs have been stored.
+            command: what the manifest says that was called.
+
+        Raises:
+            LockedError: if another command works on the folder.
+            DiskFullError: if the disk is full; what is stored is whole, and goes on another time.
+            ValueError: if the folder holds another suite or another model's runs.
+        """
+        with Store(self.folder, self.suite, self.identity, self.plan.runs) as store:
+            return self._run(store, tell, command or ["tempo-mlx", *sys.argv[1:]])
+
+    def _run(self, store: Store, tell: Callable[[Status], None], command: list[str]) -> Summary:
+        total, known = len(store.runs), store.done
+        groups = [
+            group
+            for group in self.plan.groups
+            # A group is run as a whole: divergences need all of its runs.
+            if not known.issuperset(config.id(self.identity) for config in group)
+        ]
+        ids = [[config.id(self.identity) for config in group] for group in groups]
+        session: dict[str, Any] = {
+            "started": _now(),
+            "command": command,
+            "runner": str(self.options),
+        }
+        manifest = self._manifest(read_manifest(self.folder), session)
+        store.write_manifest(manifest)
+        done = total - sum(map(len, groups))
+        made = failed = 0
+        tell(Status(total, done, failed, "running"))
+        started = time.perf_counter()
+        for number, outcome in self._outcomes(groups, lambda i: store.ledger.start(ids[i])):
+            store.commit(ids[number], outcome)
+            errors = sum(isinstance(run, str) for run in outcome.runs)
+            made += len(outcome.runs)
+            failed += errors
+            tell(Status(total, done + made - failed, failed, "running"))
+        seconds = time.perf_counter() - started
+        validation = None
+        if self.options.cross_validate and store.done:
+            assert self.model is not None
+            validation = cross_validate(
+                self.model,
+                self.tokenizer,
+                store,
+                self.options.cross_validate,
+                lambda run_id: tell(Status(total, len(store.done), failed, f"again: {run_id}")),
+            )
+            manifest["cross_validation"] = asdict(validation)
+        store.ledger.end()
+        now_done = len(store.done)
+        session["finished"], session["made"], session["seconds"] = _now(), made, seconds
+        manifest |= {"finished": _now(), "runs": {"total": total, "done": now_done}}
+        store.write_manifest(manifest)
+        entries = store.ledger.entries()
+        return Summary(
+            total,
+            now_done,
+            sum(entry.state == FAILED for entry in entries),
+            made,
+            seconds,
+            size_of(self.folder),
+            {entry.run_id: entry.error or "" for entry in entries if entry.state == FAILED},
+            validation,
+        )
+
+    def _outcomes(
+        self, groups: list[list[RunConfig]], begin: Callable[[int], None]
+    ) -> Iterator[tuple[int, Outcome]]:
+        options, name = self.options, self.suite.model
+        if not groups:
+            return iter(())
+        if options.scheduler is not None:
+            return run_on_cluster(options.scheduler, name, self.identity, groups, begin)
+        if options.runner == "workers":
+            gc.collect()
+            mx.clear_cache()
+            return run_in_workers(name, self.identity, groups, options.workers, begin)
+        assert self.model is not None
+        if options.runner == "sequential":
+            return run_one_by_one(self.model, self.tokenizer, groups, options.max_kv_bytes, begin)
+        return run_batched(
+            self.model, self.tokenizer, groups, options.batch_size, options.max_kv_bytes, begin
+        )
+
+    def _manifest(self, before: dict[str, Any], session: dict[str, Any]) -> dict[str, Any]:
+        """What was run, on what; sessions of earlier commands stay."""
+        return {
+            "schema": SCHEMA,
+            "suite": self.suite.name,
+            "model": self.suite.model,
+            "fingerprint": self.identity,
+            **self._facts,
+            "device": str(mx.device_info().get("device_name", mx.default_device())),
+            "platform": platform.platform(),
+            "python": platform.python_version(),
+            "versions": {name: metadata.version(name) for name in PACKAGES},
+            "notes": self.plan.notes,
+            "created": before.get("created", session["started"]),
+            "sessions": [*before.get("sessions", []), session],
+            **{key: before[key] for key in ("cross_validation",) if key in before},
+        }
+
+
+def capture_bytes(config: RunConfig, prompt_tokens: int, layers: int, heads: int) -> int:
+    """Bytes that the captures of a run take at most, before compression.
+
+    A set has no more tokens than the threshold's reciprocal, for their probabilities sum to 1.
+
+    Args:
+        config: the run.
+        prompt_tokens: tokens of its prompt.
+        layers, heads: of the model's attention.
+    """
+    if config.captures == "none":
+        return 0
+    settings = config.settings
+    least = min(settings.threshold, settings.final_threshold or settings.threshold)
+    widest = max(1, min(settings.max_parallel, int(1 / least + 1e-6)))
+    passes = settings.max_tokens - 1
+    # Slots that the passes see: the prompt, and the sets so far.
+    entries = passes * prompt_tokens + widest * passes * (passes + 1) // 2
+    total = 4 * layers * heads * (entries + passes)
+    if config.captures == "full":
+        total += 2 * layers * heads * widest * entries
+    return total
+
+
+def _facts(model: PositionedModel) -> dict[str, Any]:
+    """What the manifest says of the model; heads are 0 where attention cannot be captured."""
+    heads = {0}
+    if model.captures_attention:
+        # Shapes are known without computing anything.
+        token = mx.zeros((1, 1), mx.int32)
+        _, attention = model(
+            token, np.zeros((1, 1), int), "causal", model.make_cache(), Capture(full=True)
+        )
+        heads = {weights.shape[1] for weights in attention.values()}
+    return {
+        "architecture": model.architecture,
+        "dtype": dtype_name(model),
+        "layers": model.n_layers,
+        "heads": sorted(heads),
+    }
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,357 @@
+"""The folder of a suite: its ledger, and for every run that is done its files.
+
+The files of a run are written first, each whole or not at all, and the ledger says last that the
+run is done. What a dead process left of runs that are not done is removed by the next command.
+"""
+
+import errno
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+from safetensors.numpy import load as load_arrays
+from safetensors.numpy import save as save_arrays
+
+from ..files import write_atomically
+from .capture import AXES, MATRIX_AXES, Pair
+from .ledger import DONE, DiskFullError, Entry, Ledger, Lock
+from .running import Outcome, Record
+from .suite import RunConfig, Suite
+
+#: Version of the folder's layout.
+SCHEMA = 1
+
+SUITE, MANIFEST, LEDGER = "suite.yaml", "manifest.json", "ledger.sqlite"
+RESULTS, CAPTURES, KL = "results", "captures", "kl"
+FOLDERS = (RESULTS, CAPTURES, KL)
+
+#: Endings of a run's files: reductions, and matrices compressed.
+REDUCTIONS, MATRICES = ".safetensors", ".matrices.safetensors.zst"
+CODEC = "zstd"
+
+#: Names of the files of runs and of pairs of runs: a dot while they are written, ids, an ending.
+OURS = re.compile(r"(\.?)([0-9a-f]{16}(?:-[0-9a-f]{16})?)\.")
+
+#: Key of what a Parquet file says of its run as a whole.
+METADATA = b"tempo_mlx"
+
+TOKENS = pa.schema(
+    [
+        ("step", pa.int32()),
+        ("position", pa.int32()),
+        ("slot", pa.int32()),
+        ("id", pa.int32()),
+        ("text", pa.string()),
+        ("probability", pa.float32()),
+        ("set_size", pa.int32()),
+        ("pruned_at", pa.int32()),
+    ]
+)
+DIVERGENCES = pa.schema([("step", pa.int32()), ("kl_ab", pa.float64()), ("kl_ba", pa.float64())])
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A run that is done, as the folder has it.
+
+    Args:
+        entry: of the ledger.
+        record: without its matrices.
+    """
+
+    entry: Entry
+    record: Record
+
+
+class Store:
+    """A suite's folder, open for writing.
+
+    Args:
+        folder: made if it is not there.
+        suite: what is run; a folder holds one suite.
+        fingerprint: identity of the model.
+        runs: of the suite.
+
+    Raises:
+        ValueError: if another command works on the folder, it holds another suite or another
+            model's runs, or it cannot be written.
+        DiskFullError: if the disk is full, from every method that writes.
+    """
+
+    def __init__(self, folder: Path, suite: Suite, fingerprint: str, runs: Sequence[RunConfig]):
+        self.folder = folder
+        self.fingerprint = fingerprint
+        self.runs = {run.id(fingerprint): run for run in runs}
+        try:
+            for name in FOLDERS:
+                (folder / name).mkdir(parents=True, exist_ok=True)
+            self._lock = Lock(folder)
+        except OSError as error:
+            raise ValueError(f"--output {folder} cannot be written: {error.strerror}") from error
+        try:
+            self._check(suite)
+            with self._full_disk("the suite"):
+                text = yaml.safe_dump(suite.to_dict(), sort_keys=False, allow_unicode=True)
+                write_atomically(folder / SUITE, text)
+            self.ledger = Ledger(folder / LEDGER)
+            if not self.runs.keys() >= {entry.run_id for entry in self.ledger.entries()}:
+                raise ValueError(
+                    f"{folder} holds runs that another version of tempo-mlx made of this suite; "
+                    "choose another --output"
+                )
+            self.ledger.plan(
+                [(run_id, json.dumps(_configuration(run))) for run_id, run in self.runs.items()]
+            )
+            self._remove_leftovers()
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def _check(self, suite: Suite) -> None:
+        """Refuse a folder of another suite or another model."""
+        if (self.folder / SUITE).exists():
+            there, here = read_suite_file(self.folder), suite.to_dict()
+            for key in here:
+                if there.get(key) != here[key]:
+                    raise ValueError(
+                        f"{self.folder} holds a suite with other {key}; choose another --output"
+                    )
+        manifest = read_manifest(self.folder)
+        if manifest.get("fingerprint", self.fingerprint) != self.fingerprint:
+            raise ValueError(
+                f"{self.folder} holds runs of another model, {manifest.get('model')} with identity "
+                f"{manifest['fingerprint']}, not {self.fingerprint}; choose another --output"
+            )
+
+    def _remove_leftovers(self) -> None:
+        """Remove files of runs that are not done, and what a dead process was writing."""
+        done = self.done
+        for name in FOLDERS:
+            for path in (self.folder / name).iterdir():
+                match = OURS.match(path.name)
+                if match and (match[1] or not done.issuperset(match[2].split("-"))):
+                    path.unlink()
+        for path in self.folder.glob(f".{MANIFEST}.*"):
+            path.unlink()
+
+    @property
+    def done(self) -> set[str]:
+        """Ids of the runs that are done."""
+        return {entry.run_id for entry in self.ledger.entries() if entry.state == DONE}
+
+    def commit(self, run_ids: Sequence[str], outcome: Outcome) -> None:
+        """Store what became of a group: its files, then all of its runs in the ledger at once."""
+        errors: dict[str, str | None] = {}
+        for run_id, run in zip(run_ids, outcome.runs, strict=True):
+            errors[run_id] = run if isinstance(run, str) else None
+            if isinstance(run, Record):
+                with self._full_disk(f"run {run_id}"):
+                    self._write(run_id, run)
+        for pair in outcome.pairs:
+            a, b = run_ids[pair.a], run_ids[pair.b]
+            if errors[a] is None and errors[b] is None:
+                with self._full_disk(f"runs {a} and {b}"):
+                    write_atomically(self.folder / KL / f"{a}-{b}.parquet", _pair(pair, a, b))
+        self.ledger.finish(errors)
+
+    def _write(self, run_id: str, record: Record) -> None:
+        write_atomically(self.folder / RESULTS / f"{run_id}.parquet", _results(run_id, record))
+        captures = self.folder / CAPTURES
+        if record.arrays:
+            axes = {name: AXES[name] for name in record.arrays}
+            data = save_arrays(record.arrays, _named(run_id, axes))
+            write_atomically(captures / f"{run_id}{REDUCTIONS}", data)
+        if record.full:
+            axes = {
+                name: MATRIX_AXES if name.startswith("attention") else MATRIX_AXES[-1:]
+                for name in record.full
+            }
+            data = save_arrays(record.full, _named(run_id, axes))
+            write_atomically(captures / f"{run_id}{MATRICES}", compressed(data))
+
+    def write_manifest(self, manifest: dict[str, Any]) -> None:
+        """Replace the manifest."""
+        with self._full_disk("the manifest"):
+            write_atomically(
+                self.folder / MANIFEST, json.dumps(manifest, ensure_ascii=False, indent=1) + "\n"
+            )
+
+    @contextmanager
+    def _full_disk(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or isinstance(error, DiskFullError):
+                raise
+            done = len(self.done) if hasattr(self, "ledger") else 0
+            raise DiskFullError(
+                errno.ENOSPC,
+                f"the disk is full, {what} cannot be stored; {done} runs are done and whole, free "
+                "some space and run the command again",
+                str(self.folder),
+            ) from error
+
+    def close(self) -> None:
+        """Release the folder."""
+        self.ledger.close()
+        self._lock.release()
+
+    def __enter__(self) -> "Store":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def read_suite_file(folder: Path) -> dict[str, Any]:
+    """The suite that a folder holds, as resolved; ValueError if the folder holds none."""
+    try:
+        data = yaml.safe_load((folder / SUITE).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"{folder} holds no suite: there is no {SUITE}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{folder / SUITE} is damaged") from error
+    return data if isinstance(data, dict) else {}
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a folder; empty where there is none yet."""
+    try:
+        data: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise ValueError(f"{folder / MANIFEST} is damaged") from error
+    return data
+
+
+def read_ledger(folder: Path) -> Ledger:
+    """The ledger of a folder; ValueError if there is none."""
+    if not (folder / LEDGER).is_file():
+        raise ValueError(f"{folder} holds no suite that was run: there is no {LEDGER}")
+    return Ledger(folder / LEDGER)
+
+
+def read_run(folder: Path, run_id: str) -> Record:
+    """What is stored of a run, its matrices left out.
+
+    Raises:
+        ValueError: if its files are missing or damaged.
+    """
+    path = folder / RESULTS / f"{run_id}.parquet"
+    try:
+        table = pq.read_table(path)
+        whole = json.loads((table.schema.metadata or {})[METADATA])
+        captures = folder / CAPTURES / f"{run_id}{REDUCTIONS}"
+        arrays = load_arrays(captures.read_bytes()) if whole["captures"] else {}
+    except (OSError, pa.ArrowException, KeyError, ValueError) as error:
+        raise ValueError(f"{folder}: run {run_id} is damaged or missing: {error}") from error
+    return Record(
+        tokens=table.to_pydict(),
+        prompt_tokens=whole["prompt_tokens"],
+        text=whole["text"],
+        finish_reason=whole["finish_reason"],
+        n_steps=whole["n_steps"],
+        seconds=whole["seconds"],
+        arrays=arrays,
+        texts={int(id): text for id, text in whole["texts"].items()},
+    )
+
+
+def read_matrices(folder: Path, run_id: str) -> dict[str, np.ndarray]:
+    """Attention matrices of a run: ``attention.<step>`` [layer, head, query, key], fp16, and
+    ``slots.<step>``, the slots of their keys."""
+    path = folder / CAPTURES / f"{run_id}{MATRICES}"
+    with pa.input_stream(str(path), compression=CODEC) as stream:
+        arrays: dict[str, np.ndarray] = load_arrays(stream.read())
+    return arrays
+
+
+def read_pairs(folder: Path, done: set[str]) -> Iterator[tuple[str, str, pa.Table]]:
+    """(run a, run b, divergences) of all pairs of runs that are done."""
+    for path in sorted((folder / KL).glob("*.parquet")):
+        a, _, b = path.stem.partition("-")
+        if {a, b} <= done:
+            yield a, b, pq.read_table(path)
+
+
+def compressed(data: bytes) -> bytes:
+    """The data as a Zstandard stream."""
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, CODEC) as stream:
+        stream.write(data)
+    whole: bytes = sink.getvalue().to_pybytes()
+    return whole
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes that are free where the folder is, or will be."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of all files in a folder."""
+    return sum(
+        os.path.getsize(os.path.join(parent, name))
+        for parent, _, names in os.walk(folder)
+        for name in names
+    )
+
+
+def _configuration(run: RunConfig) -> dict[str, Any]:
+    """The configuration as the ledger has it: what makes the run's id, and what it is called."""
+    return {
+        **run.to_dict(),
+        "prompt_id": run.prompt_id,
+        "category": run.category,
+        "mode": run.mode,
+        "varied": run.varied,
+    }
+
+
+def _results(run_id: str, record: Record) -> bytes:
+    whole = {
+        "schema": SCHEMA,
+        "run_id": run_id,
+        "prompt_tokens": record.prompt_tokens,
+        "text": record.text,
+        "finish_reason": record.finish_reason,
+        "n_steps": record.n_steps,
+        "seconds": record.seconds,
+        "captures": bool(record.arrays),
+        "texts": record.texts,
+    }
+    table = pa.table(record.tokens, schema=TOKENS.with_metadata({METADATA: json.dumps(whole)}))
+    return _parquet(table)
+
+
+def _pair(pair: Pair, a: str, b: str) -> bytes:
+    columns = {"step": pair.steps, "kl_ab": pair.ab, "kl_ba": pair.ba}
+    whole = {"schema": SCHEMA, "a": a, "b": b}
+    return _parquet(
+        pa.table(columns, schema=DIVERGENCES.with_metadata({METADATA: json.dumps(whole)}))
+    )
+
+
+def _parquet(table: pa.Table) -> bytes:
+    sink = BytesIO()
+    pq.write_table(table, sink)
+    return sink.getvalue()
+
+
+def _named(run_id: str, axes: dict[str, tuple[str, ...]]) -> dict[str, str]:
+    """Metadata of a safetensors file: the names of every array's axes."""
+    return {"schema": str(SCHEMA), "run_id": run_id, "axes": json.dumps(axes)}

@@ -1,0 +1,471 @@
+"""Suites: prompts, seeds and a grid of settings, written in one YAML file.
+
+A suite is expanded into runs. Each run is identified by its full configuration and the model, so
+that the same suite finds its own results again, and only those.
+"""
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    create_model,
+    field_validator,
+)
+
+from ..combining import COMBINE
+from ..models import recipes
+from ..prompt_files import PARSERS
+from ..pruning import (
+    DECISIONS,
+    LAYER_WEIGHTS,
+    QUERY_WEIGHTS,
+    REPAIRS,
+    RULES,
+    WHEN_ALL_FALL,
+    Pruning,
+)
+from ..run import require_observable
+from ..schedules import Schedule
+from ..settings import BRANCHING, SAMPLING, WEIGHTINGS, Settings
+from ..visibility import VISIBILITY
+
+#: Version of what identifies a run.
+SCHEMA = 1
+
+#: What is kept of a run beside its tokens.
+CAPTURES = ("reductions", "full", "none")
+
+#: Settings whose values are among a few names.
+CHOICES: dict[str, Any] = {
+    "visibility": VISIBILITY,
+    "combine": COMBINE,
+    "sampling": SAMPLING,
+    "branching": BRANCHING,
+    "weighting": WEIGHTINGS,
+    "rule": RULES,
+    "decision": DECISIONS,
+    "when_all_fall": WHEN_ALL_FALL,
+    "layer_weights": LAYER_WEIGHTS,
+    "query_weights": QUERY_WEIGHTS,
+    "repair": REPAIRS,
+}
+
+#: Types of settings as YAML has them.
+WRITTEN: dict[Any, Any] = {
+    Schedule: str,
+    tuple[str, ...]: list[str],
+    tuple[int, ...]: list[int] | str,
+}
+
+STRICT = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class SuiteError(ValueError):
+    """A suite that cannot be run; one line that names the key and its value."""
+
+
+def _written(name: str, hint: Any, pruning: type | None) -> Any:
+    """The type that a setting has in YAML."""
+    if name in CHOICES:
+        return Literal[tuple(CHOICES[name])]
+    parts = get_args(hint) if get_origin(hint) is not tuple and get_args(hint) else (hint,)
+    kinds = [pruning if part is Pruning else WRITTEN.get(part, part) for part in parts]
+    return Union[tuple(kinds)]  # noqa: UP007
+
+
+def _keys(owner: type, pruning: type | None = None) -> dict[str, Any]:
+    """Name -> type of the fields of a settings class; a seed comes from the suite's list."""
+    hints = get_type_hints(owner)
+    names = [field.name for field in fields(owner) if field.name != "seed"]
+    return {name: _written(name, hints[name], pruning) for name in names}
+
+
+def _spec(title: str, keys: dict[str, Any]) -> type[BaseModel]:
+    """A model all of whose keys may be left out."""
+    optional: dict[str, Any] = {name: (kind, None) for name, kind in keys.items()}
+    return create_model(title, __config__=STRICT, **optional)
+
+
+def _alternatives(keys: dict[str, Any]) -> dict[str, Any]:
+    """The same keys, each with a list of values."""
+    return {
+        name: Annotated[list[kind], Field(min_length=1)]  # type: ignore[valid-type]
+        for name, kind in keys.items()
+    }
+
+
+PruningSpec = _spec("Pruning", _keys(Pruning))
+PruningGrid = _spec("PruningGrid", _alternatives(_keys(Pruning)))
+SettingsSpec = _spec("Settings", _keys(Settings, PruningSpec))
+Grid = _spec(
+    "Grid",
+    _alternatives(_keys(Settings, PruningSpec))
+    | {
+        "pruning": Annotated[
+            Annotated[list[PruningSpec | None], Field(min_length=1), Tag("list")]  # type: ignore[valid-type]
+            | Annotated[PruningGrid, Tag("object")],
+            Discriminator(lambda given: "list" if isinstance(given, list) else "object"),
+        ]
+    },
+)
+
+#: Parts of an error's place that stand for a kind of value, not for a key.
+TAGS = frozenset({"list", "object", "Pruning", "str", "int", "float", "list[int]", "none"})
+
+Text = Annotated[str, Field(min_length=1)]
+Category = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$")]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+class Suite(BaseModel):
+    """One experiment, as its file has it.
+
+    Every combination of the grid is a mode; every prompt is run in every mode, and with every seed
+    where the mode draws anything.
+    """
+
+    model_config = STRICT
+
+    name: Annotated[
+        str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="What the suite is called.")
+    ]
+    description: str = Field("", description="What it is to show.")
+    model: Text = Field(
+        "smollm2-135m", description="Recipe, folder in mlx-lm layout, or Hugging Face Hub id."
+    )
+    prompts: dict[Category, Annotated[list[Text], Field(min_length=1)]] = Field(
+        min_length=1, description="Prompts by category; each prompt is one observation."
+    )
+    seeds: list[Seed] = Field(
+        [], description="Seeds of the draws, for modes with sampling gumbel or pruning random."
+    )
+    settings: SettingsSpec = Field(  # type: ignore[valid-type]
+        default_factory=SettingsSpec, description="Settings of every run."
+    )
+    grid: Grid = Field(  # type: ignore[valid-type]
+        default_factory=Grid,
+        description="Settings that vary, each with a list of values; every combination is run.",
+    )
+    captures: Literal["reductions", "full", "none"] = Field(
+        "reductions",
+        description="What is kept beside the tokens: reductions of attention and distributions, "
+        "attention matrices as well, or nothing.",
+    )
+
+    @field_validator("prompts")
+    @classmethod
+    def _once(cls, prompts: dict[str, list[str]]) -> dict[str, list[str]]:
+        texts = [text for each in prompts.values() for text in each]
+        for text in texts:
+            if texts.count(text) > 1:
+                raise ValueError(f"{text!r} stands there twice; each prompt is one observation")
+        return prompts
+
+    @field_validator("seeds")
+    @classmethod
+    def _each_once(cls, seeds: list[int]) -> list[int]:
+        if len(set(seeds)) < len(seeds):
+            raise ValueError("a seed stands there twice")
+        return seeds
+
+    def to_dict(self) -> dict[str, Any]:
+        """The suite as its file would have it, defaults filled in."""
+        data = self.model_dump(mode="json", exclude={"settings", "grid"})
+        return data | {name: self._given(name) for name in ("settings", "grid")}
+
+    def _given(self, name: str) -> dict[str, Any]:
+        """The keys that stand in the settings or the grid."""
+        given: dict[str, Any] = getattr(self, name).model_dump(exclude_unset=True)
+        return given
+
+    def modes(self) -> Iterator[tuple[dict[str, Any], Settings]]:
+        """(value of each grid key, settings) of every combination, visibilities side by side.
+
+        Raises:
+            SuiteError: naming the setting that is out of range or does not go with another.
+        """
+        fixed = self._given("settings")
+        axes: dict[str, list[Any]] = {}
+        for name, values in self._given("grid").items():
+            if isinstance(values, dict):
+                axes |= {f"{name}.{inner}": each for inner, each in values.items()}
+            else:
+                axes[name] = values
+        # The last axis turns fastest.
+        names = sorted(axes, key=lambda name: name == "visibility")
+        for values in itertools.product(*(axes[name] for name in names)):
+            varied = dict(zip(names, values, strict=True))
+            given = dict(fixed)
+            for name, value in varied.items():
+                outer, _, inner = name.partition(".")
+                if inner:
+                    value = {**(given.get(outer) or {}), inner: value}
+                given[outer] = value
+            try:
+                yield {n: varied[n] for n in axes}, _settings(given)
+            except ValueError as error:
+                shown = ", ".join(f"{name} {_shown(value)}" for name, value in varied.items())
+                where = f" ({shown})" if shown else ""
+                raise SuiteError(f"suite {self.name}{where}: {error}") from error
+
+    def expand(self) -> "Plan":
+        """The runs of the suite.
+
+        Raises:
+            SuiteError: as :meth:`modes`; or if a mode draws and the suite has no seeds.
+        """
+        runs: dict[str, RunConfig] = {}
+        in_grid = 0
+        seeds: list[int | None] = [*self.seeds] or [None]
+        modes = list(self.modes())
+        still = [settings for _, settings in modes if not settings.draws]
+        varying = [n for n in modes[0][0] if any(v[n] != modes[0][0][n] for v, _ in modes)]
+        labels = [label(varied, settings, varying) for varied, settings in modes]
+        for (_, settings), mode in zip(modes, labels, strict=True):
+            if settings.draws and not self.seeds:
+                raise SuiteError(f"suite {self.name}: mode {mode} draws tokens, and seeds is empty")
+            if settings.branching == "replicate":
+                raise SuiteError(
+                    f"suite {self.name}: branching replicate generates from one prompt at a time; "
+                    "use branching shared"
+                )
+            if self.captures != "none":
+                try:
+                    require_observable(settings)
+                except ValueError as error:
+                    raise SuiteError(f"suite {self.name}, captures {self.captures}: {error}") from (
+                        error
+                    )
+        for category, texts in self.prompts.items():
+            for number, text in enumerate(texts, 1):
+                for seed in seeds:
+                    for (varied, settings), mode in zip(modes, labels, strict=True):
+                        in_grid += 1
+                        run = RunConfig(
+                            f"{category}-{number}",
+                            category,
+                            text,
+                            replace(settings, seed=seed if settings.draws else None),
+                            mode,
+                            varied,
+                            self.captures,
+                        )
+                        runs.setdefault(run.id(""), run)
+        notes = []
+        if self.seeds and still:
+            which = "no mode draws" if len(still) == len(modes) else f"{len(still)} modes draw no"
+            notes.append(
+                f"seeds have no effect where selection is deterministic ({which} tokens): "
+                f"each distinct configuration is run once, {len(runs)} runs of {in_grid} in the "
+                "grid"
+            )
+        elif len(runs) < in_grid:
+            notes.append(
+                f"{in_grid - len(runs)} runs of the grid are copies of others and are left out"
+            )
+        return Plan(list(runs.values()), in_grid, notes)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run of a suite.
+
+    Args:
+        prompt_id: category and number, "narrative-1".
+        category: of the prompt.
+        prompt: text.
+        settings: with the seed, None where nothing is drawn.
+        mode: a label of what the grid varies.
+        varied: value of each grid key.
+        captures: one of :data:`CAPTURES`.
+    """
+
+    prompt_id: str
+    category: str
+    prompt: str
+    settings: Settings
+    mode: str
+    varied: dict[str, Any]
+    captures: str = "reductions"
+
+    def to_dict(self) -> dict[str, Any]:
+        """What decides the run's results beside the model."""
+        return {
+            "schema": SCHEMA,
+            "prompt": self.prompt,
+            "settings": self.settings.to_dict(),
+            "captures": self.captures,
+        }
+
+    def id(self, model: str) -> str:
+        """16 hexadecimal digits: of the configuration and of the model's identity.
+
+        Args:
+            model: its :func:`~tempo_mlx.models.identity.fingerprint`.
+        """
+        text = json.dumps([self.to_dict(), model], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def group(self) -> str:
+        """The same for runs that differ in visibility only."""
+        data = self.to_dict()
+        del data["settings"]["visibility"]
+        return json.dumps(data, sort_keys=True)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a suite comes to.
+
+    Args:
+        runs: each distinct configuration once.
+        in_grid: prompts x modes x seeds.
+        notes: what a user should know about it.
+    """
+
+    runs: list[RunConfig]
+    in_grid: int
+    notes: list[str]
+
+    @property
+    def groups(self) -> list[list[RunConfig]]:
+        """The runs, those together that differ in visibility only."""
+        found: dict[str, list[RunConfig]] = {}
+        for run in self.runs:
+            found.setdefault(run.group, []).append(run)
+        return list(found.values())
+
+
+def label(varied: dict[str, Any], settings: Settings, names: list[str]) -> str:
+    """The visibility and the other named grid keys: "visible, combine=mean"."""
+    others = [f"{name}={_shown(varied[name])}" for name in names if name != "visibility"]
+    return ", ".join([settings.visibility, *others])
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return "(" + ", ".join(f"{name}={_shown(each)}" for name, each in value.items()) + ")"
+    return "none" if value is None else str(value)
+
+
+def _settings(given: dict[str, Any]) -> Settings:
+    """Settings of values as YAML has them."""
+    values = _parsed(given)
+    if values.get("pruning") is not None:
+        values["pruning"] = Pruning(**_parsed(values["pruning"]))
+    return Settings.of(values)
+
+
+def _parsed(given: dict[str, Any]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for name, value in given.items():
+        if name in PARSERS and isinstance(value, str):
+            value = PARSERS[name](value)
+        values[name] = tuple(value) if isinstance(value, list) else value
+    return values
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses keys that stand twice, of which YAML would drop the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                line = node.start_mark.line + 1
+                raise SuiteError(f"the key {key!r} stands twice in the block from line {line}")
+        return super().construct_mapping(node, deep)
+
+
+def read_suite(name: str | Path) -> Suite:
+    """The suite of a file, or a built-in one by its name.
+
+    Raises:
+        SuiteError: if there is none, or naming the key that is wrong.
+    """
+    path = Path(name)
+    known = built_in()
+    if not path.is_file() and str(name) in known:
+        path = known[str(name)]
+    if not path.is_file():
+        raise SuiteError(
+            f"{str(name)!r} is no file and no built-in suite; those are {', '.join(known)}"
+        )
+    try:
+        return parse_suite(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise SuiteError(f"{path} is not UTF-8 text") from error
+    except OSError as error:
+        raise SuiteError(f"{path} cannot be read: {error.strerror}") from error
+    except SuiteError as error:
+        raise SuiteError(f"{path}: {error}") from error
+
+
+def parse_suite(text: str) -> Suite:
+    """The suite that a YAML text describes; SuiteError names the key that is wrong."""
+    try:
+        data = yaml.load(text, _Loader)
+    except (yaml.YAMLError, RecursionError, TypeError) as error:
+        raise SuiteError(f"not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict):
+        raise SuiteError("not a suite: an object with name and prompts is needed")
+    try:
+        return Suite.model_validate(data)
+    except ValidationError as error:
+        raise SuiteError(_line(error)) from error
+
+
+def _line(error: ValidationError) -> str:
+    """The first thing that is wrong, in a line; keys that nobody knows before those that miss."""
+    first, *_ = sorted(
+        error.errors(include_url=False), key=lambda each: each["type"] != "extra_forbidden"
+    )
+    place = [str(part) for part in first["loc"] if part not in TAGS]
+    where = ".".join(place)
+    if first["type"] == "extra_forbidden":
+        owner = _owner(place[:-1])
+        return f"unknown key {where!r}; keys are {', '.join(owner.model_fields)}"
+    if first["type"] == "missing":
+        return f"the key {where!r} is missing"
+    message = first["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    if first["type"] == "value_error":
+        return f"{where}: {message}"
+    return f"{where}: {message}, got {json.dumps(first['input'], default=str, ensure_ascii=False)}"
+
+
+def _owner(place: list[str]) -> type[BaseModel]:
+    """The model whose keys stand at a place of the file."""
+    inside = [part for part in place if not part.isdigit()]
+    if not inside:
+        return Suite
+    if inside[-1] == "pruning":
+        return PruningSpec if inside[0] == "settings" or len(place) > 2 else PruningGrid
+    return {"settings": SettingsSpec, "grid": Grid}[inside[0]]
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema of suite files, for editors."""
+    schema = Suite.model_json_schema()
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    return schema
+
+
+def built_in() -> dict[str, Path]:
+    """The suites that come with the package, by name."""
+    checkout = recipes.checkout_folder()
+    folder = recipes.PACKAGE / "suites" if checkout is None else checkout / "suites"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}

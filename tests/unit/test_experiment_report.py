@@ -1,0 +1,323 @@
+"""Report and pictures of an analysis, and the commands that write them."""
+
+import base64
+import itertools
+import re
+import sys
+import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
+from html.parser import HTMLParser
+
+from tempo_mlx.cli import experiment_analysis
+from tempo_mlx.experiments import tables as tables_module
+from tempo_mlx.experiments.analysis import analyze, save
+from tempo_mlx.experiments.report import markdown_cell, write_report
+from tempo_mlx.experiments.sections import MOST_ROWS, interval, number, sections
+from tempo_mlx.plots.experiment import (
+    PICTURES,
+    categories_figure,
+    distances_figure,
+    heads_figure,
+    kl_figure,
+    plot_experiment,
+    prompts_figure,
+)
+from tempo_mlx.plots.figure import look
+from tests.synthetic_experiment import CATEGORIES, Planted
+
+import numpy as np
+import pytest
+import typer
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from typer.testing import CliRunner
+
+MARKUP = 'a <b>bold</b> | pipe & "quotes" $x$ [link](x)'
+SUITE = Planted(effect=0.006, mode_effect=0.004, prompt_sd=0.002, layers=3, heads=2)
+
+
+@pytest.fixture(scope="module")
+def tables():
+    tables = SUITE.tables(1)
+    runs = tables.runs.copy()
+    runs.loc[runs["prompt_id"] == "narrative-1", "prompt"] = MARKUP
+    return replace(tables, runs=runs)
+
+
+@pytest.fixture(scope="module")
+def analysis(tables):
+    return analyze(tables, resamples=99)
+
+
+@pytest.fixture(scope="module")
+def wide():
+    """An analysis of three modes, one with a long name, and many layers."""
+    modes = ("isolated", "visible", "hidden, combine=mean, threshold=0.05, schedule=constant")
+    return analyze(replace(SUITE, modes=modes, layers=30).tables(4), resamples=99)
+
+
+@pytest.fixture(scope="module")
+def folder(analysis, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("suite")
+    save(analysis, folder)
+    write_report(analysis, folder)
+    return folder
+
+
+class Page(HTMLParser):
+    """What a page holds: its tags in order, and whether each was closed where it should be."""
+
+    VOID = frozenset(["meta", "img", "br", "link"])
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.attributes, self.text = [], [], [], []
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes.append((tag, dict(attributes)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def test_html_is_whole_and_needs_no_other_file(folder, analysis):
+    text = (folder / "report.html").read_text()
+    page = Page(text)
+    assert page.tags.count("img") == len(PICTURES) and "script" not in page.tags
+    for tag, attributes in page.attributes:
+        assert tag not in ("link", "iframe", "object")
+        for name in ("src", "href"):
+            if name in attributes:
+                assert attributes[name].startswith(("data:image/svg+xml;base64,", "#section-"))
+    assert "url(" not in text and "@import" not in text
+    places = {a["id"] for tag, a in page.attributes if tag == "section"}
+    links = [a["href"].removeprefix("#") for tag, a in page.attributes if tag == "a"]
+    assert set(links) == places and len(links) == len(sections(analysis))
+    for match in re.findall(r"base64,([^\"]+)", text):
+        assert ElementTree.fromstring(base64.b64decode(match)).tag.endswith("svg")
+
+
+def test_rows_of_a_table_are_as_long_as_its_head(folder, analysis):
+    for section in sections(analysis):
+        for block in section.blocks:
+            if block.kind == "table":
+                assert {len(row) for row in block.rows} <= {len(block.columns)}, block.caption
+    lines = (folder / "report.md").read_text().splitlines()
+    widths = [len(re.findall(r"(?<!\\)\|", line)) for line in lines]
+    tables = 0
+    for i, line in enumerate(lines):
+        if re.fullmatch(r"\|(---\|)+", line):
+            tables += 1
+            assert widths[i - 1] == widths[i] and lines[i - 2] == ""
+            assert widths[i + 1] == widths[i]
+    page = Page((folder / "report.html").read_text())
+    assert tables == page.tags.count("table") > 12
+
+
+def test_texts_of_prompts_are_no_markup(folder):
+    html, markdown = ((folder / name).read_text() for name in ("report.html", "report.md"))
+    assert "<b>" not in html and MARKUP in "".join(Page(html).text)
+    assert markdown_cell(MARKUP) in markdown and "<b>" not in markdown
+    assert markdown_cell("a|b\n*c* <d>") == r"a\|b \*c\* \<d\>"
+
+
+def test_pictures_of_the_markdown_are_beside_it(folder):
+    text = (folder / "report.md").read_text()
+    files = re.findall(r"!\[[^]]*\]\(([^)]+)\)", text)
+    assert sorted(files) == sorted(f"plots/{name}.svg" for name in PICTURES)
+    for file in files:
+        ElementTree.parse(folder / file)
+
+
+def test_report_shows_the_numbers_of_the_analysis_naive_beside_controlled(folder, analysis):
+    lines = (folder / "report.md").read_text().splitlines()
+    effects = analysis["effects"]
+    for cell in effects[effects["grouping"] == "overall"].to_dict("records"):
+        start = (
+            f"| {cell['measure']} | {cell['mode']} | {cell['n']} | {number(cell['naive'], True)}"
+        )
+        (line,) = [line for line in lines if line.startswith(start)]
+        cells = [part.strip().replace("\\", "") for part in line.split(" | ")]
+        assert cells[5] == number(cell["mean"], True)
+        assert cells[6] == interval(cell["low"], cell["high"])
+        assert cells[10] == f"{number(cell['p_t'])} ({number(cell['p_t_holm'])})"
+
+
+def test_report_says_what_it_cannot_say(folder, analysis):
+    text = (folder / "report.md").read_text()
+    for words in ("n too small", "observed, not intervened", "their sets may differ", "copies"):
+        assert words in text, words
+    assert all(markdown_cell(note) in text for note in analysis.info["notes"])
+    few = sections(analyze(Planted(prompts=1, categories=("any",)).tables(2), resamples=9))
+    rows = [row for section in few for block in section.blocks if block.kind == "table"
+            for row in block.rows]  # fmt: skip
+    assert sum("n too small" in row for row in rows) > 10
+    assert not any("nan" in value for row in rows for value in row)
+
+
+def test_long_tables_are_cut_and_say_so():
+    suite = Planted(prompts=7, layers=1, heads=1, steps=6, categories=CATEGORIES)
+    many = analyze(suite.tables(3), resamples=9)
+    tables = [block for section in sections(many) for block in section.blocks]
+    texts = next(block for block in tables if getattr(block, "caption", "").startswith("Texts"))
+    assert len(texts.rows) == MOST_ROWS and f"the first {MOST_ROWS} of 70" in texts.caption
+
+
+def test_numbers_have_three_digits_and_a_dash_where_there_are_none():
+    assert [number(x) for x in (0.0123456, 1.5e-9, None, np.nan, 12)] == [
+        "0.0123",
+        "1.5e-09",
+        "–",
+        "–",
+        "12",
+    ]
+    assert number(0.5, signed=True) == "+0.5"
+    assert interval(-1, 2) == "[-1, +2]" and interval(np.nan, 2, "n too small") == "n too small"
+
+
+# Pictures.
+
+
+def boxes(figure):
+    """Every text that is drawn, with its box in dots."""
+    figure.set_dpi(100)
+    with look():
+        renderer = FigureCanvasAgg(figure).get_renderer()
+        figure.draw(renderer)
+        found = []
+        for axes in figure.axes:
+            labels = [axes.xaxis.label, axes.yaxis.label]
+            low_x, high_x = sorted(axes.get_xlim())
+            low_y, high_y = sorted(axes.get_ylim())
+            for axis, low, high in ((axes.xaxis, low_x, high_x), (axes.yaxis, low_y, high_y)):
+                for tick in axis.get_major_ticks():
+                    if low <= tick.get_loc() <= high and tick.label1.get_visible():
+                        labels.append(tick.label1)
+            titles = [axes._left_title, axes.title]
+            found += [text for text in [*labels, *titles, *axes.texts] if text.get_text()]
+        for legend in figure.legends:
+            found += legend.get_texts()
+        return [(text.get_text(), text.get_window_extent(renderer)) for text in found]
+
+
+@pytest.mark.parametrize(
+    "draw", [heads_figure, prompts_figure, categories_figure, distances_figure, kl_figure]
+)
+@pytest.mark.parametrize("modes", [2, 3])
+def test_no_text_of_a_picture_overlaps_another_or_leaves_it(draw, modes, analysis, wide):
+    found = {2: analysis, 3: wide}[modes]
+    with look():
+        figure = draw(found, "token")
+    drawn = boxes(figure)
+    assert len(drawn) > 8
+    page = figure.bbox
+    for text, box in drawn:
+        inside = page.x0 <= box.x0 and box.x1 <= page.x1 and page.y0 <= box.y0 <= box.y1 <= page.y1
+        assert inside, text
+    for (text, a), (other, b) in itertools.combinations(drawn, 2):
+        across = min(a.x1, b.x1) - max(a.x0, b.x0)
+        down = min(a.y1, b.y1) - max(a.y0, b.y0)
+        assert across <= 1 or down <= 1, (text, other)
+
+
+def test_heads_are_drawn_as_they_are_numbered(analysis):
+    with look():
+        figure = heads_figure(analysis, "token")
+    heads = analysis["heads"]
+    for axes, mode in zip(figure.axes, ("isolated", "visible"), strict=False):
+        image = axes.images[0]
+        mine = heads[(heads["measure"] == "token") & (heads["mode"] == mode)]
+        for row in mine.to_dict("records"):
+            assert image.get_array()[row["layer"], row["head"]] == row["effect"]
+        low, high = image.get_clim()
+        assert low == -high and high == heads.loc[heads["measure"] == "token", "effect"].abs().max()
+
+
+def test_every_prompt_has_its_point(analysis):
+    with look():
+        figure = prompts_figure(analysis, "token")
+    drawn = np.concatenate([line.get_xdata() for line in figure.axes[0].lines])
+    intervals = analysis["intervals"]
+    for effect in intervals.loc[intervals["measure"] == "token", "effect"]:
+        assert np.isclose(drawn, effect, rtol=0, atol=1e-15).any()
+
+
+def test_pictures_without_data_are_left_out(tmp_path):
+    one = analyze(Planted(modes=("isolated",)).tables(5), resamples=9)
+    names = [path.name for path in plot_experiment(one, tmp_path / "plots", ending=".png")]
+    assert names == [f"{name}.png" for name in PICTURES if name != "kl"]
+    write_report(one, tmp_path)
+    assert "kl.svg" not in (tmp_path / "report.md").read_text()
+    with pytest.raises(ValueError, match="measure must be one of token, set, alone, got 'head'"):
+        plot_experiment(one, tmp_path, "head")
+
+
+def test_pictures_are_the_same_again(analysis, tmp_path):
+    first, second = (plot_experiment(analysis, tmp_path / name) for name in "ab")
+    for one, other in zip(first, second, strict=True):
+        assert one.read_bytes() == other.read_bytes()
+
+
+# Commands.
+
+
+@pytest.fixture
+def run(tables, monkeypatch):
+    """Call the commands with these tables for any folder's; returns Typer's result."""
+    monkeypatch.setattr(tables_module, "load_tables", lambda folder: tables)
+    app = typer.Typer()
+    for command in ("analyze", "plot", "report"):
+        app.command(command)(getattr(experiment_analysis, command))
+    return lambda *arguments: CliRunner().invoke(app, [*map(str, arguments)])
+
+
+def test_commands_follow_one_another(run, tmp_path):
+    first = run("report", tmp_path)
+    assert isinstance(first.exception, ValueError) and "analyze" in str(first.exception)
+    result = run("analyze", tmp_path, "--resamples", 99, "--caliper", "any", "--window", "2")
+    assert result.exit_code == 0, result.exception
+    assert "siblings minus controls" in result.output and "had no control" in result.output
+    assert '"caliper": null' in (tmp_path / "analysis" / "analysis.json").read_text()
+    result = run("plot", tmp_path, "--format", "png", "--measure", "set")
+    assert result.exit_code == 0 and (tmp_path / "plots" / "heads.png").is_file()
+    result = run("report", tmp_path)
+    assert result.exit_code == 0 and (tmp_path / "report.html").stat().st_size > 50_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["analyze", "FOLDER", "--caliper", "wide"], ["--caliper", "wide", "any"]),
+        (["analyze", "FOLDER", "--caliper", "0"], ["caliper", "above 0"]),
+        (["analyze", "FOLDER", "--window", "1.5"], ["--window", "1.5"]),
+        (["analyze", "FOLDER", "--resamples", "0"], ["--resamples", "at least 1", "0"]),
+        (["analyze", "FOLDER", "--seed", "-1"], ["--seed", "at least 0", "-1"]),
+        (["analyze", "no/such/folder"], ["no/such/folder"]),
+        (["plot", "FOLDER", "--format", "gif"], ["--format", "svg", "gif"]),
+        (["plot", "FOLDER"], ["no analysis", "tempo-mlx experiment analyze"]),
+    ],
+)
+def test_bad_input_is_one_line(run, tmp_path, arguments, words):
+    result = run(*(tmp_path if word == "FOLDER" else word for word in arguments))
+    # What the command line prints as one line, with exit code 2.
+    assert isinstance(result.exception, ValueError)
+    message = str(result.exception)
+    assert "\n" not in message and all(word in message for word in words), message
+
+
+def test_missing_packages_are_named_with_the_extra(run, tmp_path, monkeypatch):
+    for name in list(sys.modules):
+        if name.startswith("tempo_mlx.experiments"):
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "statsmodels.api", None)
+    result = run("analyze", tmp_path)
+    assert isinstance(result.exception, ImportError)
+    assert "pip install 'tempo-mlx[experiments]'" in str(result.exception)

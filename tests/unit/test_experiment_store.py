@@ -1,0 +1,413 @@
+"""The folder of a suite: whole runs or none, whatever happens; one command at a time."""
+
+import errno
+import json
+import os
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+
+from tempo_mlx import PositionedModel, load
+from tempo_mlx.experiments import ledger as ledgers
+from tempo_mlx.experiments import store as stores
+from tempo_mlx.experiments.capture import AXES
+from tempo_mlx.experiments.ledger import DONE, DiskFullError, Ledger, LockedError
+from tempo_mlx.experiments.session import Options, Session, capture_bytes
+from tempo_mlx.experiments.store import read_ledger, read_manifest, read_matrices, read_run
+from tempo_mlx.experiments.suite import parse_suite
+from tempo_mlx.experiments.tables import load_tables
+from tests.suites import assert_same_tables, save_suite, suite_text
+from tests.tiny_folder import save_tiny_model
+
+import numpy as np
+import pandas as pd
+import pytest
+from safetensors import safe_open
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return str(save_tiny_model(tmp_path_factory.mktemp("store") / "tiny"))
+
+
+@pytest.fixture(scope="module")
+def loaded(folder):
+    model, tokenizer = load(folder)
+    return PositionedModel.of(model), tokenizer
+
+
+@pytest.fixture
+def session(loaded, folder, tmp_path):
+    def make(where="out", options=None, **changes):
+        suite = parse_suite(suite_text(folder, **changes))
+        return Session(suite, tmp_path / where, *loaded, options or Options(batch_size=3))
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def undisturbed(loaded, folder, tmp_path_factory):
+    where = tmp_path_factory.mktemp("undisturbed")
+    Session(parse_suite(suite_text(folder)), where, *loaded, Options(batch_size=3)).run()
+    return load_tables(where)
+
+
+def states(where):
+    ledger = read_ledger(where)
+    try:
+        return [entry.state for entry in ledger.entries()]
+    finally:
+        ledger.close()
+
+
+def files(where):
+    return {path.relative_to(where) for path in where.rglob("*") if path.is_file()}
+
+
+def test_the_tables_are_what_the_runs_were(undisturbed, session):
+    tables = undisturbed
+    runs, tokens, entries = tables.runs, tables.tokens, tables.entries
+    assert runs.columns.tolist() == [
+        "run_id",
+        "prompt_id",
+        "category",
+        "prompt",
+        "seed",
+        "visibility",
+        "mode",
+        "n_steps",
+        "n_tokens",
+        "text",
+        "finish_reason",
+        "seconds",
+    ]
+    assert runs["prompt_id"].tolist() == [
+        f"{category}-{n}" for category in ("first", "second") for n in (1, 2) for _ in range(2)
+    ]
+    assert runs["mode"].tolist() == ["isolated", "visible"] * 4 and runs["seed"].isna().all()
+    for row in runs.itertuples():
+        mine = tokens[tokens["run_id"] == row.run_id]
+        assert len(mine) == row.n_tokens and mine["step"].nunique() == row.n_steps
+        prompt = len(row.prompt)  # a token is a byte
+        assert mine["slot"].tolist() == list(range(prompt, prompt + len(mine)))
+        assert (mine["position"] == prompt + mine["step"]).all()
+        sizes = mine.groupby("step")["id"].transform("size")
+        assert (mine["set_size"] == sizes).all() and sizes.max() > 1
+        seen = entries[entries["run_id"] == row.run_id]
+        assert sorted(seen["query_step"].unique()) == list(range(row.n_steps - 1))
+        keys = seen[~seen["is_prompt"]].merge(mine, on="slot", suffixes=("", "_token"))
+        assert (keys["key_step"] == keys["step"]).all()
+        assert (keys["set_size"] == keys["set_size_token"]).all()
+        np.testing.assert_allclose(keys["probability"], keys["probability_token"])
+        prompts = seen[seen["is_prompt"]]
+        assert (prompts["key_step"] == prompts["slot"] - prompt).all()
+        assert (prompts["probability"] == 1).all() and (prompts["set_size"] == 1).all()
+        assert (seen["is_first"] == (seen["slot"] == 0)).all()
+    assert (entries["distance"] == entries["query_step"] - entries["key_step"]).all()
+    totals = pd.DataFrame(tables.received.reshape(len(entries), -1)).groupby(
+        [entries["run_id"], entries["query_step"]]
+    )
+    np.testing.assert_allclose(totals.sum(), 1, atol=1e-5)
+    assert tables.received.dtype == np.float32 and tables.received.shape[1:] == (2, 4)
+    assert len(tables.entropy) == entries.groupby(["run_id", "query_step"]).ngroups * 2 * 4
+    assert (tables.entropy["entropy"] > 0).any()
+    best = tables.next_tokens[tables.next_tokens["rank"] == 0]
+    first = tokens.groupby(["run_id", "step"], as_index=False).first()
+    both = best.merge(first, on=["run_id", "step"], suffixes=("", "_token"))
+    assert len(both) == len(first) and (both["id"] == both["id_token"]).all()
+    assert (both["text"] == both["text_token"]).all()
+    assert (tables.kl["mode_a"] == "isolated").all() and (tables.kl["mode_b"] == "visible").all()
+    assert tables.kl.groupby("prompt_id")["step"].apply(list).tolist() == [list(range(6))] * 4
+    at_start = tables.kl[tables.kl["step"] == 0]
+    np.testing.assert_allclose(at_start[["kl_ab", "kl_ba"]], 0, atol=1e-5)
+    assert tables.kl["kl_ab"].max() > 1e-3
+    assert tables.suite["name"] == "small" and tables.manifest["layers"] == 2
+
+
+def test_a_folder_has_what_it_needs_to_be_understood(session):
+    made = session(captures="full")
+    made.run(command=["tempo-mlx", "experiment"])
+    manifest = read_manifest(made.folder)
+    assert manifest["fingerprint"] == made.identity and manifest["heads"] == [4]
+    assert manifest["versions"].keys() == {"tempo-mlx", "mlx", "mlx-lm", "numpy"}
+    assert manifest["sessions"][0]["command"] == ["tempo-mlx", "experiment"]
+    assert manifest["runs"] == {"total": 8, "done": 8}
+    [first, *_] = load_tables(made.folder).runs["run_id"]
+    with safe_open(made.folder / "captures" / f"{first}.safetensors", "np") as file:
+        axes = json.loads(file.metadata()["axes"])
+        assert axes == {name: list(AXES[name]) for name in file.keys()}  # noqa: SIM118
+        assert all(file.get_tensor(name).ndim == len(axes[name]) for name in axes)
+        received, slots = file.get_tensor("received"), file.get_tensor("slot")
+        steps = file.get_tensor("query_step")
+    matrices = read_matrices(made.folder, first)
+    for step in range(5):
+        matrix = matrices[f"attention.{step}"]
+        assert matrix.dtype == np.float16
+        np.testing.assert_array_equal(matrices[f"slots.{step}"], slots[steps == step])
+        mean = matrix.astype(np.float32).mean(axis=2).transpose(2, 0, 1)
+        np.testing.assert_allclose(mean, received[steps == step], atol=1e-3)
+
+
+def test_nothing_is_done_twice(session, monkeypatch):
+    session().run()
+    before = {path: path.stat().st_mtime_ns for path in session().folder.rglob("*.parquet")}
+    monkeypatch.setattr(Session, "_outcomes", lambda self, groups, begin: iter(groups and 1 / 0))
+    summary = session().run()
+    assert (summary.done, summary.made) == (8, 0)
+    assert before == {p: p.stat().st_mtime_ns for p in session().folder.rglob("*.parquet")}
+    assert len(read_manifest(session().folder)["sessions"]) == 2
+
+
+class Killed(BaseException):
+    """Nothing catches this, as nothing catches a kill."""
+
+
+@pytest.mark.parametrize("owner", ["files", "ledger"])
+def test_ended_at_any_write_it_goes_on_to_the_same_tables(session, undisturbed, monkeypatch, owner):
+    """At every one of the writes, in turn; what was whole before stays as it is."""
+    wrapped = stores.write_atomically if owner == "files" else Ledger.finish
+    left = [0]
+
+    def dying(*arguments):
+        left[0] -= 1
+        if left[0] < 0:
+            raise Killed
+        return wrapped(*arguments)
+
+    if owner == "files":
+        monkeypatch.setattr(stores, "write_atomically", dying)
+    else:
+        monkeypatch.setattr(Ledger, "finish", dying)
+    attempts = 0
+    whole = 0
+    while True:
+        # Each time one write more succeeds than a suite's beginning needs.
+        left[0] = attempts % 9 if owner == "files" else attempts % 2
+        attempts += 1
+        assert attempts < 100
+        try:
+            session().run()
+            break
+        except Killed:
+            pass
+        if (session().folder / stores.LEDGER).exists():
+            done = states(session().folder).count(DONE)
+            assert done >= whole
+            whole = done
+    assert attempts > 3
+    assert_same_tables(load_tables(session().folder), undisturbed)
+    names = {str(path) for path in files(session().folder)}
+    assert not any("/." in name for name in names)
+    assert len(names) == 8 + 8 + 4 + 4  # results, captures, kl, and lock, suite, manifest, ledger
+
+
+def command(suite, where, *more):
+    arguments = ["experiment", "run", str(suite), "-o", str(where), "--batch-size", "2", *more]
+    return [sys.executable, "-m", "tempo_mlx", *arguments]
+
+
+def test_killed_at_random_it_goes_on_to_the_same_tables(folder, tmp_path, loaded):
+    changes = {"prompts": {"a": [f"text number {i}" for i in range(12)]}}
+    suite = save_suite(tmp_path / "suite.yaml", folder, **changes)
+    where, whole = tmp_path / "out", tmp_path / "whole"
+    Session(parse_suite(suite.read_text()), whole, *loaded, Options(batch_size=2)).run()
+    rng = random.Random(7)
+    kills, done = 0, 0
+    while done < 24 and kills < 12:
+        process = subprocess.Popen(
+            command(suite, where), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        # At a random moment after the next run was stored.
+        deadline = time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < deadline:
+            if len(list(where.glob("results/*.parquet"))) > done:
+                time.sleep(rng.random() * 0.05)
+                break
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+        out, err = process.communicate(timeout=60)
+        assert "Traceback" not in err
+        kills += process.returncode == -signal.SIGKILL
+        now = states(where).count(DONE)
+        assert now >= done
+        # Whatever is done is whole.
+        ledger = read_ledger(where)
+        for entry in ledger.entries():
+            if entry.state == DONE:
+                read_run(where, entry.run_id)
+        ledger.close()
+        done = now
+    assert kills >= 2
+    finished = subprocess.run(command(suite, where), capture_output=True, text=True, check=True)
+    assert "24 of 24 runs are done" in finished.stdout
+    assert_same_tables(load_tables(where), load_tables(whole))
+    assert not any(path.name.startswith(".") for path in where.glob("*/*"))
+
+
+def test_a_second_command_on_one_folder_says_so(session, folder, tmp_path):
+    suite = save_suite(tmp_path / "suite.yaml", folder)
+    made = session()
+    with stores.Store(made.folder, made.suite, made.identity, made.plan.runs):
+        with pytest.raises(LockedError, match="in use by another command"):
+            made.run()
+        other = subprocess.run(command(suite, made.folder), capture_output=True, text=True)
+        assert other.returncode == 2 and "in use by another command" in other.stderr
+        assert "Traceback" not in other.stderr
+    assert made.run().done == 8
+
+
+@pytest.mark.parametrize("after", [0, 1, 2, 7, 12])
+def test_a_full_disk_is_a_clear_error_and_the_ledger_is_intact(
+    session, undisturbed, monkeypatch, after
+):
+    original, left = stores.write_atomically, [after]
+
+    def write(path, data):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        original(path, data)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(stores, "write_atomically", write)
+        with pytest.raises(DiskFullError, match="the disk is full") as error:
+            session().run()
+    assert "run the command again" in str(error.value)
+    where = session().folder
+    if after > 1:
+        assert sqlite3.connect(where / stores.LEDGER).execute(
+            "PRAGMA integrity_check"
+        ).fetchone() == ("ok",)
+        done = states(where).count(DONE)
+        assert f"{done} runs are done and whole" in str(error.value)
+    assert session().run().done == 8
+    assert_same_tables(load_tables(where), undisturbed)
+
+
+def test_a_ledger_that_is_full_is_the_same_error(session, undisturbed, monkeypatch):
+    made = session()
+    made.run()
+    ledger = Ledger(made.folder / stores.LEDGER)
+    pages = ledger._connection.execute("PRAGMA page_count").fetchone()[0]
+    ledger._connection.execute(f"PRAGMA max_page_count = {pages}")
+    with pytest.raises(DiskFullError, match="the disk is full"):
+        ledger.plan([(f"run {i}", "x" * 5000) for i in range(10)])
+    assert len(ledger.entries()) == 8
+    ledger.close()
+
+
+def test_a_folder_holds_one_suite_of_one_model(session, loaded, folder, tmp_path):
+    session().run()
+    with pytest.raises(ValueError, match="a suite with other settings; choose another --output"):
+        session(settings={"max_tokens": 3}).run()
+    with pytest.raises(ValueError, match="a suite with other captures"):
+        session(captures="full").run()
+    stores_before = files(session().folder)
+    made = session()
+    made.identity = "0" * 32
+    with pytest.raises(ValueError, match="runs of another model"):
+        made.run()
+    assert files(session().folder) == stores_before and session().run().done == 8
+
+
+def test_files_of_others_are_left_alone(session):
+    made = session()
+    mine = made.folder / "results" / "notes.txt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    for name in ("0123456789abcdef.parquet", ".0123456789abcdef.parquet.x1y2"):
+        (made.folder / "results" / name).write_text("of a dead process")
+    made.run()
+    assert mine.read_text() == "mine"
+    assert len(list((made.folder / "results").iterdir())) == 1 + 8
+
+
+def test_a_folder_that_cannot_be_used_is_named(session, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot be written"):
+        session("file").run()
+    made = session()
+    made.run()
+    (made.folder / stores.LEDGER).write_bytes(b"no ledger at all" * 100)
+    with pytest.raises(ValueError, match="cannot be used"):
+        made.run()
+    with pytest.raises(ValueError, match="there is no ledger"):
+        load_tables(tmp_path)
+
+
+def test_a_failed_run_is_tried_again(session, monkeypatch):
+    original = Session._outcomes
+
+    def failing(self, groups, begin):
+        for number, outcome in original(self, groups, begin):
+            if number == 1:
+                outcome = type(outcome)([outcome.runs[0], "it fell over"], outcome.pairs)
+            yield number, outcome
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Session, "_outcomes", failing)
+        summary = session().run()
+    assert (summary.done, summary.failed) == (7, 1)
+    assert list(summary.errors.values()) == ["it fell over"]
+    tables = load_tables(session().folder)
+    assert len(tables.runs) == 7 and tables.kl["prompt_id"].nunique() == 3
+    again = session().run()
+    # With its group, for divergences need both.
+    assert (again.done, again.failed, again.made) == (8, 0, 2)
+    assert load_tables(session().folder).kl["prompt_id"].nunique() == 4
+
+
+def test_cross_validation_compares_and_names_what_differs(session):
+    options = Options(batch_size=8, cross_validate=0.5)
+    found = session(options=options).run().validation
+    assert found.runs == 4 and found.mismatches == {}
+    assert 0 <= max(found.differences.values()) < found.tolerance
+    where = session().folder
+    assert read_manifest(where)["cross_validation"]["runs"] == 4
+    for path in (where / "results").glob("*.parquet"):
+        run = read_run(where, path.stem)
+        run.tokens["probability"][0] += 0.01
+        path.write_bytes(stores._results(path.stem, run))
+    found = session(options=options).run().validation
+    assert len(found.mismatches) == 4
+    assert all("probability differs by 0.01" in why for why in found.mismatches.values())
+
+
+def test_captures_stay_below_what_was_said_and_allowed(session, tmp_path):
+    made = session(captures="full")
+    made.run()
+    stored = 0
+    for entry in load_tables(made.folder).runs["run_id"]:
+        run = read_run(made.folder, entry)
+        stored += run.arrays["received"].nbytes + run.arrays["entropy"].nbytes
+        stored += sum(a.nbytes for n, a in read_matrices(made.folder, entry).items() if "att" in n)
+    assert stored <= made.capture_bytes < 10 * stored
+    runs = made.plan.runs
+    assert made.capture_bytes == sum(capture_bytes(r, len(r.prompt), 2, 4) for r in runs)
+    with pytest.raises(ValueError, match=r"captures full take up to .* GB, more than --max-disk"):
+        session(captures="full", options=Options(max_disk=made.capture_bytes - 1))
+    session(captures="full", options=Options(max_disk=made.capture_bytes))
+    assert session(captures="none").capture_bytes == 0
+
+
+def test_the_pace_of_the_latest_command_says_how_long_it_takes(tmp_path, monkeypatch):
+    clock = [1000.0]
+    monkeypatch.setattr(ledgers.time, "time", lambda: clock[0])
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    ledger.plan([(str(i), "{}") for i in range(6)])
+    assert ledger.seconds_left() is None
+    ledger.start(["0", "1"])
+    clock[0] += 10
+    ledger.finish({"0": None, "1": "no"})
+    assert ledger.seconds_left() == 4 * 10 / 2
+    clock[0] += 500
+    ledger.plan([(str(i), "{}") for i in range(6)])  # another command; the failed one counts again
+    assert ledger.seconds_left() is None
+    clock[0] += 3
+    ledger.finish({"1": None})
+    assert ledger.seconds_left() == 4 * 3
+    assert [entry.state for entry in ledger.entries()] == [DONE, DONE] + ["pending"] * 4
+    ledger.close()
