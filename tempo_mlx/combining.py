@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import mlx.core as mx
 import numpy as np
 
-LOG2_E = 1.4426950408889634
+from .models.attention import LOG2_E
 
 
 def mixture(w: np.ndarray) -> np.ndarray:

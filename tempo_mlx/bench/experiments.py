@@ -1,6 +1,9 @@
-"""Suites of many short runs: in one batch, one by one, in processes, with the model loaded anew."""
+"""Suites of many short runs: in one batch, one by one, in processes, by a command for each."""
 
 import gc
+import shlex
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -12,13 +15,14 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+import yaml
 
-from ..experiments.running import Group, Outcome, run_batched, run_group, run_one_by_one
+from ..experiments.running import Group, Outcome, run_batched, run_one_by_one
 from ..experiments.session import Options, Session
-from ..experiments.suite import Suite, read_suite
+from ..experiments.suite import Grid, RunConfig, Suite, read_suite
 from ..experiments.validation import compare, tolerance
 from ..experiments.workers import run_in_workers
-from ..models import PositionedModel, load
+from ..models import PositionedModel
 from ..models.identity import fingerprint
 from .setting import describe
 from .target import Target
@@ -26,12 +30,12 @@ from .timing import Spread, alternate, ratio
 
 SCHEMA = 1
 
-RELOADING, SEQUENTIAL, WORKERS = "one by one, model loaded for each", "one by one", "workers"
+RELOADING, SEQUENTIAL, WORKERS = "a command for each run", "one by one", "workers"
 BATCHED, PLAIN, STORED = "batched", "batched, nothing captured", "batched, stored"
 
 MIN_OVER_SEQUENTIAL, MIN_OVER_RELOADING, MAX_CAPTURE = 8.0, 30.0, 1.15
 
-#: Runs that are measured with the model loaded for each; all cost the same.
+#: Runs that are measured by a command for each; all cost the same.
 RELOADED = 10
 
 #: The built-in suite, with tokens drawn, so that every seed of every prompt is a run of its own.
@@ -127,8 +131,7 @@ def bench_experiments(
 
     The prompts, modes and seeds are those of the built-in suite, with tokens drawn. Times are of
     the runs with what is captured of them, not of reading the model before, except where it is
-    loaded for each run or by each worker. The start of a process for each run, which a loop in a
-    shell would add, is not counted.
+    loaded by each worker, or for each run by a command of its own, as a loop in a shell would.
 
     Args:
         model, tokenizer: as :func:`tempo_mlx.load` returns them.
@@ -166,9 +169,10 @@ def bench_experiments(
         return Taken((time.perf_counter() - start) / n, outcomes)
 
     def reloading() -> dict[int, Outcome]:
-        for group in groups[: RELOADED // 2]:
-            for config in group:
-                run_group(*load(model_name), [config])
+        with tempfile.TemporaryDirectory() as folder:
+            for number, config in enumerate(config for group in groups for config in group):
+                if number < RELOADED:
+                    _in_a_shell(_alone(suite, config), Path(folder) / str(number))
         return {}
 
     def stored() -> dict[int, Outcome]:
@@ -225,6 +229,29 @@ def drawn_suite(model: str, max_tokens: int) -> Suite:
     data = read_suite(SUITE).to_dict()
     data["settings"] |= {"max_tokens": max_tokens, "sampling": "gumbel"}
     return Suite.model_validate(data | {"model": model})
+
+
+def _alone(suite: Suite, run: RunConfig) -> Suite:
+    """A suite of one run."""
+    return suite.model_copy(
+        update={
+            "prompts": {run.category: [run.prompt]},
+            "seeds": [run.settings.seed],
+            "grid": Grid.model_validate({"visibility": [run.settings.visibility]}),
+        }
+    )
+
+
+def _in_a_shell(suite: Suite, folder: Path) -> None:
+    """Run a suite by a command of its own."""
+    file = folder.with_suffix(".yaml")
+    file.write_text(yaml.safe_dump(suite.to_dict()), encoding="utf-8")
+    command = [sys.executable, "-m", "tempo_mlx", "experiment", "run"]
+    done = subprocess.run(
+        [*command, str(file), "--output", str(folder)], capture_output=True, text=True
+    )
+    if done.returncode:
+        raise ValueError(f"{shlex.join(done.args)} failed: {done.stderr.strip()}")
 
 
 def _differences(

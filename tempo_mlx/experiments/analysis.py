@@ -1,6 +1,7 @@
 """The analysis of a suite: all that is computed from its tables, and the files it fills."""
 
 import json
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,12 @@ import pandas as pd
 from pandas import DataFrame
 
 from ..files import write_atomically
+from .ledger import DONE
 from .matching import Rules, keys_of
 from .measures import ALL, MEASURES, Measured, Measurements, measure
 from .mixed_model import mode_model, observations, seed_model, sibling_model
 from .statistics import CONFIDENCE, MIN_BOOTSTRAP, MIN_PROMPTS, MIN_WILCOXON, clustered_mean
+from .store import LEDGER, read_ledger
 from .summary import (
     EVERY_CATEGORY,
     TESTED,
@@ -380,7 +383,7 @@ def load_analysis(folder: Path) -> Analysis:
     """What :func:`save` wrote.
 
     Raises:
-        ValueError: if there is none, or not of this version.
+        ValueError: if there is none, not of this version, or if runs have been done since.
     """
     path = folder / FOLDER / INFO
     if not path.is_file():
@@ -390,6 +393,14 @@ def load_analysis(folder: Path) -> Analysis:
         raise ValueError(f"{path} is of version {info.get('schema')}, this program reads {SCHEMA}")
     del info["tables"]
     tables = {name: pd.read_parquet(path.with_name(f"{name}.parquet")) for name in CONTENTS}
+    if (folder / LEDGER).is_file():
+        with closing(read_ledger(folder)) as ledger:
+            done = {entry.run_id for entry in ledger.entries() if entry.state == DONE}
+        if new := done - set(tables["runs"]["run_id"]):
+            raise ValueError(
+                f"the analysis lacks {len(new)} of {len(done)} runs; run again: tempo-mlx "
+                f"experiment analyze {folder}"
+            )
     return Analysis(info, tables)
 
 

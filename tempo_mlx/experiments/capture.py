@@ -78,8 +78,9 @@ class Divergence:
             if other == member:
                 continue
             difference = logs - other_logs
-            ours = 0.0 + float(np.dot(p.astype(np.float64), difference))
-            theirs = 0.0 - float(np.dot(q.astype(np.float64), difference))
+            # No BLAS: its threads would take the cores from the model's.
+            ours = 0.0 + float((p * difference).sum(dtype=np.float64))
+            theirs = 0.0 - float((q * difference).sum(dtype=np.float64))
             pair = (member, other) if member < other else (other, member)
             self._found[pair][step] = (ours, theirs) if member < other else (theirs, ours)
         waiting[member] = p.copy(), logs

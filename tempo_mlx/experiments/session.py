@@ -291,7 +291,7 @@ class Session:
             "fingerprint": self.identity,
             **self._facts,
             "device": str(mx.device_info().get("device_name", mx.default_device())),
-            "platform": platform.platform(),
+            "platform": f"{platform.system()} {platform.machine()}",
             "python": platform.python_version(),
             "versions": {name: metadata.version(name) for name in PACKAGES},
             "notes": self.plan.notes,

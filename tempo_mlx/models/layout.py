@@ -57,6 +57,17 @@ class Layout:
         flat = x.transpose(1, 0, 2, 3).reshape(H, self.batch_size * self.width, D)
         return mx.take(flat, self._back, axis=1)[None]
 
+    def selected(self, x: mx.array) -> mx.array:
+        """[B, H, T, D] by rows to [N, H, D] of the tokens, without the places left over."""
+        B, H, T, D = x.shape
+        return x.transpose(0, 2, 1, 3).reshape(B * T, H, D)[self._back]
+
+    def placed(self, x: mx.array) -> mx.array:
+        """[N, H, D] of the tokens to [B, H, T, D] by rows."""
+        _, H, D = x.shape
+        rows = x[self._gather].reshape(self.batch_size, self.width, H, D)
+        return rows.transpose(0, 2, 1, 3)
+
     def in_order(self, x: mx.array) -> mx.array:
         """[B, T, ..] by rows to [1, N, ..] of all tokens."""
         return x.reshape(1, self.batch_size * self.width, -1)[:, self._back]

@@ -11,6 +11,7 @@ from html.parser import HTMLParser
 from tempo_mlx.cli import experiment_analysis
 from tempo_mlx.experiments import tables as tables_module
 from tempo_mlx.experiments.analysis import analyze, save
+from tempo_mlx.experiments.ledger import Ledger
 from tempo_mlx.experiments.report import markdown_cell, write_report
 from tempo_mlx.experiments.sections import MOST_ROWS, interval, number, sections
 from tempo_mlx.plots.experiment import (
@@ -290,6 +291,20 @@ def test_commands_follow_one_another(run, tmp_path):
     assert result.exit_code == 0 and (tmp_path / "plots" / "heads.png").is_file()
     result = run("report", tmp_path)
     assert result.exit_code == 0 and (tmp_path / "report.html").stat().st_size > 50_000
+
+
+def test_runs_that_the_analysis_does_not_know_are_noticed(run, tmp_path, tables):
+    assert run("analyze", tmp_path, "--resamples", 99).exit_code == 0
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    known = tables.runs["run_id"].tolist()
+    ledger.plan([(run_id, "{}") for run_id in [*known, "later"]])
+    ledger.finish(dict.fromkeys(known))
+    assert run("plot", tmp_path, "--format", "png").exit_code == 0
+    ledger.finish({"later": None})
+    ledger.close()
+    for command in ("plot", "report"):
+        message = str(run(command, tmp_path).exception)
+        assert "lacks 1 of" in message and "tempo-mlx experiment analyze" in message
 
 
 @pytest.mark.parametrize(
