@@ -2,6 +2,7 @@
 
 import gc
 import platform
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -219,7 +220,7 @@ class Session:
         ids = [[config.id(self.identity) for config in group] for group in groups]
         session: dict[str, Any] = {
             "started": _now(),
-            "command": command,
+            "command": shlex.join(command),
             "runner": str(self.options),
         }
         manifest = self._manifest(read_manifest(self.folder), session)
@@ -248,7 +249,7 @@ class Session:
             manifest["cross_validation"] = asdict(validation)
         store.ledger.end()
         now_done = len(store.done)
-        session["finished"], session["made"], session["seconds"] = _now(), made, seconds
+        session |= {"finished": _now(), "made": made, "seconds": round(seconds, 3)}
         manifest |= {"finished": _now(), "runs": {"total": total, "done": now_done}}
         store.write_manifest(manifest)
         entries = store.ledger.entries()
