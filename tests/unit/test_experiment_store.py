@@ -133,7 +133,7 @@ def test_a_folder_has_what_it_needs_to_be_understood(session):
     manifest = read_manifest(made.folder)
     assert manifest["fingerprint"] == made.identity and manifest["heads"] == [4]
     assert manifest["versions"].keys() == {"tempo-mlx", "mlx", "mlx-lm", "numpy"}
-    assert manifest["sessions"][0]["command"] == ["tempo-mlx", "experiment"]
+    assert manifest["sessions"][0]["command"] == "tempo-mlx experiment"
     assert manifest["runs"] == {"total": 8, "done": 8}
     [first, *_] = load_tables(made.folder).runs["run_id"]
     with safe_open(made.folder / "captures" / f"{first}.safetensors", "np") as file:
