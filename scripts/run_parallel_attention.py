@@ -8,11 +8,11 @@ from typing import Annotated
 
 from tempo_mlx import load
 from tempo_mlx.experiments.analysis import analyze, load_analysis, save
+from tempo_mlx.experiments.pictures import plot_experiment
 from tempo_mlx.experiments.report import PLOTS, write_report
 from tempo_mlx.experiments.session import Options, Session
-from tempo_mlx.experiments.suite import read_suite
+from tempo_mlx.experiments.suite_files import read_suite
 from tempo_mlx.experiments.tables import load_tables
-from tempo_mlx.plots.experiment import plot_experiment
 
 import typer
 

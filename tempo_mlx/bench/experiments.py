@@ -19,7 +19,9 @@ import yaml
 
 from ..experiments.running import Group, Outcome, run_batched, run_one_by_one
 from ..experiments.session import Options, Session
-from ..experiments.suite import Grid, RunConfig, Suite, read_suite
+from ..experiments.suite import RunConfig, Suite
+from ..experiments.suite_files import read_suite
+from ..experiments.suite_keys import Grid
 from ..experiments.validation import compare, tolerance
 from ..experiments.workers import run_in_workers
 from ..models import PositionedModel

@@ -56,16 +56,9 @@ def describe(
     sizes = {"prompt_tokens": prompt_tokens, "max_tokens": max_tokens, "rounds": rounds}
     return {
         "architecture": model.architecture,
-        "dtype": dtype_name(model),
+        "dtype": model.precision,
         **{name: size for name, size in sizes.items() if size is not None},
         "device": str(mx.device_info().get("device_name", mx.default_device())),
         "versions": {name: metadata.version(name) for name in ("mlx", "mlx-lm")},
         "blas": str(library) if library is not None else "mlx's own",
     }
-
-
-def dtype_name(model: PositionedModel) -> str:
-    """dtype of the activations, and the bits of quantised weights: "float16, 4-bit"."""
-    bits = {m.bits for m in model.model.modules() if isinstance(m, nn.QuantizedLinear)}
-    name = str(model.dtype).removeprefix("mlx.core.")
-    return f"{name}, {'/'.join(str(b) for b in sorted(bits))}-bit" if bits else name

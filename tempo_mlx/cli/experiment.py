@@ -115,7 +115,8 @@ def run(
     require_extra()
     from ..experiments.session import RUNNERS, Options, Session, Status
     from ..experiments.store import free_bytes
-    from ..experiments.suite import CAPTURES, read_suite
+    from ..experiments.suite import CAPTURES
+    from ..experiments.suite_files import read_suite
 
     kind, _, count = runner.partition("=")
     counted = count.isdecimal() if kind == "workers" else not count
@@ -254,7 +255,7 @@ def schema(
 ) -> None:
     """The JSON Schema of suite files, for editors that check YAML as it is written."""
     require_extra()
-    from ..experiments.suite import json_schema
+    from ..experiments.suite_files import json_schema
 
     text = json.dumps(json_schema(), indent=1) + "\n"
     if output is None:

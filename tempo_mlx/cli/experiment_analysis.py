@@ -91,8 +91,8 @@ def plot(
         raise ValueError(f"--format must be svg, png or pdf, got {ending!r}")
     with _packages():
         from ..experiments.analysis import load_analysis
+        from ..experiments.pictures import plot_experiment
         from ..experiments.report import PLOTS
-        from ..plots.experiment import plot_experiment
     _check_folder(folder)
     analysis = load_analysis(folder)
     with _working("Drawing"):
@@ -155,7 +155,7 @@ def _say(text: str) -> None:
 
 def _print(analysis: "Analysis") -> None:
     """The most important numbers: naive beside controlled, and mode against mode."""
-    from ..experiments.sections import interval, number
+    from ..experiments.document import interval, number
     from ..experiments.summary import each
 
     console = wide_console()

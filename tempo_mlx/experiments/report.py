@@ -7,8 +7,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ..files import write_atomically
-from ..plots.experiment import plot_experiment
 from .analysis import Analysis
+from .pictures import plot_experiment
 from .sections import sections
 
 HTML, MARKDOWN = "report.html", "report.md"

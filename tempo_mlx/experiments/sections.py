@@ -1,61 +1,14 @@
-"""What a report says: sections of texts, tables and pictures, whatever they are written in."""
+"""What a report says of an analysis."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
 from pandas import DataFrame
 
 from .analysis import Analysis
+from .document import Items, Picture, Section, Table, Text, flat, interval, number, shortened
 from .summary import each
-
-#: Rows of tables that grow with the suite: prompts, texts, influence.
-MOST_ROWS = 60
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows of texts under their heads."""
-
-    columns: list[str]
-    rows: list[list[str]]
-    caption: str = ""
-    kind: str = "table"
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A picture by the name of its file, without folder and ending."""
-
-    name: str
-    caption: str
-    kind: str = "picture"
-
-
-@dataclass(frozen=True)
-class Text:
-    """A paragraph."""
-
-    text: str
-    kind: str = "text"
-
-
-@dataclass(frozen=True)
-class Items:
-    """A list of short texts."""
-
-    items: list[str]
-    kind: str = "items"
-
-
-@dataclass(frozen=True)
-class Section:
-    """A part of the report under a heading."""
-
-    title: str
-    blocks: list[Table | Picture | Text | Items] = field(default_factory=list)
-
 
 LIMITS = (
     "Attention is observed, not intervened on: what a token draws is not what it does to the "
@@ -95,20 +48,6 @@ def sections(analysis: Analysis) -> list[Section]:
     ]
 
 
-def number(value: Any, signed: bool = False) -> str:
-    """Three digits that count; a dash where there is none."""
-    if value is None or pd.isna(value):
-        return "–"
-    return f"{value:{'+' if signed else ''}.3g}"
-
-
-def interval(low: Any, high: Any, note: str = "") -> str:
-    """Bounds, or why there are none."""
-    if pd.isna(low) or pd.isna(high):
-        return note or "–"
-    return f"[{number(low, True)}, {number(high, True)}]"
-
-
 def _what_was_run(analysis: Analysis) -> Section:
     info, runs = analysis.info, analysis["runs"]
     seeds = runs["seed"].nunique()
@@ -119,12 +58,12 @@ def _what_was_run(analysis: Analysis) -> Section:
             f"({'; '.join(info['modes'])}), with "
             + (f"{seeds} seeds." if seeds else "deterministic selection and no seeds.")
         ),
-        Table(["what", "value"], _flat(info["manifest"]), "What it was run on"),
-        Table(["setting", "value"], _flat(info["suite"], leave_out=("prompts",)), "The suite"),
+        Table(["what", "value"], flat(info["manifest"]), "What it was run on"),
+        Table(["setting", "value"], flat(info["suite"], leave_out=("prompts",)), "The suite"),
     ]
     prompts = runs.drop_duplicates("prompt_id")
     rows = [[row.prompt_id, row.category, row.prompt] for row in each(prompts)]
-    blocks.append(_shortened(["id", "category", "prompt"], rows, "Prompts"))
+    blocks.append(shortened(["id", "category", "prompt"], rows, "Prompts"))
     by_mode = runs.groupby("mode", sort=False)
     rows = []
     for mode, mine in by_mode:
@@ -134,7 +73,7 @@ def _what_was_run(analysis: Analysis) -> Section:
     columns = ["mode", "runs", "steps", "tokens in sets", "tokens per step"]
     blocks.append(Table(columns, rows, "Runs"))
     texts = [[row.prompt, row.mode, _seed(row.seed), str(row.text)] for row in each(runs)]
-    blocks.append(_shortened(["prompt", "mode", "seed", "best path"], texts, "Texts"))
+    blocks.append(shortened(["prompt", "mode", "seed", "best path"], texts, "Texts"))
     return Section("What was run", blocks)
 
 
@@ -485,7 +424,7 @@ def _checks(analysis: Analysis) -> Section:
                 models,
                 "Mixed models",
             ),
-            _shortened(
+            shortened(
                 ["measure", "mode", "prompt", "value", "z", "|z| > 3"]
                 + ["mean without", "dfbetas", "p without"],
                 rows,
@@ -552,28 +491,3 @@ def _limit(value: Any) -> str:
 
 def _seed(seed: Any) -> str:
     return "–" if pd.isna(seed) else str(seed)
-
-
-def _shortened(columns: list[str], rows: list[list[str]], caption: str) -> Table:
-    left_out = len(rows) - MOST_ROWS
-    if left_out > 0:
-        caption = f"{caption} (the first {MOST_ROWS} of {len(rows)})"
-    return Table(columns, rows[:MOST_ROWS], caption)
-
-
-def _flat(
-    tree: Mapping[str, Any], before: str = "", leave_out: tuple[str, ...] = ()
-) -> list[list[str]]:
-    """Names and values of a nested mapping, names joined by points."""
-    rows = []
-    for name, value in tree.items():
-        if name in leave_out:
-            continue
-        if isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
-            value = {str(i): item for i, item in enumerate(value, 1)}
-        if isinstance(value, Mapping):
-            rows += _flat(value, f"{before}{name}.")
-        else:
-            joined = isinstance(value, list | tuple)
-            rows.append([f"{before}{name}", ", ".join(map(str, value)) if joined else str(value)])
-    return rows

@@ -16,7 +16,6 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..bench.setting import dtype_name
 from ..generation import begin
 from ..models import Capture, PositionedModel
 from ..models.identity import fingerprint
@@ -338,7 +337,7 @@ def _facts(model: PositionedModel) -> dict[str, Any]:
         heads = {weights.shape[1] for weights in attention.values()}
     return {
         "architecture": model.architecture,
-        "dtype": dtype_name(model),
+        "dtype": model.precision,
         "layers": model.n_layers,
         "heads": sorted(heads),
     }

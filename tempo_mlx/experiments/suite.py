@@ -8,38 +8,22 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
-from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import (
     BaseModel,
-    ConfigDict,
-    Discriminator,
     Field,
-    Tag,
-    ValidationError,
-    create_model,
     field_validator,
 )
 
-from ..combining import COMBINE
-from ..models import recipes
 from ..prompt_files import PARSERS
 from ..pruning import (
-    DECISIONS,
-    LAYER_WEIGHTS,
-    QUERY_WEIGHTS,
-    REPAIRS,
-    RULES,
-    WHEN_ALL_FALL,
     Pruning,
 )
 from ..run import require_observable
-from ..schedules import Schedule
-from ..settings import BRANCHING, SAMPLING, WEIGHTINGS, Settings
-from ..visibility import VISIBILITY
+from ..settings import Settings
+from .suite_keys import STRICT, Grid, SettingsSpec
 
 #: Version of what identifies a run.
 SCHEMA = 1
@@ -47,82 +31,10 @@ SCHEMA = 1
 #: What is kept of a run beside its tokens.
 CAPTURES = ("reductions", "full", "none")
 
-#: Settings whose values are among a few names.
-CHOICES: dict[str, Any] = {
-    "visibility": VISIBILITY,
-    "combine": COMBINE,
-    "sampling": SAMPLING,
-    "branching": BRANCHING,
-    "weighting": WEIGHTINGS,
-    "rule": RULES,
-    "decision": DECISIONS,
-    "when_all_fall": WHEN_ALL_FALL,
-    "layer_weights": LAYER_WEIGHTS,
-    "query_weights": QUERY_WEIGHTS,
-    "repair": REPAIRS,
-}
-
-#: Types of settings as YAML has them.
-WRITTEN: dict[Any, Any] = {
-    Schedule: str,
-    tuple[str, ...]: list[str],
-    tuple[int, ...]: list[int] | str,
-}
-
-STRICT = ConfigDict(extra="forbid", strict=True, frozen=True)
-
 
 class SuiteError(ValueError):
     """A suite that cannot be run; one line that names the key and its value."""
 
-
-def _written(name: str, hint: Any, pruning: type | None) -> Any:
-    """The type that a setting has in YAML."""
-    if name in CHOICES:
-        return Literal[tuple(CHOICES[name])]
-    parts = get_args(hint) if get_origin(hint) is not tuple and get_args(hint) else (hint,)
-    kinds = [pruning if part is Pruning else WRITTEN.get(part, part) for part in parts]
-    return Union[tuple(kinds)]  # noqa: UP007
-
-
-def _keys(owner: type, pruning: type | None = None) -> dict[str, Any]:
-    """Name -> type of the fields of a settings class; a seed comes from the suite's list."""
-    hints = get_type_hints(owner)
-    names = [field.name for field in fields(owner) if field.name != "seed"]
-    return {name: _written(name, hints[name], pruning) for name in names}
-
-
-def _spec(title: str, keys: dict[str, Any]) -> type[BaseModel]:
-    """A model all of whose keys may be left out."""
-    optional: dict[str, Any] = {name: (kind, None) for name, kind in keys.items()}
-    return create_model(title, __config__=STRICT, **optional)
-
-
-def _alternatives(keys: dict[str, Any]) -> dict[str, Any]:
-    """The same keys, each with a list of values."""
-    return {
-        name: Annotated[list[kind], Field(min_length=1)]  # type: ignore[valid-type]
-        for name, kind in keys.items()
-    }
-
-
-PruningSpec = _spec("Pruning", _keys(Pruning))
-PruningGrid = _spec("PruningGrid", _alternatives(_keys(Pruning)))
-SettingsSpec = _spec("Settings", _keys(Settings, PruningSpec))
-Grid = _spec(
-    "Grid",
-    _alternatives(_keys(Settings, PruningSpec))
-    | {
-        "pruning": Annotated[
-            Annotated[list[PruningSpec | None], Field(min_length=1), Tag("list")]  # type: ignore[valid-type]
-            | Annotated[PruningGrid, Tag("object")],
-            Discriminator(lambda given: "list" if isinstance(given, list) else "object"),
-        ]
-    },
-)
-
-#: Parts of an error's place that stand for a kind of value, not for a key.
-TAGS = frozenset({"list", "object", "Pruning", "str", "int", "float", "list[int]", "none"})
 
 Text = Annotated[str, Field(min_length=1)]
 Category = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$")]
@@ -376,96 +288,3 @@ def _parsed(given: dict[str, Any]) -> dict[str, Any]:
             value = PARSERS[name](value)
         values[name] = tuple(value) if isinstance(value, list) else value
     return values
-
-
-class _Loader(yaml.SafeLoader):
-    """Refuses keys that stand twice, of which YAML would drop the first."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                line = node.start_mark.line + 1
-                raise SuiteError(f"the key {key!r} stands twice in the block from line {line}")
-        return super().construct_mapping(node, deep)
-
-
-def read_suite(name: str | Path) -> Suite:
-    """The suite of a file, or a built-in one by its name.
-
-    Raises:
-        SuiteError: if there is none, or naming the key that is wrong.
-    """
-    path = Path(name)
-    known = built_in()
-    if not path.is_file() and str(name) in known:
-        path = known[str(name)]
-    if not path.is_file():
-        raise SuiteError(
-            f"{str(name)!r} is no file and no built-in suite; those are {', '.join(known)}"
-        )
-    try:
-        return parse_suite(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise SuiteError(f"{path} is not UTF-8 text") from error
-    except OSError as error:
-        raise SuiteError(f"{path} cannot be read: {error.strerror}") from error
-    except SuiteError as error:
-        raise SuiteError(f"{path}: {error}") from error
-
-
-def parse_suite(text: str) -> Suite:
-    """The suite that a YAML text describes; SuiteError names the key that is wrong."""
-    try:
-        data = yaml.load(text, _Loader)
-    except (yaml.YAMLError, RecursionError, TypeError) as error:
-        raise SuiteError(f"not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(data, dict):
-        raise SuiteError("not a suite: an object with name and prompts is needed")
-    try:
-        return Suite.model_validate(data)
-    except ValidationError as error:
-        raise SuiteError(_line(error)) from error
-
-
-def _line(error: ValidationError) -> str:
-    """The first thing that is wrong, in a line; keys that nobody knows before those that miss."""
-    first, *_ = sorted(
-        error.errors(include_url=False), key=lambda each: each["type"] != "extra_forbidden"
-    )
-    place = [str(part) for part in first["loc"] if part not in TAGS]
-    where = ".".join(place)
-    if first["type"] == "extra_forbidden":
-        owner = _owner(place[:-1])
-        return f"unknown key {where!r}; keys are {', '.join(owner.model_fields)}"
-    if first["type"] == "missing":
-        return f"the key {where!r} is missing"
-    message = first["msg"].removeprefix("Value error, ")
-    message = message[0].lower() + message[1:]
-    if first["type"] == "value_error":
-        return f"{where}: {message}"
-    return f"{where}: {message}, got {json.dumps(first['input'], default=str, ensure_ascii=False)}"
-
-
-def _owner(place: list[str]) -> type[BaseModel]:
-    """The model whose keys stand at a place of the file."""
-    inside = [part for part in place if not part.isdigit()]
-    if not inside:
-        return Suite
-    if inside[-1] == "pruning":
-        return PruningSpec if inside[0] == "settings" or len(place) > 2 else PruningGrid
-    return {"settings": SettingsSpec, "grid": Grid}[inside[0]]
-
-
-def json_schema() -> dict[str, Any]:
-    """JSON Schema of suite files, for editors."""
-    schema = Suite.model_json_schema()
-    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
-    return schema
-
-
-def built_in() -> dict[str, Path]:
-    """The suites that come with the package, by name."""
-    checkout = recipes.checkout_folder()
-    folder = recipes.PACKAGE / "suites" if checkout is None else checkout / "suites"
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}

@@ -68,6 +68,13 @@ class PositionedModel:
         """The model itself if it is positioned already, else wrapped."""
         return model if isinstance(model, PositionedModel) else cls(model)
 
+    @property
+    def precision(self) -> str:
+        """dtype of the activations, and the bits of quantised weights: "float16, 4-bit"."""
+        bits = {m.bits for m in self.model.modules() if isinstance(m, nn.QuantizedLinear)}
+        name = str(self.dtype).removeprefix("mlx.core.")
+        return f"{name}, {'/'.join(str(b) for b in sorted(bits))}-bit" if bits else name
+
     def make_cache(self, batch_size: int = 1) -> BatchedKVCache:
         """An empty cache for ``batch_size`` rows."""
         return BatchedKVCache(

@@ -3,7 +3,7 @@
 from tempo_mlx import PositionedModel
 from tempo_mlx.experiments.capture import TOP
 from tempo_mlx.experiments.running import run_batched, run_one_by_one
-from tempo_mlx.experiments.suite import read_suite
+from tempo_mlx.experiments.suite_files import read_suite
 from tempo_mlx.experiments.validation import compare, tolerance
 
 import mlx.core as mx

@@ -6,7 +6,7 @@ import sys
 
 from tempo_mlx.cli import experiment
 from tempo_mlx.experiments.session import Options
-from tempo_mlx.experiments.suite import json_schema
+from tempo_mlx.experiments.suite_files import json_schema
 from tempo_mlx.experiments.tables import load_tables
 from tests.suites import assert_same_tables, save_suite
 

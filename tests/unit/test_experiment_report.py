@@ -11,10 +11,9 @@ from html.parser import HTMLParser
 from tempo_mlx.cli import experiment_analysis
 from tempo_mlx.experiments import tables as tables_module
 from tempo_mlx.experiments.analysis import analyze, save
+from tempo_mlx.experiments.document import MOST_ROWS, interval, number
 from tempo_mlx.experiments.ledger import Ledger
-from tempo_mlx.experiments.report import markdown_cell, write_report
-from tempo_mlx.experiments.sections import MOST_ROWS, interval, number, sections
-from tempo_mlx.plots.experiment import (
+from tempo_mlx.experiments.pictures import (
     PICTURES,
     categories_figure,
     distances_figure,
@@ -23,6 +22,8 @@ from tempo_mlx.plots.experiment import (
     plot_experiment,
     prompts_figure,
 )
+from tempo_mlx.experiments.report import markdown_cell, write_report
+from tempo_mlx.experiments.sections import sections
 from tempo_mlx.plots.figure import look
 from tests.synthetic_experiment import CATEGORIES, Planted
 

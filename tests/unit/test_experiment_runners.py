@@ -12,7 +12,7 @@ from tempo_mlx.bench.experiments import BATCHED, SEQUENTIAL, bench_experiments, 
 from tempo_mlx.experiments import workers
 from tempo_mlx.experiments.capture import TOP, Divergence
 from tempo_mlx.experiments.running import Record, run_batched, run_group, run_one_by_one
-from tempo_mlx.experiments.suite import parse_suite
+from tempo_mlx.experiments.suite_files import parse_suite
 from tempo_mlx.experiments.validation import compare
 from tempo_mlx.experiments.workers import run_in_workers, run_on_cluster
 from tempo_mlx.lattice import Lattice

@@ -17,7 +17,7 @@ from tempo_mlx.experiments.capture import AXES
 from tempo_mlx.experiments.ledger import DONE, DiskFullError, Ledger, LockedError
 from tempo_mlx.experiments.session import Options, Session, capture_bytes
 from tempo_mlx.experiments.store import read_ledger, read_manifest, read_matrices, read_run
-from tempo_mlx.experiments.suite import parse_suite
+from tempo_mlx.experiments.suite_files import parse_suite
 from tempo_mlx.experiments.tables import load_tables
 from tests.suites import assert_same_tables, save_suite, suite_text
 from tests.tiny_folder import save_tiny_model

@@ -6,14 +6,27 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .figure import BLUE, GREEN, GREY, INK, ORANGE, PALE, PURPLE, SKY, check_plot, cut, look, save
-from .labels import readable
+from ..plots.figure import (
+    BLUE,
+    GREEN,
+    GREY,
+    INK,
+    ORANGE,
+    PALE,
+    PURPLE,
+    SKY,
+    check_plot,
+    cut,
+    look,
+    save,
+)
+from ..plots.labels import readable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
 
-    from ..experiments.analysis import Analysis
+    from .analysis import Analysis
 
 #: A colour and a mark for each mode, repeated beyond that.
 COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY, GREY)
@@ -116,7 +129,7 @@ def prompts_figure(analysis: "Analysis", measure: str) -> "Figure | None":
     # Prompts of one category stand together.
     ranks = {name: i for i, name in enumerate(dict.fromkeys(order["category"]))}
     order = order.assign(rank=order["category"].map(ranks)).sort_values("rank", kind="stable")
-    from ..experiments.summary import each
+    from .summary import each
 
     rows, names, y = {}, [], 0.0
     before = None

@@ -1,0 +1,111 @@
+"""Suite files: YAML that is read, what is wrong with it in one line, and its JSON Schema."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ValidationError,
+)
+
+from ..models import recipes
+from .suite import Suite, SuiteError
+from .suite_keys import Grid, PruningGrid, PruningSpec, SettingsSpec
+
+#: Parts of an error's place that stand for a kind of value, not for a key.
+TAGS = frozenset({"list", "object", "Pruning", "str", "int", "float", "list[int]", "none"})
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses keys that stand twice, of which YAML would drop the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                line = node.start_mark.line + 1
+                raise SuiteError(f"the key {key!r} stands twice in the block from line {line}")
+        return super().construct_mapping(node, deep)
+
+
+def read_suite(name: str | Path) -> Suite:
+    """The suite of a file, or a built-in one by its name.
+
+    Raises:
+        SuiteError: if there is none, or naming the key that is wrong.
+    """
+    path = Path(name)
+    known = built_in()
+    if not path.is_file() and str(name) in known:
+        path = known[str(name)]
+    if not path.is_file():
+        raise SuiteError(
+            f"{str(name)!r} is no file and no built-in suite; those are {', '.join(known)}"
+        )
+    try:
+        return parse_suite(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise SuiteError(f"{path} is not UTF-8 text") from error
+    except OSError as error:
+        raise SuiteError(f"{path} cannot be read: {error.strerror}") from error
+    except SuiteError as error:
+        raise SuiteError(f"{path}: {error}") from error
+
+
+def parse_suite(text: str) -> Suite:
+    """The suite that a YAML text describes; SuiteError names the key that is wrong."""
+    try:
+        data = yaml.load(text, _Loader)
+    except (yaml.YAMLError, RecursionError, TypeError) as error:
+        raise SuiteError(f"not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict):
+        raise SuiteError("not a suite: an object with name and prompts is needed")
+    try:
+        return Suite.model_validate(data)
+    except ValidationError as error:
+        raise SuiteError(_line(error)) from error
+
+
+def _line(error: ValidationError) -> str:
+    """The first thing that is wrong, in a line; keys that nobody knows before those that miss."""
+    first, *_ = sorted(
+        error.errors(include_url=False), key=lambda each: each["type"] != "extra_forbidden"
+    )
+    place = [str(part) for part in first["loc"] if part not in TAGS]
+    where = ".".join(place)
+    if first["type"] == "extra_forbidden":
+        owner = _owner(place[:-1])
+        return f"unknown key {where!r}; keys are {', '.join(owner.model_fields)}"
+    if first["type"] == "missing":
+        return f"the key {where!r} is missing"
+    message = first["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    if first["type"] == "value_error":
+        return f"{where}: {message}"
+    return f"{where}: {message}, got {json.dumps(first['input'], default=str, ensure_ascii=False)}"
+
+
+def _owner(place: list[str]) -> type[BaseModel]:
+    """The model whose keys stand at a place of the file."""
+    inside = [part for part in place if not part.isdigit()]
+    if not inside:
+        return Suite
+    if inside[-1] == "pruning":
+        return PruningSpec if inside[0] == "settings" or len(place) > 2 else PruningGrid
+    return {"settings": SettingsSpec, "grid": Grid}[inside[0]]
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema of suite files, for editors."""
+    schema = Suite.model_json_schema()
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    return schema
+
+
+def built_in() -> dict[str, Path]:
+    """The suites that come with the package, by name."""
+    checkout = recipes.checkout_folder()
+    folder = recipes.PACKAGE / "suites" if checkout is None else checkout / "suites"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
