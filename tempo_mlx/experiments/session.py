@@ -160,8 +160,8 @@ class Session:
         self.capture_bytes = self._check()
         if self.capture_bytes > self.options.max_disk:
             raise ValueError(
-                f"captures {suite.captures} take up to {self.capture_bytes / 1e9:.2f} GB, more "
-                f"than --max-disk {self.options.max_disk / 1e9:.2f} GB; raise it, or capture less"
+                f"captures {suite.captures} take up to {self.capture_bytes / 1e6:,.1f} MB, more "
+                f"than --max-disk {self.options.max_disk / 1e6:,.3f} MB; raise it, or capture less"
             )
         if self.options.scheduler is None and self.options.runner == "workers":
             require_memory(self.options.workers)

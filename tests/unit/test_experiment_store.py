@@ -387,7 +387,7 @@ def test_captures_stay_below_what_was_said_and_allowed(session, tmp_path):
     assert stored <= made.capture_bytes < 10 * stored
     runs = made.plan.runs
     assert made.capture_bytes == sum(capture_bytes(r, len(r.prompt), 2, 4) for r in runs)
-    with pytest.raises(ValueError, match=r"captures full take up to .* GB, more than --max-disk"):
+    with pytest.raises(ValueError, match=r"captures full take up to .* MB, more than --max-disk"):
         session(captures="full", options=Options(max_disk=made.capture_bytes - 1))
     session(captures="full", options=Options(max_disk=made.capture_bytes))
     assert session(captures="none").capture_bytes == 0
