@@ -53,7 +53,7 @@ class CandidateScore:
     """What a candidate's score is made of.
 
     Args:
-        word: as it was given; of homophones the most probable one.
+        word: as it was scored, in its case; of homophones the most probable one.
         score: weight x logprob + word_insertion_bonus.
         logprob: natural log-probability of the word given its context, corrections included; of
             homophones what they were aggregated to.
@@ -141,8 +141,8 @@ class ContinuationScorer:
             "chunk_size": chunk_size,
         }
         for name, size in sizes.items():
-            if size is not None and size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
+            if size is not None and (type(size) is not int or size < 1):
+                raise ValueError(f"{name} must be an integer of at least 1, got {size!r}")
         if aggregate not in AGGREGATES:
             raise ValueError(f"aggregate must be one of {', '.join(AGGREGATES)}, got {aggregate!r}")
         if isinstance(truecase, str):

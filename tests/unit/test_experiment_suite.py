@@ -233,3 +233,9 @@ def test_the_schema_knows_every_setting_and_every_choice():
     assert grid["threshold"]["type"] == "array" and grid["threshold"]["items"]["type"] == "number"
     assert schema["required"] == ["name", "prompts"]
     json.dumps(schema)
+
+
+def test_the_schema_beside_the_built_in_suites_is_that_of_this_version():
+    (folder,) = {path.parent for path in built_in().values()}
+    written = json.loads((folder / "suite.schema.json").read_text(encoding="utf-8"))
+    assert written == json_schema(), "tempo-mlx experiment schema -o suites/suite.schema.json"
