@@ -1,6 +1,5 @@
 """``tempo-mlx bench``: speed and memory, measured here."""
 
-from pathlib import Path
 from typing import Annotated
 
 import mlx.core as mx
@@ -17,6 +16,8 @@ from ..bench.tree import bench_tree
 from ..files import check_writable
 from ..models import load
 from .experiment import require_extra
+from .options import Measurements, Model, PromptTokens, Rounds
+from .prompts import parse_bytes
 from .tables import (
     conclude,
     parse_widths,
@@ -46,12 +47,8 @@ def register(app: typer.Typer) -> None:
 
 @bench.command("decode")
 def decode(
-    model: Annotated[
-        str, typer.Option(help="Recipe name, folder in mlx-lm layout, or Hugging Face Hub id.")
-    ] = "smollm2-135m",
-    prompt_tokens: Annotated[
-        int, typer.Option("--prompt-tokens", "-p", help="Tokens of the prompt, at least 1.")
-    ] = 64,
+    model: Model = "smollm2-135m",
+    prompt_tokens: PromptTokens = 64,
     max_tokens: Annotated[
         int,
         typer.Option(
@@ -91,9 +88,7 @@ def decode(
             f"{LONG_BLOCKS} blocks: a rise beyond mlx-lm's is not attention over more slots.",
         ),
     ] = False,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Write the measurements as JSON.")
-    ] = None,
+    output: Measurements = None,
 ) -> None:
     """Decoding speed of mlx-lm, of ours at threshold 1, and of forced sets of N siblings.
 
@@ -130,19 +125,13 @@ def decode(
 
 @bench.command("pruning")
 def pruning(
-    model: Annotated[
-        str, typer.Option(help="Recipe name, folder in mlx-lm layout, or Hugging Face Hub id.")
-    ] = "smollm2-135m",
-    prompt_tokens: Annotated[
-        int, typer.Option("--prompt-tokens", "-p", help="Tokens of the prompt, at least 1.")
-    ] = 64,
+    model: Model = "smollm2-135m",
+    prompt_tokens: PromptTokens = 64,
     siblings: Annotated[int, typer.Option(help="Tokens of each forced set, at least 2.")] = 4,
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", "-m", help="Steps of each timed run, at least 4.")
     ] = 24,
-    rounds: Annotated[
-        int, typer.Option("--rounds", "-n", help="Runs of each variant that count, at least 1.")
-    ] = 7,
+    rounds: Rounds = 7,
     steps: Annotated[
         str,
         typer.Option(
@@ -150,9 +139,7 @@ def pruning(
             "at least 4 each; 256,2048 takes a while on a CPU."
         ),
     ] = "256",
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Write the measurements as JSON.")
-    ] = None,
+    output: Measurements = None,
 ) -> None:
     """Cost of each kind of evidence for pruning, and what compaction saves.
 
@@ -202,24 +189,18 @@ def pruning(
 
 @bench.command("batch")
 def batch(
-    model: Annotated[
-        str, typer.Option(help="Recipe name, folder in mlx-lm layout, or Hugging Face Hub id.")
-    ] = "smollm2-135m",
+    model: Model = "smollm2-135m",
     prompt_tokens: Annotated[
         int, typer.Option("--prompt-tokens", "-p", help="Mean tokens of a prompt, at least 4.")
     ] = 64,
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", "-m", help="Steps of each run, at least 4.")
     ] = 24,
-    rounds: Annotated[
-        int, typer.Option("--rounds", "-n", help="Runs of each variant that count, at least 1.")
-    ] = 3,
+    rounds: Rounds = 3,
     batch_sizes: Annotated[
         str, typer.Option(help="Prompts in a batch, at least 1 each, separated by commas.")
     ] = "1,2,4,8,16,32",
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Write the measurements as JSON.")
-    ] = None,
+    output: Measurements = None,
 ) -> None:
     """Throughput of batches, beside mlx-lm's batches and one prompt after another.
 
@@ -281,22 +262,14 @@ def batch(
 
 @bench.command("tree")
 def tree(
-    model: Annotated[
-        str, typer.Option(help="Recipe name, folder in mlx-lm layout, or Hugging Face Hub id.")
-    ] = "smollm2-135m",
-    prompt_tokens: Annotated[
-        int, typer.Option("--prompt-tokens", "-p", help="Tokens of the prompt, at least 1.")
-    ] = 256,
+    model: Model = "smollm2-135m",
+    prompt_tokens: PromptTokens = 256,
     leaves: Annotated[int, typer.Option(help="Branches, at least 2.")] = 8,
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", "-m", help="Steps of each branch, at least 4.")
     ] = 32,
-    rounds: Annotated[
-        int, typer.Option("--rounds", "-n", help="Runs of each variant that count, at least 1.")
-    ] = 3,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Write the measurements as JSON.")
-    ] = None,
+    rounds: Rounds = 3,
+    output: Measurements = None,
 ) -> None:
     """Branches of one prompt in one sequence, in rows of their own, and one after another."""
     if output is not None:
@@ -331,24 +304,16 @@ def tree(
 
 @bench.command("search")
 def search(
-    model: Annotated[
-        str, typer.Option(help="Recipe name, folder in mlx-lm layout, or Hugging Face Hub id.")
-    ] = "smollm2-135m",
-    prompt_tokens: Annotated[
-        int, typer.Option("--prompt-tokens", "-p", help="Tokens of the prompt, at least 1.")
-    ] = 256,
+    model: Model = "smollm2-135m",
+    prompt_tokens: PromptTokens = 256,
     simulations: Annotated[
         int, typer.Option("--simulations", "-s", help="Simulations of each run, at least 1.")
     ] = 32,
     leaves: Annotated[
         str, typer.Option(help="Leaves in one pass, at least 1 each, separated by commas.")
     ] = "1,4,8,16",
-    rounds: Annotated[
-        int, typer.Option("--rounds", "-n", help="Runs of each variant that count, at least 1.")
-    ] = 2,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Write the measurements as JSON.")
-    ] = None,
+    rounds: Rounds = 2,
+    output: Measurements = None,
 ) -> None:
     """Simulations per second in one sequence state, by leaves in a pass; and of plainer searches.
 
@@ -383,9 +348,7 @@ def search(
 
 @bench.command("score")
 def score(
-    model: Annotated[
-        str, typer.Option(help="Recipe name, folder in mlx-lm layout, or Hugging Face Hub id.")
-    ] = "smollm2-135m",
+    model: Model = "smollm2-135m",
     contexts: Annotated[
         int,
         typer.Option(
@@ -393,14 +356,10 @@ def score(
         ),
     ] = 10_000,
     max_kv_bytes: Annotated[
-        int, typer.Option("--max-kv-bytes", help="Bytes that these contexts may hold.")
-    ] = 100_000_000,
-    rounds: Annotated[
-        int, typer.Option("--rounds", "-n", help="Runs of each variant that count, at least 1.")
-    ] = 3,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Write the measurements as JSON.")
-    ] = None,
+        str, typer.Option("--max-kv-bytes", help="Memory that these contexts may hold.")
+    ] = "100MB",
+    rounds: Rounds = 3,
+    output: Measurements = None,
 ) -> None:
     """Candidate words in contexts: one trie of tokens beside three plainer ways, and its memory.
 
@@ -415,7 +374,7 @@ def score(
             language_model,
             tokenizer,
             contexts=contexts,
-            max_kv_bytes=max_kv_bytes,
+            max_kv_bytes=parse_bytes(max_kv_bytes),
             rounds=rounds,
             model_name=model,
             progress=tick,
@@ -452,9 +411,7 @@ def score(
 
 @bench.command("experiments")
 def experiments(
-    model: Annotated[
-        str, typer.Option(help="Recipe name, folder in mlx-lm layout, or Hugging Face Hub id.")
-    ] = "smollm2-135m",
+    model: Model = "smollm2-135m",
     runs: Annotated[int, typer.Option(help="Runs, an even number in [2, 100].")] = 100,
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", "-m", help="Steps of each run, at least 2.")
@@ -464,9 +421,7 @@ def experiments(
     rounds: Annotated[
         int, typer.Option("--rounds", "-n", help="Goes of each variant that count, at least 1.")
     ] = 1,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Write the measurements as JSON.")
-    ] = None,
+    output: Measurements = None,
 ) -> None:
     """The runs of a suite: in one batch, one by one, in processes, and loading the model for each.
 

@@ -17,6 +17,7 @@ from ..results_file import ResultsFile
 from ..scoring import ContinuationScorer, ScoringStats
 from ..scoring.rows import Row, key_of, ranked, read_rows
 from ..scoring.scorer import AGGREGATES, CHUNK_SIZE
+from .options import Model
 from .prompts import StandardOutput, parse_bytes
 from .score_output import Tables, TextFile, TextOutput
 
@@ -60,9 +61,7 @@ def score(
             help="Format of the input.",
         ),
     ] = None,
-    model: Annotated[
-        str, typer.Option(help="Recipe name, folder in mlx-lm layout, or Hugging Face Hub id.")
-    ] = "smollm2-135m",
+    model: Model = "smollm2-135m",
     weight: Annotated[
         float, typer.Option(help="Factor on the log-probability of a word, in nats.")
     ] = 1.0,

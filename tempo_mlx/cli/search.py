@@ -19,6 +19,7 @@ from ..search import SearchError, SearchResult, SearchSettings, stream_search
 from ..search.monte_carlo import BACKUPS, SELECTIONS
 from ..search.settings import EVALUATIONS
 from .generate import read_prompt
+from .options import Model
 from .prompts import parse_bytes
 
 DEFAULTS = SearchSettings()
@@ -35,9 +36,7 @@ def search(
     prompt_file: Annotated[
         Path | None, typer.Option(help="Read the prompt from this file (UTF-8).")
     ] = None,
-    model: Annotated[
-        str, typer.Option(help="Recipe name, folder in mlx-lm layout, or Hugging Face Hub id.")
-    ] = "smollm2-135m",
+    model: Model = "smollm2-135m",
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", "-m", help="Tokens of the text at most, at least 1.")
     ] = DEFAULTS.max_tokens,
