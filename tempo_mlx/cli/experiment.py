@@ -237,7 +237,9 @@ def status(
         typer.echo(json.dumps(data, indent=1))
         return
     out = Console(highlight=False, soft_wrap=True)
-    told = ", ".join(f"{n} {state}" for state, n in counts.items() if n)
+    # What a command was running when it was stopped is begun anew by the next one.
+    words = {} if running else {RUNNING: "interrupted"}
+    told = ", ".join(f"{n} {words.get(state, state)}" for state, n in counts.items() if n)
     out.print(f"{manifest.get('suite', folder)}: {len(entries)} runs, {told}")
     if counts[PENDING] + counts[RUNNING]:
         out.print("a command works on it" if running else "no command works on it")

@@ -107,7 +107,8 @@ def test_an_interrupted_suite_goes_on(run, suite, tmp_path, monkeypatch):
         code, out, err = run("experiment", "run", suite, "-o", tmp_path / "out")
     assert code == 130 and out == "" and "the same command goes on from here" in err
     code, out, _ = run("experiment", "status", tmp_path / "out")
-    assert "2 done, 2 running" in out and "no command works on it" in out and "left at the" in out
+    assert "2 done, 2 interrupted" in out
+    assert "no command works on it" in out and "left at the" in out
     code, out, _ = run("experiment", "run", suite, "-o", tmp_path / "out")
     assert code == 0 and "4 of 4 runs are done, 2 now" in out
 
