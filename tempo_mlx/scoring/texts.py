@@ -10,6 +10,9 @@ from .trie import shared
 #: What stands behind a word without a space.
 CLOSING = (",", ".", "?", "!", ";", ":", "'", ")")
 
+#: Texts whose tokens are remembered: beam searches ask for the same ones again and again.
+KNOWN_TEXTS = 1 << 14
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -57,9 +60,8 @@ class Texts:
     ):
         self._tokenizer = tokenizer
         self._max_context_tokens, self._context_length = max_context_tokens, context_length
-        # Beam searches ask for the same contexts again and again.
-        self._encode = functools.lru_cache(maxsize=1 << 16)(self._encoded)
-        self._truecase = functools.lru_cache(maxsize=1 << 16)(truecase) if truecase else None
+        self._encode = functools.lru_cache(maxsize=KNOWN_TEXTS)(self._encoded)
+        self._truecase = functools.lru_cache(maxsize=KNOWN_TEXTS)(truecase) if truecase else None
         first = _id(tokenizer, "bos_token_id")
         #: what the tokenizer puts before every text
         self.prefix: tuple[int, ...] = ()
