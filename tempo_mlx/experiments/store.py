@@ -11,7 +11,6 @@ import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from safetensors.numpy import save as save_arrays
 
 from ..files import write_atomically
 from .capture import AXES, MATRIX_AXES, Pair
-from .ledger import DONE, DiskFullError, Entry, Ledger, Lock
+from .ledger import DONE, DiskFullError, Ledger, Lock
 from .running import Outcome, Record
 from .suite import RunConfig, Suite
 
@@ -59,19 +58,6 @@ TOKENS = pa.schema(
     ]
 )
 DIVERGENCES = pa.schema([("step", pa.int32()), ("kl_ab", pa.float64()), ("kl_ba", pa.float64())])
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A run that is done, as the folder has it.
-
-    Args:
-        entry: of the ledger.
-        record: without its matrices.
-    """
-
-    entry: Entry
-    record: Record
 
 
 class Store:

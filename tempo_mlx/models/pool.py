@@ -27,7 +27,6 @@ class PooledLayer(LayerCache):
         pool = self.owner
         self.keys = pool.written(self.keys, keys)
         self.values = pool.written(self.values, values)
-        self.n_slots = pool.capacity
         return self.keys_and_values()
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:

@@ -208,13 +208,21 @@ class ContinuationScorer:
         ]
 
     def log_p_end(self, contexts: Sequence[str]) -> list[float]:
-        """log P that each context is followed by a token that ends the text, in nats."""
+        """log P that each context is followed by a token that ends the text, in nats.
+
+        Args:
+            contexts: texts; duplicates cost nothing.
+
+        Raises:
+            ValueError: for a context that is no text or too long, named by its index.
+        """
         questions = []
         for i, context in enumerate(_require_list(contexts, "contexts")):
             _require_text(context, f"contexts[{i}]")
             with _naming(f"contexts[{i}]"):
                 questions.append(_after(self._texts.context(context)))
-        return [float(_behind(self._answers(questions)[q])[END]) for q in questions]
+        answers = self._answers(questions)
+        return [float(_behind(answers[question])[END]) for question in questions]
 
     def stats(self) -> ScoringStats:
         """What scoring has cost since the scorer was made, and what is held."""

@@ -48,10 +48,12 @@ class TreeReader:
         self._slot_bytes, self._limit = slot_bytes, limit
         self._chunk_size = chunk_size
         self._vocabulary = VocabularyRows(model.logits, sets, self.stats)
+        self._trie = TokenTrie(limit)
         self.reset()
 
     def reset(self) -> None:
-        self._trie = TokenTrie(self._limit)
+        """Let go of all slots."""
+        self._trie.clear()
         self._pool = self.model.make_pool(self._limit)
         self._note()
 

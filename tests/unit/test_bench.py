@@ -355,7 +355,11 @@ def test_score_bench_finds_the_same_scores_in_every_way(tmp_path, run):
     report = json.loads(output.read_text())
     assert len(report["runs"]) == 4 * 4 and len(report["second_calls"]) == 4
     assert all(each["difference"] < 1e-3 for each in report["runs"])
-    assert {target["met"] for target in report["targets"]} <= {True, False}
+    wanted = [target["wanted"] for target in report["targets"]]
+    assert wanted == [25, 8, 6, 2, 3, 1.5, 3, 3, 3, 3, 1.1]
+    beam = report["runs"][1]
+    assert beam["name"] == "every text alone"
+    assert report["targets"][0]["value"] == beam["over_ours"]["median"] > 0
     assert report["memory"]["largest"] <= 1.1 * report["memory"]["max_kv_bytes"]
     code, _, err = run("bench", "score", "--model", folder, "-c", -1)
     assert code == 2 and "contexts must be at least 0" in err and err.count("\n") == 1

@@ -191,7 +191,8 @@ def test_what_was_used_longest_ago_is_dropped(llama):
     assert scorer.stats().dropped > 100
     with pytest.raises(CacheBudgetError, match="max_kv_bytes allows"):
         scorer.score_continuations(["a " * 60], [["b"]])
-    # Nothing is lost by that.
+    # Nothing is lost by that but what was held.
+    assert scorer.stats().slots == 0 and scorer.stats().dropped > 100
     same(scorer.score_continuations(["a b"], [["c"]]), brute.score_continuations(["a b"], [["c"]]))
 
 
@@ -290,7 +291,8 @@ def test_the_end_of_a_text(llama):
     brute = BruteScorer(llama, TOKENIZER)
     texts = ["ab ca", "", "dead"]
     expected = [brute.log_p(brute.ids(text) or [0])[-1, 1] for text in texts]
-    np.testing.assert_allclose(scorer.log_p_end(texts), expected, atol=TOLERANCE)
+    np.testing.assert_allclose(scorer.log_p_end(texts * 2), expected * 2, atol=TOLERANCE)
+    assert (scorer.stats().passes, scorer.stats().rows) == (1, 3)
 
 
 def test_nothing_to_score(llama):
