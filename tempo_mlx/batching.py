@@ -12,6 +12,7 @@ import mlx.nn as nn
 from mlx_lm.generate import generation_stream, wired_limit
 
 from .decoder import CacheBudgetError, Decoder
+from .errors import TempoError
 from .generation import Prompt, begin
 from .models import BatchedKVCache, PositionedModel
 from .observation import Observer
@@ -185,19 +186,19 @@ def stream_batch_generate(
         As :func:`batch_generate`.
     """
     if isinstance(prompts, str):
-        raise ValueError("prompts must be a list of prompts, got one text")
+        raise TempoError("prompts must be a list of prompts, got one text")
     for name, value in (("batch_size", batch_size), ("max_kv_bytes", max_kv_bytes)):
         if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+            raise TempoError(f"{name} must be at least 1, got {value}")
     if paths < 0:
-        raise ValueError(f"paths must be at least 0, got {paths}")
+        raise TempoError(f"paths must be at least 0, got {paths}")
     if settings is None:
         settings = Settings.of(kwargs)
     elif kwargs:
         raise TypeError(f"{sorted(kwargs)[0]!r} beside settings; put it into the settings")
     each = [settings] * len(prompts) if isinstance(settings, Settings) else list(settings)
     if len(each) != len(prompts):
-        raise ValueError(
+        raise TempoError(
             f"settings must be one for each of {len(prompts)} prompts, got {len(each)}"
         )
     positioned = PositionedModel.of(model)
@@ -207,7 +208,7 @@ def stream_batch_generate(
 
     def new_run(i: int) -> Run:
         if each[i].branching == "replicate":
-            raise ValueError("branching replicate generates from one prompt at a time")
+            raise TempoError("branching replicate generates from one prompt at a time")
         result = begin(positioned, tokenizer, prompts[i], each[i], model_name, vocabulary)
         observer = None if observe is None else observe(i)
         return Run(result, keep_logits=verify, paths=paths, observer=observer)
@@ -342,7 +343,7 @@ class Schedule:
             try:
                 run = self._ready.pop(i, None) or self._new_run(i)
                 self._require_memory(run)
-            except ValueError as error:
+            except TempoError as error:
                 self._waiting.popleft()
                 yield self._close(i, error)
                 continue

@@ -20,6 +20,7 @@ from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import dequantize_model
 
+from .errors import TempoError
 from .generation import generate
 from .lattice import Lattice
 from .models import Capture, PositionedModel, load
@@ -143,7 +144,7 @@ def run_checks(
     tell(f"{EMBEDDED} (loading)")
     try:
         model, tokenizer = load(f"{EMBEDDED}/q4")
-    except (ValueError, OSError) as error:
+    except (TempoError, OSError) as error:
         yield Check(EMBEDDED, "", "all oracles", None, None, str(error))
         return
     for subject in embedded_subjects(model, tokenizer):

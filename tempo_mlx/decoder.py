@@ -12,6 +12,7 @@ import numpy as np
 from mlx_lm.generate import generation_stream
 
 from .combining import combine
+from .errors import TempoError
 from .models import BatchedKVCache, Capture, PositionedModel
 from .observation import Attending, PassAttention, head_capture
 from .run import Run
@@ -23,7 +24,7 @@ from .verification import verify
 CLEAR_CACHE_EVERY = 256
 
 
-class CacheBudgetError(ValueError):
+class CacheBudgetError(TempoError):
     """A run does not fit into the memory that its keys and values may take."""
 
 
@@ -130,7 +131,7 @@ class Decoder:
         for run in made:
             try:
                 run.select()
-            except ValueError as error:
+            except TempoError as error:
                 run.error = error
         self._repair([run for run in made if run.fallen is not None])
         for run in made:
@@ -223,7 +224,7 @@ class Decoder:
             run.offers = run.upcoming
             try:
                 run.select_again()
-            except ValueError as error:
+            except TempoError as error:
                 run.error = error
 
     def _leave(self, run: Run) -> None:

@@ -4,6 +4,8 @@ import os
 import tempfile
 from pathlib import Path
 
+from .errors import TempoError
+
 
 def check_writable(argument: str, path: Path) -> None:
     """Raise ValueError naming the argument unless a file can be written at path.
@@ -11,13 +13,13 @@ def check_writable(argument: str, path: Path) -> None:
     For long work: called before it starts, so that its result is not lost at the end.
     """
     if path.is_dir():
-        raise ValueError(f"{argument} {path} is a folder; name a file")
+        raise TempoError(f"{argument} {path} is a folder; name a file")
     try:
         handle, probe = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         os.close(handle)
         os.unlink(probe)
     except OSError as error:
-        raise ValueError(f"{argument} {path} cannot be written: {error.strerror}") from error
+        raise TempoError(f"{argument} {path} cannot be written: {error.strerror}") from error
 
 
 def write_atomically(path: Path, data: str | bytes) -> None:

@@ -8,6 +8,7 @@ import mlx.nn as nn
 from mlx_lm.generate import generation_stream, wired_limit
 
 from .decoder import Decoder
+from .errors import TempoError
 from .lattice import Lattice, Step
 from .models import PlainModel, PositionedModel
 from .prompt_cache import PromptCache
@@ -109,7 +110,7 @@ def stream_generate(
     chosen = Settings.of(settings)
     if chosen.branching == "replicate":
         if verify or prompt_cache is not None:
-            raise ValueError("branching replicate takes no prompt_cache and has nothing to verify")
+            raise TempoError("branching replicate takes no prompt_cache and has nothing to verify")
         plain = PlainModel(model.model if isinstance(model, PositionedModel) else model)
         result = begin(plain, tokenizer, prompt, chosen, model_name)
         yield from steps_by_rows(result, prompt_progress_callback)

@@ -9,6 +9,7 @@ import huggingface_hub
 from huggingface_hub.errors import CacheNotFound
 from mlx_lm.utils import _get_classes
 
+from .errors import TempoError
 from .models import PositionedModel
 from .models.recipes import VARIANTS, Recipe, recipes
 
@@ -107,7 +108,7 @@ def problem(folder: Path) -> str | None:
         return f"config.json does not fit {model_type!r}: {type(error).__name__}: {error}"
     try:
         PositionedModel(model)
-    except ValueError as error:
+    except TempoError as error:
         return str(error)
     return None
 

@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from .errors import TempoError
 from .lattice import Lattice
 from .models import BatchedKVCache, PositionedModel
 from .models.identity import fingerprint
@@ -77,7 +78,7 @@ class PromptCache:
         """Raise ValueError unless this model has read the prompt."""
         found = fingerprint(model.model)
         if found != self.fingerprint:
-            raise ValueError(
+            raise TempoError(
                 f"the prompt cache was made by another model ({self.fingerprint[:8]}..., this one "
                 f"is {found[:8]}...); make it anew with this model"
             )
@@ -113,12 +114,12 @@ class PromptCache:
         try:
             loaded: Any = mx.load(str(path), format="safetensors", return_metadata=True)
         except (RuntimeError, OSError, ValueError) as error:
-            raise ValueError(f"prompt cache {path} cannot be read: {error}") from error
+            raise TempoError(f"prompt cache {path} cannot be read: {error}") from error
         arrays, metadata = loaded
         if metadata.get("format") != FORMAT:
-            raise ValueError(f"{path} is no prompt cache of tempo-mlx")
+            raise TempoError(f"{path} is no prompt cache of tempo-mlx")
         if metadata.get("version") != str(VERSION):
-            raise ValueError(
+            raise TempoError(
                 f"prompt cache {path} has version {metadata.get('version')}, this is version "
                 f"{VERSION}; make it anew"
             )

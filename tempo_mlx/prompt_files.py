@@ -7,6 +7,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
+from .errors import TempoError
 from .pruning import Pruning, parse_layers
 from .schedules import Schedule, parse_schedule
 from .settings import Settings
@@ -72,17 +73,17 @@ def read_prompts(path: Path) -> list[PromptRow]:
     """
     kind = path.suffix.lower()
     if kind not in FORMATS:
-        raise ValueError(f"{path} must end in {' or '.join(FORMATS)}")
+        raise TempoError(f"{path} must end in {' or '.join(FORMATS)}")
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+        raise TempoError(f"{path} cannot be read: {error.strerror}") from error
     read = _read_text if kind == ".txt" else _read_object
     # As bytes, because text also splits at characters that a prompt may hold.
     lines = data.removeprefix(b"\xef\xbb\xbf").splitlines()
     rows = [read(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if not rows:
-        raise ValueError(f"{path} has no prompts")
+        raise TempoError(f"{path} has no prompts")
     return rows
 
 
@@ -99,7 +100,7 @@ def row_settings(row: PromptRow, defaults: Settings) -> Settings:
             or settings do not go together.
     """
     if row.error is not None:
-        raise ValueError(row.error)
+        raise TempoError(row.error)
     overrides = dict(row.overrides)
     try:
         if overrides.get("pruning") is not None:
@@ -108,8 +109,8 @@ def row_settings(row: PromptRow, defaults: Settings) -> Settings:
             # A row that asks for pruning, weighting or a temperature gets the default for these.
             overrides.setdefault("visibility", "")
         return replace(defaults, **overrides)
-    except ValueError as error:
-        raise ValueError(_at(row.path, row.line, error)) from error
+    except TempoError as error:
+        raise TempoError(_at(row.path, row.line, error)) from error
 
 
 def _read_text(path: Path, number: int, line: bytes) -> PromptRow:
@@ -139,35 +140,35 @@ def _parse(line: bytes) -> dict[str, Any]:
     try:
         text = line.decode()
     except UnicodeDecodeError as error:
-        raise ValueError("not UTF-8 text") from error
+        raise TempoError("not UTF-8 text") from error
     try:
         given = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from error
+        raise TempoError(f"not JSON: {error.msg} at column {error.colno}") from error
     except ValueError as error:
-        raise ValueError(f"not JSON that can be read: {error}") from error
+        raise TempoError(f"not JSON that can be read: {error}") from error
     if not isinstance(given, dict):
-        raise ValueError('not a JSON object such as {"prompt": "Once upon a time"}')
+        raise TempoError('not a JSON object such as {"prompt": "Once upon a time"}')
     try:
         json.dumps(given, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
-        raise ValueError(r"half a surrogate pair (\ud800 to \udfff), which is no text") from error
+        raise TempoError(r"half a surrogate pair (\ud800 to \udfff), which is no text") from error
     return given
 
 
 def _checked_id(id: Any) -> str | int | None:
     if id is not None and type(id) not in (str, int):
-        raise ValueError(f"id must be text or an integer, got {id!r}")
+        raise TempoError(f"id must be text or an integer, got {id!r}")
     return id
 
 
 def _checked_prompt(given: dict[str, Any]) -> Prompt:
     """The prompt, taken out of the row."""
     if "prompt" not in given:
-        raise ValueError('there is no "prompt"')
+        raise TempoError('there is no "prompt"')
     prompt: Prompt = given.pop("prompt")
     if prompt in ("", []):
-        raise ValueError("prompt is empty")
+        raise TempoError("prompt is empty")
     if isinstance(prompt, str):
         return prompt
     if isinstance(prompt, list):
@@ -175,7 +176,7 @@ def _checked_prompt(given: dict[str, Any]) -> Prompt:
             return prompt
         if all(isinstance(item, dict) and isinstance(item.get("role"), str) for item in prompt):
             return prompt
-    raise ValueError(
+    raise TempoError(
         "prompt must be text, a list of token ids, or a list of chat messages such as "
         '{"role": "user", "content": "Hello"}'
     )
@@ -191,7 +192,7 @@ def _typed_settings(given: dict[str, Any], owner: type, prefix: str = "") -> dic
     known = [field.name for field in fields(owner)]
     for name in given:
         if name not in known:
-            raise ValueError(
+            raise TempoError(
                 f"unknown {prefix}setting {name!r}; {prefix}settings are {', '.join(known)}"
             )
     return {name: _typed(name, value, hints[name], prefix) for name, value in given.items()}
@@ -214,4 +215,4 @@ def _typed(name: str, value: Any, hint: Any, prefix: str) -> Any:
             return float(value)
     wanted = " or ".join(KINDS.get(kind, str(kind)) for kind in kinds)
     shown = json.dumps(value, ensure_ascii=False)
-    raise ValueError(f"{prefix}{name} must be {wanted}, got {shown}")
+    raise TempoError(f"{prefix}{name} must be {wanted}, got {shown}")

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from .errors import TempoError
 from .schedules import Bezier, Schedule, check_range
 
 
@@ -130,30 +131,30 @@ class Pruning:
             ("repair", REPAIRS),
         ):
             if getattr(self, name) not in choices:
-                raise ValueError(
+                raise TempoError(
                     f"prune {name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
                 )
         check_range("prune threshold", self.threshold, 0.0, 1.0)
         check_range("prune keep_rate", self.keep_rate, 0.0, 1.0, low_open=True)
         check_range("prune compact_above", self.compact_above, 0.0, 1.0)
         if not 0 < self.steepness < float("inf"):
-            raise ValueError(f"prune steepness must be above 0, got {self.steepness}")
+            raise TempoError(f"prune steepness must be above 0, got {self.steepness}")
         if self.lookback < 1:
-            raise ValueError(f"prune lookback must be at least 1, got {self.lookback}")
+            raise TempoError(f"prune lookback must be at least 1, got {self.lookback}")
         if not 1 <= self.min_age <= self.lookback:
-            raise ValueError(
+            raise TempoError(
                 f"prune min_age must be in [1, lookback] = [1, {self.lookback}], got {self.min_age}"
             )
         if self.repair == "recompute" and self.when_all_fall == "drop_set":
-            raise ValueError(
+            raise TempoError(
                 "prune repair recompute needs a token of each set to go on from, "
                 "so when_all_fall must be keep_best or keep_all, got 'drop_set'"
             )
         if isinstance(self.layers, int):
             if self.layers < 1:
-                raise ValueError(f"prune layers must name at least 1 layer, got {self.layers}")
+                raise TempoError(f"prune layers must name at least 1 layer, got {self.layers}")
         elif self.layers is not None and (not self.layers or min(self.layers) < 0):
-            raise ValueError(f"prune layers must be numbers from 0, got {self.layers}")
+            raise TempoError(f"prune layers must be numbers from 0, got {self.layers}")
 
     @property
     def needs_attention(self) -> bool:
@@ -170,12 +171,12 @@ class Pruning:
             return tuple(range(n_layers))
         if isinstance(self.layers, int):
             if self.layers > n_layers:
-                raise ValueError(
+                raise TempoError(
                     f"prune layers asks for the last {self.layers}, the model has {n_layers}"
                 )
             return tuple(range(n_layers - self.layers, n_layers))
         if max(self.layers) >= n_layers:
-            raise ValueError(
+            raise TempoError(
                 f"prune layers has {max(self.layers)}, the model's layers are 0 to {n_layers - 1}"
             )
         return tuple(sorted(set(self.layers)))
@@ -204,7 +205,7 @@ def parse_layers(text: str) -> int | tuple[int, ...] | None:
             return int(text.removeprefix("last:"))
         return tuple(int(part) for part in text.split(","))
     except ValueError as error:
-        raise ValueError(
+        raise TempoError(
             f"prune layers must be all, last:N or numbers like 3,7,11, got {text!r}"
         ) from error
 

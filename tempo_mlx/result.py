@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from .errors import TempoError
 from .lattice import Lattice
 from .models import BatchedKVCache, PlainModel, PositionedModel
 from .paths import Path, best_paths
@@ -86,9 +87,9 @@ class GenerationResult:
             at most k paths; computed when first asked for, and kept.
         """
         if k < 1:
-            raise ValueError(f"k must be at least 1, got {k}")
+            raise TempoError(f"k must be at least 1, got {k}")
         if beam < 1:
-            raise ValueError(f"beam must be at least 1, got {beam}")
+            raise TempoError(f"beam must be at least 1, got {beam}")
         if self.settings.has_parents:
             return self._own_paths()[:k]
         find_paths([self], max(k, beam))
@@ -122,7 +123,7 @@ class GenerationResult:
             UnsupportedModelError: if the model's attention cannot be captured.
         """
         if not isinstance(self.model, PositionedModel):
-            raise ValueError("attention is captured with branching shared")
+            raise TempoError("attention is captured with branching shared")
         return received_attention(self.model, self.lattice, self.settings)
 
     def chain(self) -> Path:

@@ -14,6 +14,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from .errors import TempoError
+
 FOREIGN = "of another input, other settings or another model"
 ADVICE = "choose another --output or delete that file"
 
@@ -48,7 +50,7 @@ class ResultsFile:
         try:
             self._output = _Lines(path)
         except OSError as error:
-            raise ValueError(f"{path} cannot be written: {error.strerror}") from error
+            raise TempoError(f"{path} cannot be written: {error.strerror}") from error
         try:
             self._output.lock()
             if self._pending_path.exists():
@@ -73,13 +75,13 @@ class ResultsFile:
                 in ``done``, else it can be added again.
         """
         if self._output is None:
-            raise ValueError("the results file is closed")
+            raise TempoError("the results file is closed")
         if not 0 <= row < len(self._keys):
-            raise ValueError(f"row must be in [0, {len(self._keys)}), got {row}")
+            raise TempoError(f"row must be in [0, {len(self._keys)}), got {row}")
         if row in self.done:
-            raise ValueError(f"row {row} is stored already")
+            raise TempoError(f"row {row} is stored already")
         if not record.keys().isdisjoint(("row", "key")):
-            raise ValueError('a record must not have the keys "row" and "key"')
+            raise TempoError('a record must not have the keys "row" and "key"')
         line = _encoded({"row": row, "key": self._keys[row], **record}) + b"\n"
         if row == self._next:
             self._output.append(line)
@@ -155,24 +157,24 @@ class ResultsFile:
         try:
             data = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}, line {number} is not JSON; {ADVICE}") from error
+            raise TempoError(f"{path}, line {number} is not JSON; {ADVICE}") from error
         row = data.get("row") if isinstance(data, dict) else None
         if type(row) is not int or (expected is not None and row != expected):
-            raise ValueError(f"{path}, line {number} is not the result of a row; {ADVICE}")
+            raise TempoError(f"{path}, line {number} is not the result of a row; {ADVICE}")
         if not 0 <= row < len(self._keys):
-            raise ValueError(
+            raise TempoError(
                 f"{path}, line {number} is of row {row}, the input has {len(self._keys)} rows; "
                 f"{ADVICE}"
             )
         if data.get("key") != self._keys[row]:
-            raise ValueError(f"{path}, line {number} is {FOREIGN}; {ADVICE}")
+            raise TempoError(f"{path}, line {number} is {FOREIGN}; {ADVICE}")
         return row
 
     def _check_torn(self, path: Path, number: int, torn: bytes, rows: Iterable[int]) -> None:
         """Refuse to cut off what no kill of ours can have left: the file is someone else's."""
         heads = (_encoded({"row": row, "key": self._keys[row]})[:-1] for row in rows)
         if torn and not any(torn.startswith(head) or head.startswith(torn) for head in heads):
-            raise ValueError(f"{path}, line {number} is {FOREIGN}; {ADVICE}")
+            raise TempoError(f"{path}, line {number} is {FOREIGN}; {ADVICE}")
 
 
 def _encoded(data: dict[str, Any]) -> bytes:
@@ -194,18 +196,18 @@ class _Lines:
         self._size = 0
         if not stat.S_ISREG(os.fstat(self._fd).st_mode):
             self.close()
-            raise ValueError(f"{path} is not a regular file; choose another --output")
+            raise TempoError(f"{path} is not a regular file; choose another --output")
 
     def lock(self) -> None:
         """Keep other processes out until this one closes the file or dies."""
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ValueError(
+            raise TempoError(
                 f"{self.path} is in use by another run; wait for its end or choose another --output"
             ) from error
         except OSError as error:
-            raise ValueError(
+            raise TempoError(
                 f"{self.path} cannot be locked: {error.strerror}; choose another --output"
             ) from error
 

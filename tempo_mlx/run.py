@@ -6,6 +6,7 @@ import mlx.core as mx
 import numpy as np
 
 from .branching import branch, recombine
+from .errors import TempoError
 from .hindsight import Hindsight
 from .lattice import Slots, Step, Token
 from .models import BatchedKVCache, PositionedModel
@@ -293,12 +294,12 @@ class Run:
 def require_observable(settings: Settings) -> None:
     """Raise ValueError unless each step has one distribution and one forward pass."""
     if settings.branches:
-        raise ValueError(
+        raise TempoError(
             "visibility tree has a distribution for each branch, and what is captured is one for "
             "each step; choose another visibility or capture nothing"
         )
     if settings.repairs:
-        raise ValueError(
+        raise TempoError(
             "prune repair recompute runs steps again, and what is captured is one pass for each "
             "step; choose repair none or capture nothing"
         )

@@ -5,6 +5,8 @@ import re
 from dataclasses import dataclass
 from typing import Protocol
 
+from .errors import TempoError
+
 
 class Schedule(Protocol):
     """A fraction in [0, 1] for each moment of a run."""
@@ -63,7 +65,7 @@ class Relu:
     def __post_init__(self) -> None:
         check_range("activation", self.activation, 0.0, 1.0)
         if self.activation == 1.0:
-            raise ValueError("activation must be in [0, 1), got 1.0")
+            raise TempoError("activation must be in [0, 1), got 1.0")
 
     def __call__(self, t: float) -> float:
         return max(0.0, t - self.activation) / (1.0 - self.activation)
@@ -84,7 +86,7 @@ def parse_schedule(text: str) -> Schedule:
     """
     match = re.fullmatch(r"\s*(\w+)\s*(?:\(([^()]*)\))?\s*", text)
     if match is None or match[1] not in SCHEDULES:
-        raise ValueError(
+        raise TempoError(
             f"schedule must be constant, bezier(p1,p2) or relu(activation), got {text!r}"
         )
     kind = SCHEDULES[match[1]]
@@ -92,9 +94,9 @@ def parse_schedule(text: str) -> Schedule:
         values = [float(part) for part in (match[2] or "").split(",") if part.strip()]
         return kind(*values)
     except TypeError as error:
-        raise ValueError(f"schedule {text!r} has a wrong number of arguments") from error
+        raise TempoError(f"schedule {text!r} has a wrong number of arguments") from error
     except ValueError as error:
-        raise ValueError(f"schedule {text!r}: {error}") from error
+        raise TempoError(f"schedule {text!r}: {error}") from error
 
 
 def interpolate(start: float, end: float, schedule: Schedule, step: int, total: int) -> float:
@@ -107,4 +109,4 @@ def check_range(name: str, value: float, low: float, high: float, low_open: bool
     inside = low < value <= high if low_open else low <= value <= high
     if math.isnan(value) or not inside:
         bracket = "(" if low_open else "["
-        raise ValueError(f"{name} must be in {bracket}{low:g}, {high:g}], got {value}")
+        raise TempoError(f"{name} must be in {bracket}{low:g}, {high:g}], got {value}")

@@ -6,11 +6,12 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 import numpy as np
 
+from .errors import TempoError
 from .lattice import Ending
 from .observation import Attending, PassAttention
 
 
-class NonFiniteLogitsError(ValueError):
+class NonFiniteLogitsError(TempoError):
     """The model returned NaN or infinite logits."""
 
 

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from .combining import COMBINE
+from .errors import TempoError
 from .pruning import COMPACT_ABOVE, Pruning
 from .schedules import Constant, Schedule, check_range
 from .visibility import VISIBILITY, WITH_PARENTS
@@ -85,51 +86,51 @@ class Settings:
         if self.final_threshold is not None:
             check_range("final_threshold", self.final_threshold, 0.0, 1.0, low_open=True)
             if isinstance(self.schedule, Constant):
-                raise ValueError(
+                raise TempoError(
                     "final_threshold needs a schedule that moves: bezier(p1,p2) or relu(activation)"
                 )
         elif not isinstance(self.schedule, Constant):
-            raise ValueError(f"schedule {self.schedule} needs a final_threshold to move towards")
+            raise TempoError(f"schedule {self.schedule} needs a final_threshold to move towards")
         if not 0.0 < self.temp < float("inf"):
-            raise ValueError(
+            raise TempoError(
                 f"temp must be above 0, got {self.temp}; for greedy decoding use threshold 1"
             )
         if self.seed is not None and not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed must be in [0, 2^63), got {self.seed}")
+            raise TempoError(f"seed must be in [0, 2^63), got {self.seed}")
         _check_choice("sampling", self.sampling, SAMPLING)
         _check_choice("visibility", self.visibility, VISIBILITY)
         _check_choice("branching", self.branching, BRANCHING)
         if self.branching == "replicate" and self.visibility != "tree":
-            raise ValueError(
+            raise TempoError(
                 f"branching replicate needs visibility tree, got {self.visibility!r}: rows of "
                 "their own share nothing"
             )
         _check_choice("combine", self.combine, COMBINE)
         _check_choice("weighting", self.weighting, WEIGHTINGS)
         if self.leaf_margin is not None and not self.leaf_margin >= 0:
-            raise ValueError(f"leaf_margin must be at least 0 nats, got {self.leaf_margin}")
+            raise TempoError(f"leaf_margin must be at least 0 nats, got {self.leaf_margin}")
         if self.has_parents:
             self._check_parents()
         if isinstance(self.stop, str) or not all(self.stop):
-            raise ValueError(f"stop must be a tuple of texts that are not empty, got {self.stop!r}")
+            raise TempoError(f"stop must be a tuple of texts that are not empty, got {self.stop!r}")
 
     def _check_parents(self) -> None:
         """Refuse what has no meaning, or no exact one, where tokens have parents."""
         where = f"visibility {self.visibility}"
         if self.pruning is not None:
-            raise ValueError(
+            raise TempoError(
                 f"pruning judges the tokens of a set by what follows all of them; with {where} "
                 "each token continues one other, and dies with its branch. Leave pruning out"
             )
         if self.weighting != "none":
-            raise ValueError(f"weighting must be none with {where}, got {self.weighting!r}")
+            raise TempoError(f"weighting must be none with {where}, got {self.weighting!r}")
         if self.temp != 1.0:
-            raise ValueError(
+            raise TempoError(
                 f"temp must be 1 with {where}, whose texts are scored by the model's own "
                 f"probabilities, got {self.temp}"
             )
         if self.visibility == "tree" and self.samples:
-            raise ValueError("sampling must be deterministic with visibility tree, got 'gumbel'")
+            raise TempoError("sampling must be deterministic with visibility tree, got 'gumbel'")
 
     @property
     def has_parents(self) -> bool:
@@ -227,9 +228,9 @@ class Settings:
 
 def _check_count(name: str, value: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        raise TempoError(f"{name} must be an integer of at least 1, got {value!r}")
 
 
 def _check_choice(name: str, value: str, choices: Any) -> None:
     if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+        raise TempoError(f"{name} must be one of {', '.join(choices)}, got {value!r}")

@@ -4,6 +4,8 @@ import copy
 from collections.abc import Sequence
 from typing import Any, cast
 
+from .errors import TempoError
+
 
 class Vocabulary:
     """Texts of tokens, and which tokens end a text.
@@ -58,23 +60,23 @@ def encode_prompt(
     """
     if isinstance(prompt, str):
         if not prompt:
-            raise ValueError("prompt is empty; give at least one character")
+            raise TempoError("prompt is empty; give at least one character")
         bos = tokenizer.bos_token
         ids = tokenizer.encode(prompt, add_special_tokens=bos is None or not prompt.startswith(bos))
     elif len(prompt) and isinstance(prompt[0], dict):
         if not getattr(tokenizer, "has_chat_template", True):
-            raise ValueError("prompt is chat messages, but the model has no chat template")
+            raise TempoError("prompt is chat messages, but the model has no chat template")
         ids = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True)
     else:
         ids = [int(id) for id in cast(Sequence[int], prompt)]
         size = len(tokenizer)
         for id in ids:
             if not 0 <= id < size:
-                raise ValueError(f"prompt has token id {id}, the vocabulary is [0, {size})")
+                raise TempoError(f"prompt has token id {id}, the vocabulary is [0, {size})")
     if not ids:
-        raise ValueError("prompt is empty; give at least one token")
+        raise TempoError("prompt is empty; give at least one token")
     if context_length is not None and len(ids) >= context_length:
-        raise ValueError(
+        raise TempoError(
             f"prompt has {len(ids)} tokens, the model's context holds {context_length} and needs "
             "one for an answer; shorten the prompt"
         )

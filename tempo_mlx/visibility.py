@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from .errors import TempoError
 from .lattice import Slots
 
 #: Weights below this one hide a key as well as 0 would, and their logarithm is finite.
@@ -37,7 +38,7 @@ def ancestors(queries: Slots, keys: Slots) -> np.ndarray:
     prompt = (keys.step < 0) & (keys.step <= queries.step[:, None])
     if queries.chains is None:
         if (queries.step >= 0).any():
-            raise ValueError("slots behind the prompt need their parents, to know what they see")
+            raise TempoError("slots behind the prompt need their parents, to know what they see")
         return prompt
     led = np.zeros((len(queries), int(max(keys.index.max(), *queries.index)) + 1), bool)
     for row, chain in zip(led, queries.chains, strict=True):

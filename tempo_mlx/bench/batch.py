@@ -12,6 +12,7 @@ import numpy as np
 from mlx_lm.generate import BatchGenerator
 
 from ..batching import stream_batch_generate
+from ..errors import TempoError
 from ..generation import stream_generate
 from ..lattice import Lattice
 from ..models import PositionedModel
@@ -164,9 +165,9 @@ def bench_batch(
         ValueError: for an argument out of range.
     """
     if prompt_tokens < 4:
-        raise ValueError(f"prompt_tokens must be at least 4, got {prompt_tokens}")
+        raise TempoError(f"prompt_tokens must be at least 4, got {prompt_tokens}")
     if max_tokens < 4:
-        raise ValueError(f"max_tokens must be at least 4, got {max_tokens}")
+        raise TempoError(f"max_tokens must be at least 4, got {max_tokens}")
     positioned = PositionedModel.of(model)
     endless = without_end(tokenizer)
     settings = {

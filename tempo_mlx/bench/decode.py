@@ -6,6 +6,7 @@ from typing import Any
 import mlx.nn as nn
 import mlx_lm
 
+from ..errors import TempoError
 from ..generation import stream_generate
 from ..models import PositionedModel
 from ..tokens import without_end
@@ -47,16 +48,16 @@ def bench_decode(
     """
     positioned = PositionedModel.of(model)
     if prompt_tokens < 1:
-        raise ValueError(f"prompt_tokens must be at least 1, got {prompt_tokens}")
+        raise TempoError(f"prompt_tokens must be at least 1, got {prompt_tokens}")
     if max_tokens < WARM_UP + 2:
-        raise ValueError(f"max_tokens must be at least {WARM_UP + 2}, got {max_tokens}")
+        raise TempoError(f"max_tokens must be at least {WARM_UP + 2}, got {max_tokens}")
     if not siblings or min(siblings) < 1:
-        raise ValueError(f"siblings must be at least 1, got {list(siblings)}")
+        raise TempoError(f"siblings must be at least 1, got {list(siblings)}")
     if long_steps and long_steps < 2 * LONG_BLOCKS:
-        raise ValueError(f"long_steps must be 0 or at least {2 * LONG_BLOCKS}, got {long_steps}")
+        raise TempoError(f"long_steps must be 0 or at least {2 * LONG_BLOCKS}, got {long_steps}")
     needed = prompt_tokens + max(max_tokens, long_steps)
     if positioned.context_length is not None and needed > positioned.context_length:
-        raise ValueError(
+        raise TempoError(
             f"{prompt_tokens} prompt tokens and {needed - prompt_tokens} steps exceed the model's "
             f"context of {positioned.context_length}"
         )

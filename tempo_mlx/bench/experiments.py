@@ -17,6 +17,7 @@ import mlx.nn as nn
 import numpy as np
 import yaml
 
+from ..errors import TempoError
 from ..experiments.running import Group, Outcome, run_batched, run_one_by_one
 from ..experiments.session import Options, Session
 from ..experiments.suite import RunConfig, Suite
@@ -149,14 +150,14 @@ def bench_experiments(
         ValueError: for an argument out of range.
     """
     if runs % 2 or not 2 <= runs <= 100:
-        raise ValueError(f"runs must be an even number in [2, 100], got {runs}")
+        raise TempoError(f"runs must be an even number in [2, 100], got {runs}")
     for name, value, least in (
         ("max_tokens", max_tokens, 2),
         ("batch_size", batch_size, 2),
         ("workers", workers, 1),
     ):
         if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
+            raise TempoError(f"{name} must be at least {least}, got {value}")
     positioned = PositionedModel.of(model)
     suite = drawn_suite(model_name, max_tokens)
     groups: list[Sequence[Any]] = [*islice(suite.expand().groups, runs // 2)]
@@ -253,7 +254,7 @@ def _in_a_shell(suite: Suite, folder: Path) -> None:
         [*command, str(file), "--output", str(folder)], capture_output=True, text=True
     )
     if done.returncode:
-        raise ValueError(f"{shlex.join(done.args)} failed: {done.stderr.strip()}")
+        raise TempoError(f"{shlex.join(done.args)} failed: {done.stderr.strip()}")
 
 
 def _differences(

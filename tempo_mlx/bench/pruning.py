@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ..errors import TempoError
 from ..generation import steps as steps_of
 from ..lattice import Lattice
 from ..models import PositionedModel
@@ -141,12 +142,12 @@ def bench_pruning(
     """
     positioned = PositionedModel.of(model)
     if siblings < 2:
-        raise ValueError(f"siblings must be at least 2, got {siblings}")
+        raise TempoError(f"siblings must be at least 2, got {siblings}")
     if min(max_tokens, *steps) < WARM_UP + 2:
-        raise ValueError(f"steps must be at least {WARM_UP + 2}, got {min(max_tokens, *steps)}")
+        raise TempoError(f"steps must be at least {WARM_UP + 2}, got {min(max_tokens, *steps)}")
     longest = prompt_tokens + max(max_tokens, *steps)
     if positioned.context_length is not None and longest > positioned.context_length:
-        raise ValueError(
+        raise TempoError(
             f"{longest} positions exceed the model's context of {positioned.context_length}"
         )
     vocabulary = Vocabulary(without_end(tokenizer))

@@ -9,6 +9,7 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.generate import generation_stream
 
+from ..errors import TempoError
 from .decode_report import SINGLE, STOCK, LongRun
 
 #: Below every probability that fp32 can tell from 0: a set is as wide as `max_parallel` allows.
@@ -55,7 +56,7 @@ def timed(steps: Iterator[list[int]], width: int) -> Run:
         sets.append(ids)
     mx.synchronize(generation_stream)
     if any(len(ids) != width for ids in sets):
-        raise ValueError(f"a step has not the {width} tokens that were asked for")
+        raise TempoError(f"a step has not the {width} tokens that were asked for")
     return Run(float(np.median(np.diff(stamps)[WARM_UP:])), mx.get_peak_memory(), np.array(sets))
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from mlx_lm.models.cache import make_prompt_cache, trim_prompt_cache
 
 from ..combining import log_softmax_at
+from ..errors import TempoError
 from ..models import PositionedModel
 from ..scoring import ContinuationScorer
 from .setting import describe
@@ -254,7 +255,7 @@ def bench_score(
         ValueError: for an argument out of range.
     """
     if contexts < 0:
-        raise ValueError(f"contexts must be at least 0, got {contexts}")
+        raise TempoError(f"contexts must be at least 0, got {contexts}")
     positioned = PositionedModel.of(model)
     plain = Plain(positioned.model, tokenizer)
     measured, grown = [], []

@@ -11,6 +11,7 @@ import mlx.nn as nn
 from mlx.utils import tree_map
 from mlx_lm.models.cache import make_prompt_cache
 
+from ..errors import TempoError
 from ..models import PositionedModel
 from ..search import SearchSettings, TreeSearch
 from ..search.environment import TextEnvironment
@@ -141,9 +142,9 @@ def bench_search(
         ValueError: for an argument out of range.
     """
     if prompt_tokens < 1:
-        raise ValueError(f"prompt_tokens must be at least 1, got {prompt_tokens}")
+        raise TempoError(f"prompt_tokens must be at least 1, got {prompt_tokens}")
     if not leaves or min(leaves) < 1:
-        raise ValueError(f"leaves must be at least 1, got {list(leaves)}")
+        raise TempoError(f"leaves must be at least 1, got {list(leaves)}")
     positioned = PositionedModel.of(model)
     vocabulary = Vocabulary(without_end(tokenizer))
     prompt = prompt_of(tokenizer, prompt_tokens)

@@ -8,6 +8,8 @@ from typing import TypeVar
 import mlx.core as mx
 import numpy as np
 
+from ..errors import TempoError
+
 T = TypeVar("T")
 
 #: Size of the array whose copy gives the memory bandwidth: larger than any cache of a processor.
@@ -55,7 +57,7 @@ def alternate(
         were taken next to each other.
     """
     if rounds < 1:
-        raise ValueError(f"rounds must be at least 1, got {rounds}")
+        raise TempoError(f"rounds must be at least 1, got {rounds}")
     taken: dict[str, list[T]] = {name: [] for name in variants}
     for turn in range(rounds + 1):
         for name in sorted(variants, key=list(variants).index, reverse=turn % 2 == 1):

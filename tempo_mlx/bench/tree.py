@@ -11,6 +11,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.generate import BatchGenerator
 
+from ..errors import TempoError
 from ..generation import stream_generate
 from ..models import PositionedModel
 from ..tokens import without_end
@@ -123,7 +124,7 @@ def bench_tree(
         ("max_tokens", max_tokens, 4),
     ):
         if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
+            raise TempoError(f"{name} must be at least {least}, got {value}")
     positioned = PositionedModel.of(model)
     endless = without_end(tokenizer)
     prompt = prompt_of(tokenizer, prompt_tokens)

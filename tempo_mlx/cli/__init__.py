@@ -6,6 +6,9 @@ import sys
 
 import typer
 
+from ..errors import TempoError
+from ..printable import visible
+
 #: Commands, each a module of this package.
 COMMANDS = ("generate", "search", "score", "experiment", "schedule", "models", "doctor", "bench")
 
@@ -29,7 +32,8 @@ def build() -> typer.Typer:
 
 def fail(message: str, code: int = 2) -> None:
     """One line on standard error, then the exit code."""
-    print(f"tempo-mlx: error: {' '.join(message.split())}", file=sys.stderr)
+    line = visible(" ".join(message.split()))
+    print(f"tempo-mlx: error: {line}", file=sys.stderr)
     raise SystemExit(code)
 
 
@@ -47,7 +51,7 @@ def main() -> None:
         # The reader of our output is gone (`| head`); there is nobody to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
-    except (ValueError, OSError, ImportError) as error:
+    except (TempoError, OSError) as error:
         if os.environ.get("TEMPO_MLX_DEBUG"):
             raise
         fail(str(error) or type(error).__name__)

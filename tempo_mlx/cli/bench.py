@@ -13,6 +13,7 @@ from ..bench.runs import LONG_BLOCKS
 from ..bench.score import bench_score, workloads
 from ..bench.search import bench_search
 from ..bench.tree import bench_tree
+from ..errors import TempoError
 from ..files import check_writable
 from ..models import load
 from .experiment import require_extra
@@ -99,7 +100,7 @@ def decode(
     """
     widths = parse_widths(siblings)
     if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+        raise TempoError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     if output is not None:
         check_writable("--output", output)
     language_model, tokenizer = load(model)

@@ -1,9 +1,9 @@
 """What a run looks like in a terminal: its steps, its verdicts, its figures."""
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ..console import Console
 from ..lattice import Step
 from ..result import GenerationResult
 

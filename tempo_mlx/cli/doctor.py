@@ -7,13 +7,14 @@ from math import isfinite
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from ..checks import ATTENTION_TOLERANCE, FORMS, TOLERANCE, Check, full_precision, run_checks
+from ..console import Console
 from ..doctor import Finding, examine
+from ..errors import TempoError
 
 #: Version of what --json prints.
 SCHEMA = 1
@@ -47,7 +48,7 @@ def doctor(
     runs are compared with an uncached replay, with stock mlx-lm and with NumPy.
     """
     if everything and not check:
-        raise ValueError("--all says what --check runs; add --check")
+        raise TempoError("--all says what --check runs; add --check")
     if check:
         # Before the first product of the process, which fixes it.
         full_precision()

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ..console import Console
+from ..errors import MissingExtraError, TempoError
 from ..files import check_writable, write_atomically
 from ..models import load
 from .experiment_analysis import analyze, plot, report
@@ -39,7 +40,7 @@ def require_extra() -> None:
     """Raise ImportError unless what suites need is installed."""
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
-        raise ImportError(MISSING.format(", ".join(missing)))
+        raise MissingExtraError(MISSING.format(", ".join(missing)))
 
 
 @app.command("run")
@@ -121,13 +122,13 @@ def run(
     kind, _, count = runner.partition("=")
     counted = count.isdecimal() if kind == "workers" else not count
     if kind not in RUNNERS or not counted or "=" in runner and not count:
-        raise ValueError(
+        raise TempoError(
             f"--runner must be batched, sequential or workers=N with N at least 1, got {runner!r}"
         )
     if scheduler is not None and runner != "batched":
-        raise ValueError("--scheduler runs the suite elsewhere; leave --runner out")
+        raise TempoError("--scheduler runs the suite elsewhere; leave --runner out")
     if capture is not None and capture not in CAPTURES:
-        raise ValueError(f"--capture must be one of {', '.join(CAPTURES)}, got {capture!r}")
+        raise TempoError(f"--capture must be one of {', '.join(CAPTURES)}, got {capture!r}")
     options = Options(
         runner=kind,
         workers=int(count or 1),

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from ..console import Console
+from ..errors import MissingExtraError, TempoError
 from .tables import wide_console
 
 if TYPE_CHECKING:
@@ -68,9 +69,9 @@ def analyze(
         from ..experiments.tables import load_tables
     rules = Rules(_limit("--caliper", caliper, float), _limit("--window", window, int), adjustment)
     if resamples < 1:
-        raise ValueError(f"--resamples must be at least 1, got {resamples}")
+        raise TempoError(f"--resamples must be at least 1, got {resamples}")
     if seed < 0:
-        raise ValueError(f"--seed must be at least 0, got {seed}")
+        raise TempoError(f"--seed must be at least 0, got {seed}")
     _check_folder(folder)
     with _working("Analysing"):
         analysis = analyze_tables(load_tables(folder), rules, resamples, seed)
@@ -88,7 +89,7 @@ def plot(
 ) -> None:
     """Draw the analysis into FOLDER/plots: layers and heads, prompts, categories, distances, KL."""
     if f".{ending}" not in (".svg", ".png", ".pdf"):
-        raise ValueError(f"--format must be svg, png or pdf, got {ending!r}")
+        raise TempoError(f"--format must be svg, png or pdf, got {ending!r}")
     with _packages():
         from ..experiments.analysis import load_analysis
         from ..experiments.pictures import plot_experiment
@@ -122,7 +123,7 @@ def _packages() -> Iterator[None]:
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("tempo_mlx"):
             raise
-        raise ImportError(MISSING.format(error.name)) from error
+        raise MissingExtraError(MISSING.format(error.name)) from error
 
 
 @contextmanager
@@ -141,12 +142,12 @@ def _limit(name: str, text: str, kind: type) -> Any:
     try:
         return kind(text)
     except ValueError as error:
-        raise ValueError(f"{name} must be a number or {ANY!r}, got {text!r}") from error
+        raise TempoError(f"{name} must be a number or {ANY!r}, got {text!r}") from error
 
 
 def _check_folder(folder: Path) -> None:
     if not folder.is_dir():
-        raise ValueError(f"FOLDER must be the folder of a suite's run, {folder} is none")
+        raise TempoError(f"FOLDER must be the folder of a suite's run, {folder} is none")
 
 
 def _say(text: str) -> None:

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.progress import Progress
 from rich.text import Text
 
 from ..batching import BATCH_SIZE
 from ..combining import COMBINE
+from ..console import Console
+from ..errors import TempoError
 from ..files import check_writable, write_atomically
 from ..generation import stream_generate
 from ..models import load
@@ -341,7 +342,7 @@ def generate(
         prefill_step_size=prefill_step_size,
     )
     if paths < 0:
-        raise ValueError(f"--paths must be at least 0, got {paths}")
+        raise TempoError(f"--paths must be at least 0, got {paths}")
     if output is not None:
         check_writable("--output", output)
     for picture in plot or ():
@@ -350,19 +351,19 @@ def generate(
     rows = None
     if prompts_file is not None:
         if given is not None or prompt_file is not None:
-            raise ValueError("give one prompt or --prompts-file, not both")
+            raise TempoError("give one prompt or --prompts-file, not both")
         if plot or explain:
-            raise ValueError("--plot and --explain show one prompt's run; leave --prompts-file out")
+            raise TempoError("--plot and --explain show one prompt's run; leave --prompts-file out")
         if prompt_cache is not None and not prompt_cache.exists():
-            raise ValueError(f"--prompt-cache {prompt_cache} does not exist; make it of one prompt")
+            raise TempoError(f"--prompt-cache {prompt_cache} does not exist; make it of one prompt")
         rows = read_prompts(prompts_file)
     kv_bytes = parse_bytes(max_kv_bytes) if max_kv_bytes is not None else None
     text = read_prompt(given, prompt_file) if rows is None else ""
     if system_prompt is not None and not chat:
-        raise ValueError("--system-prompt is used by the chat template; add --chat")
+        raise TempoError("--system-prompt is used by the chat template; add --chat")
 
     if plot_attention and not plot:
-        raise ValueError("--plot-attention draws into the picture of --plot; name one")
+        raise TempoError("--plot-attention draws into the picture of --plot; name one")
 
     out, notes = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False)
     if quiet:
@@ -494,14 +495,14 @@ def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
         ValueError: if there is none, more than one, or the file cannot be read.
     """
     if (prompt is None) == (prompt_file is None):
-        raise ValueError("give one prompt: as the argument, '-' for standard input, or a file")
+        raise TempoError("give one prompt: as the argument, '-' for standard input, or a file")
     if prompt_file is not None:
         try:
             return prompt_file.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
-            raise ValueError(f"--prompt-file {prompt_file} is not UTF-8 text") from error
+            raise TempoError(f"--prompt-file {prompt_file} is not UTF-8 text") from error
         except OSError as error:
             message = f"--prompt-file {prompt_file} cannot be read: {error.strerror}"
-            raise ValueError(message) from error
+            raise TempoError(message) from error
     assert prompt is not None
     return sys.stdin.read() if prompt == "-" else prompt

@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ..console import Console
+from ..errors import TempoError
 from ..inventory import HubModel, RecipeModel, hub_models, recipe_models, size
 from ..models.recipes import VARIANTS, prepare, recipes
 
@@ -78,7 +79,7 @@ def fetch(
     known = recipes()
     recipe, slash, variant = name.partition("/")
     if recipe not in known or (slash and variant not in VARIANTS):
-        raise ValueError(
+        raise TempoError(
             f"NAME must be one of {', '.join(known)}, with /{' or /'.join(VARIANTS)} if wanted, "
             f"got {name!r}"
         )

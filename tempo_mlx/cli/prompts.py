@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..batching import BatchStatus, Failure, stream_batch_generate
+from ..console import Console
+from ..errors import TempoError
 from ..models import PositionedModel
 from ..models.identity import fingerprint
 from ..prompt_cache import PromptCache
@@ -53,7 +54,7 @@ def generate_from_file(
     for number, row in enumerate(rows):
         try:
             settings = row_settings(row, defaults)
-        except ValueError as error:
+        except TempoError as error:
             failed[number] = str(error)
             continue
         prompt: Any = row.prompt
@@ -141,7 +142,7 @@ def parse_bytes(text: str, argument: str = "--max-kv-bytes") -> int:
     except (ValueError, KeyError):
         size = 0
     if size < 1:
-        raise ValueError(f"{argument} must be a size such as 800MB or 2GiB, got {text!r}")
+        raise TempoError(f"{argument} must be a size such as 800MB or 2GiB, got {text!r}")
     return size
 
 

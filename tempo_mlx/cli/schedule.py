@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ..console import Console
+from ..errors import TempoError
 from ..plots import check_plot, plot_schedule
 from ..schedules import check_range, parse_schedule
 
@@ -59,7 +60,7 @@ def schedule(
     """
     curve = parse_schedule(schedule)
     if steps < 1:
-        raise ValueError(f"--steps must be at least 1, got {steps}")
+        raise TempoError(f"--steps must be at least 1, got {steps}")
     check_range("--base", base, 0.0, 1.0, low_open=True)
     if plot is not None:
         check_plot(plot)

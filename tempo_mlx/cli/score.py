@@ -7,9 +7,10 @@ from threading import Timer
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ..console import Console
+from ..errors import TempoError
 from ..files import check_writable
 from ..models import load
 from ..models.identity import fingerprint
@@ -117,9 +118,9 @@ def score(
     score = weight x log-probability of the word given its context + word insertion bonus
     """
     if batch_size < 1:
-        raise ValueError(f"--batch-size must be at least 1, got {batch_size}")
+        raise TempoError(f"--batch-size must be at least 1, got {batch_size}")
     if truecase not in (None, "english"):
-        raise ValueError(f"--truecase must be english, got {truecase!r}")
+        raise TempoError(f"--truecase must be english, got {truecase!r}")
     kv_bytes = parse_bytes(max_kv_bytes) if max_kv_bytes is not None else None
     kind = input_format(file, format)
     kind_out = kind if output is None else output_format(output, kind)
@@ -177,11 +178,11 @@ def scored(scorer: ContinuationScorer, rows: list[Row], details: bool) -> Iterat
             scores = [[each.score for each in row] for row in found]
         else:
             scores = scorer.score_continuations(contexts, words)
-    except ValueError as error:
+    except TempoError as error:
         if len(rows) == 1:
             message = str(error).replace("candidate_words[0]", "candidates")
             message = message.replace("contexts[0]", "context")
-            raise ValueError(f"{rows[0].where}: {message}") from error
+            raise TempoError(f"{rows[0].where}: {message}") from error
         for row in rows:
             yield from scored(scorer, [row], details)
         return
@@ -207,9 +208,9 @@ def input_format(file: str, format: str | None) -> str:
     if format is None:
         format = "jsonl" if file == "-" else FORMATS.get(Path(file).suffix.lower())
         if format is None:
-            raise ValueError(f"{file} must end in {', '.join(FORMATS)}; or give its --format")
+            raise TempoError(f"{file} must end in {', '.join(FORMATS)}; or give its --format")
     elif format not in FORMATS.values():
-        raise ValueError(f"--format must be jsonl or tsv, got {format!r}")
+        raise TempoError(f"--format must be jsonl or tsv, got {format!r}")
     return format
 
 
@@ -221,7 +222,7 @@ def output_format(output: Path, kind: str) -> str:
     """
     named = FORMATS.get(output.suffix.lower(), kind)
     if (kind, named) == ("jsonl", "tsv"):
-        raise ValueError(f"--output {output} must end in .jsonl, because the input is JSON")
+        raise TempoError(f"--output {output} must end in .jsonl, because the input is JSON")
     check_writable("--output", output)
     return named
 

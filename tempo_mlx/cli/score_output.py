@@ -5,10 +5,10 @@ import sys
 from pathlib import Path
 from typing import Any, Self
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ..console import Console
 from ..files import write_atomically
 from ..results_file import ResultsFile
 

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
+from ..console import Console
+from ..errors import TempoError
 from ..files import check_writable, write_atomically
 from ..models import load
 from ..plots import check_plot, plot_search
@@ -174,7 +175,7 @@ def search(
             if output is not None:
                 data = {"error": str(error), "paths": error.paths, "tree": error.tree.to_dict()}
                 write_atomically(output, json.dumps(data, ensure_ascii=False, indent=1) + "\n")
-                raise ValueError(f"{error}; the tree so far is in {output}") from error
+                raise TempoError(f"{error}; the tree so far is in {output}") from error
             raise
     if result is None:
         raise KeyboardInterrupt
@@ -233,16 +234,16 @@ def load_function(where: str) -> Callable[..., Any]:
     """
     file, _, name = where.rpartition(":")
     if not file or not Path(file).is_file():
-        raise ValueError(f"--value must be FILE.py:NAME with a file that is there, got {where!r}")
+        raise TempoError(f"--value must be FILE.py:NAME with a file that is there, got {where!r}")
     spec = importlib.util.spec_from_file_location("tempo_mlx_value", file)
     if spec is None or spec.loader is None:
-        raise ValueError(f"--value {where}: {file} is no Python file")
+        raise TempoError(f"--value {where}: {file} is no Python file")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        raise ValueError(f"--value {file} raised {type(error).__name__}: {error}") from error
+        raise TempoError(f"--value {file} raised {type(error).__name__}: {error}") from error
     function = getattr(module, name, None)
     if not callable(function):
-        raise ValueError(f"--value {where}: {file} has no function {name}")
+        raise TempoError(f"--value {where}: {file} has no function {name}")
     return function

@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -14,6 +13,8 @@ from rich.table import Table
 from ..bench.decode_report import Report
 from ..bench.target import Target
 from ..bench.timing import Spread
+from ..console import Console
+from ..errors import TempoError
 from ..files import write_atomically
 
 
@@ -28,7 +29,7 @@ def parse_widths(text: str, argument: str = "--siblings") -> list[int]:
     except ValueError:
         widths = []
     if not widths or min(widths) < 1:
-        raise ValueError(
+        raise TempoError(
             f"{argument} must be integers of at least 1 separated by commas, got {text!r}"
         )
     return widths

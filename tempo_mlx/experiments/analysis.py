@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from pandas import DataFrame
 
+from ..errors import TempoError
 from ..files import write_atomically
 from .ledger import DONE
 from .matching import Rules, keys_of
@@ -116,12 +117,12 @@ def analyze(
     """
     rules = rules or Rules()
     if resamples < 1:
-        raise ValueError(f"resamples must be at least 1, got {resamples}")
+        raise TempoError(f"resamples must be at least 1, got {resamples}")
     if seed < 0:
-        raise ValueError(f"seed must be at least 0, got {seed}")
+        raise TempoError(f"seed must be at least 0, got {seed}")
     check_tables(tables)
     if not (keys_of(tables)["kind"] == "sibling").any():
-        raise ValueError(
+        raise TempoError(
             "no run has a set of two or more tokens that a later step could see: nothing to "
             "compare; a lower threshold or more steps give some"
         )
@@ -387,17 +388,17 @@ def load_analysis(folder: Path) -> Analysis:
     """
     path = folder / FOLDER / INFO
     if not path.is_file():
-        raise ValueError(f"{folder} has no analysis; run: tempo-mlx experiment analyze {folder}")
+        raise TempoError(f"{folder} has no analysis; run: tempo-mlx experiment analyze {folder}")
     info = json.loads(path.read_text(encoding="utf-8"))
     if info.get("schema") != SCHEMA:
-        raise ValueError(f"{path} is of version {info.get('schema')}, this program reads {SCHEMA}")
+        raise TempoError(f"{path} is of version {info.get('schema')}, this program reads {SCHEMA}")
     del info["tables"]
     tables = {name: pd.read_parquet(path.with_name(f"{name}.parquet")) for name in CONTENTS}
     if (folder / LEDGER).is_file():
         with closing(read_ledger(folder)) as ledger:
             done = {entry.run_id for entry in ledger.entries() if entry.state == DONE}
         if new := done - set(tables["runs"]["run_id"]):
-            raise ValueError(
+            raise TempoError(
                 f"the analysis lacks {len(new)} of {len(done)} runs; run again: tempo-mlx "
                 f"experiment analyze {folder}"
             )

@@ -15,6 +15,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..errors import TempoError
+
 #: States of a run.
 PENDING, RUNNING, DONE, FAILED = "pending", "running", "done", "failed"
 
@@ -29,7 +31,7 @@ CREATE TABLE IF NOT EXISTS sessions (started REAL NOT NULL, finished REAL);
 """
 
 
-class LockedError(ValueError):
+class LockedError(TempoError):
     """Another command works on the folder."""
 
 
@@ -68,7 +70,7 @@ class Lock:
             ) from error
         except OSError as error:
             os.close(self._fd)
-            raise ValueError(f"{folder} cannot be locked: {error.strerror}") from error
+            raise TempoError(f"{folder} cannot be locked: {error.strerror}") from error
 
     def release(self) -> None:
         os.close(self._fd)
@@ -111,7 +113,7 @@ class Ledger:
                 raise DiskFullError(
                     errno.ENOSPC, "the disk is full, the ledger is unchanged", str(self.path)
                 ) from error
-            raise ValueError(f"{self.path} cannot be used: {error}") from error
+            raise TempoError(f"{self.path} cannot be used: {error}") from error
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:

@@ -13,6 +13,7 @@ from pandas import DataFrame
 from scipy.special import logit
 from statsmodels.stats.weightstats import DescrStatsW  # type: ignore[import-untyped]
 
+from ..errors import TempoError
 from .tables import Tables
 
 #: Where controls are looked for, in this order; the columns that unit and control share. Never in
@@ -59,12 +60,12 @@ class Rules:
 
     def __post_init__(self) -> None:
         if self.caliper is not None and not self.caliper > 0:
-            raise ValueError(f"caliper must be above 0, got {self.caliper}")
+            raise TempoError(f"caliper must be above 0, got {self.caliper}")
         if self.window is not None and not self.window >= 0:
-            raise ValueError(f"window must be at least 0, got {self.window}")
+            raise TempoError(f"window must be at least 0, got {self.window}")
         if self.adjustment not in ADJUSTMENTS:
             known = ", ".join(ADJUSTMENTS)
-            raise ValueError(f"adjustment must be one of {known}, got {self.adjustment!r}")
+            raise TempoError(f"adjustment must be one of {known}, got {self.adjustment!r}")
 
 
 def keys_of(tables: Tables) -> DataFrame:

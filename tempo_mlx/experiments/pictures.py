@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..errors import TempoError
 from ..plots.figure import (
     BLUE,
     GREEN,
@@ -72,7 +73,7 @@ def plot_experiment(
     """
     if measure not in analysis.info["measures"]:
         known = ", ".join(analysis.info["measures"])
-        raise ValueError(f"measure must be one of {known}, got {measure!r}")
+        raise TempoError(f"measure must be one of {known}, got {measure!r}")
     folder.mkdir(exist_ok=True)
     written = []
     for name, draw in PICTURES.items():

@@ -16,6 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ..errors import TempoError
 from ..generation import begin
 from ..models import Capture, PositionedModel
 from ..models.identity import fingerprint
@@ -68,12 +69,12 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.runner not in RUNNERS:
-            raise ValueError(f"runner must be one of {', '.join(RUNNERS)}, got {self.runner!r}")
+            raise TempoError(f"runner must be one of {', '.join(RUNNERS)}, got {self.runner!r}")
         for name in ("workers", "batch_size", "max_disk"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+                raise TempoError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.cross_validate <= 1:
-            raise ValueError(f"cross_validate must be in [0, 1], got {self.cross_validate}")
+            raise TempoError(f"cross_validate must be in [0, 1], got {self.cross_validate}")
 
     def __str__(self) -> str:
         if self.scheduler is not None:
@@ -159,7 +160,7 @@ class Session:
         #: bytes that captures take at most
         self.capture_bytes = self._check()
         if self.capture_bytes > self.options.max_disk:
-            raise ValueError(
+            raise TempoError(
                 f"captures {suite.captures} take up to {self.capture_bytes / 1e6:,.1f} MB, more "
                 f"than --max-disk {self.options.max_disk / 1e6:,.3f} MB; raise it, or capture less"
             )
@@ -181,7 +182,7 @@ class Session:
                     self.model, self.tokenizer, config.prompt, config.settings, "", vocabulary
                 )
                 run = Run(result, observer=observer)
-            except ValueError as error:
+            except TempoError as error:
                 raise SuiteError(
                     f"suite {self.suite.name}, {config.prompt_id} ({config.mode}): {error}"
                 ) from error

@@ -13,6 +13,8 @@ from scipy import special, stats
 from statsmodels.api import OLS, WLS  # type: ignore[import-untyped]
 from statsmodels.stats.multitest import multipletests  # type: ignore[import-untyped]
 
+from ..errors import TempoError
+
 CONFIDENCE = 0.95
 #: Prompts for an interval or a test; two would leave one degree of freedom.
 MIN_PROMPTS = 3
@@ -40,7 +42,7 @@ def check_finite(name: str, values: Any) -> np.ndarray:
     bad = np.argwhere(~np.isfinite(array))
     if len(bad):
         place = ", ".join(str(i) for i in bad[0])
-        raise ValueError(f"{name} must be finite, got {array[tuple(bad[0])]} at [{place}]")
+        raise TempoError(f"{name} must be finite, got {array[tuple(bad[0])]} at [{place}]")
     return array
 
 
@@ -107,7 +109,7 @@ def differences(first: Series, second: Series) -> Series:
     for name, values in (("first", first), ("second", second)):
         if values.index.has_duplicates:
             twice = values.index[values.index.duplicated()][0]
-            raise ValueError(f"{name} must have one value for each prompt, {twice!r} has several")
+            raise TempoError(f"{name} must have one value for each prompt, {twice!r} has several")
         check_finite(name, values)
     shared = first.index.intersection(second.index)
     return second.loc[shared] - first.loc[shared]

@@ -22,6 +22,7 @@ import yaml
 from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
 
+from ..errors import TempoError
 from ..files import write_atomically
 from .capture import AXES, MATRIX_AXES, Pair
 from .ledger import DONE, DiskFullError, Ledger, Lock
@@ -84,7 +85,7 @@ class Store:
                 (folder / name).mkdir(parents=True, exist_ok=True)
             self._lock = Lock(folder)
         except OSError as error:
-            raise ValueError(f"--output {folder} cannot be written: {error.strerror}") from error
+            raise TempoError(f"--output {folder} cannot be written: {error.strerror}") from error
         try:
             self._check(suite)
             with self._full_disk("the suite"):
@@ -92,7 +93,7 @@ class Store:
                 write_atomically(folder / SUITE, text)
             self.ledger = Ledger(folder / LEDGER)
             if not self.runs.keys() >= {entry.run_id for entry in self.ledger.entries()}:
-                raise ValueError(
+                raise TempoError(
                     f"{folder} holds runs that another version of tempo-mlx made of this suite; "
                     "choose another --output"
                 )
@@ -110,12 +111,12 @@ class Store:
             there, here = read_suite_file(self.folder), suite.to_dict()
             for key in here:
                 if there.get(key) != here[key]:
-                    raise ValueError(
+                    raise TempoError(
                         f"{self.folder} holds a suite with other {key}; choose another --output"
                     )
         manifest = read_manifest(self.folder)
         if manifest.get("fingerprint", self.fingerprint) != self.fingerprint:
-            raise ValueError(
+            raise TempoError(
                 f"{self.folder} holds runs of another model, {manifest.get('model')} with identity "
                 f"{manifest['fingerprint']}, not {self.fingerprint}; choose another --output"
             )
@@ -205,9 +206,9 @@ def read_suite_file(folder: Path) -> dict[str, Any]:
     try:
         data = yaml.safe_load((folder / SUITE).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ValueError(f"{folder} holds no suite: there is no {SUITE}") from error
+        raise TempoError(f"{folder} holds no suite: there is no {SUITE}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{folder / SUITE} is damaged") from error
+        raise TempoError(f"{folder / SUITE} is damaged") from error
     return data if isinstance(data, dict) else {}
 
 
@@ -218,14 +219,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except ValueError as error:
-        raise ValueError(f"{folder / MANIFEST} is damaged") from error
+        raise TempoError(f"{folder / MANIFEST} is damaged") from error
     return data
 
 
 def read_ledger(folder: Path) -> Ledger:
     """The ledger of a folder; ValueError if there is none."""
     if not (folder / LEDGER).is_file():
-        raise ValueError(f"{folder} holds no suite that was run: there is no {LEDGER}")
+        raise TempoError(f"{folder} holds no suite that was run: there is no {LEDGER}")
     return Ledger(folder / LEDGER)
 
 
@@ -242,7 +243,7 @@ def read_run(folder: Path, run_id: str) -> Record:
         captures = folder / CAPTURES / f"{run_id}{REDUCTIONS}"
         arrays = load_arrays(captures.read_bytes()) if whole["captures"] else {}
     except (OSError, pa.ArrowException, KeyError, ValueError) as error:
-        raise ValueError(f"{folder}: run {run_id} is damaged or missing: {error}") from error
+        raise TempoError(f"{folder}: run {run_id} is damaged or missing: {error}") from error
     return Record(
         tokens=table.to_pydict(),
         prompt_tokens=whole["prompt_tokens"],

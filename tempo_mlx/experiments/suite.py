@@ -17,6 +17,7 @@ from pydantic import (
     field_validator,
 )
 
+from ..errors import TempoError
 from ..prompt_files import PARSERS
 from ..pruning import (
     Pruning,
@@ -32,7 +33,7 @@ SCHEMA = 1
 CAPTURES = ("reductions", "full", "none")
 
 
-class SuiteError(ValueError):
+class SuiteError(TempoError):
     """A suite that cannot be run; one line that names the key and its value."""
 
 
@@ -82,14 +83,14 @@ class Suite(BaseModel):
         texts = [text for each in prompts.values() for text in each]
         for text in texts:
             if texts.count(text) > 1:
-                raise ValueError(f"{text!r} stands there twice; each prompt is one observation")
+                raise TempoError(f"{text!r} stands there twice; each prompt is one observation")
         return prompts
 
     @field_validator("seeds")
     @classmethod
     def _each_once(cls, seeds: list[int]) -> list[int]:
         if len(set(seeds)) < len(seeds):
-            raise ValueError("a seed stands there twice")
+            raise TempoError("a seed stands there twice")
         return seeds
 
     def to_dict(self) -> dict[str, Any]:
@@ -127,7 +128,7 @@ class Suite(BaseModel):
                 given[outer] = value
             try:
                 yield {n: varied[n] for n in axes}, _settings(given)
-            except ValueError as error:
+            except TempoError as error:
                 shown = ", ".join(f"{name} {_shown(value)}" for name, value in varied.items())
                 where = f" ({shown})" if shown else ""
                 raise SuiteError(f"suite {self.name}{where}: {error}") from error
@@ -156,7 +157,7 @@ class Suite(BaseModel):
             if self.captures != "none":
                 try:
                     require_observable(settings)
-                except ValueError as error:
+                except TempoError as error:
                     raise SuiteError(f"suite {self.name}, captures {self.captures}: {error}") from (
                         error
                     )

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from ..errors import TempoError
 from .statistics import check_finite
 from .tables import Tables
 
@@ -27,20 +28,20 @@ def check_tables(tables: Tables) -> None:
     for name, columns in COLUMNS.items():
         missing = set(columns.split()) - set(getattr(tables, name).columns)
         if missing:
-            raise ValueError(f"table {name} lacks the columns {', '.join(sorted(missing))}")
+            raise TempoError(f"table {name} lacks the columns {', '.join(sorted(missing))}")
     if not len(tables.runs):
-        raise ValueError("no run is done: nothing to analyse")
+        raise TempoError("no run is done: nothing to analyse")
     if tables.runs["run_id"].duplicated().any():
         twice = tables.runs["run_id"][tables.runs["run_id"].duplicated()].iloc[0]
-        raise ValueError(f"table runs has run {twice} twice")
+        raise TempoError(f"table runs has run {twice} twice")
     entries, shape = tables.entries, tables.received.shape
     if len(shape) != 3 or shape[0] != len(entries):
-        raise ValueError(
+        raise TempoError(
             f"received must be [{len(entries)}, layers, heads], a row for each entry, got {shape}"
         )
     unknown = set(entries["run_id"]) - set(tables.runs["run_id"])
     if unknown:
-        raise ValueError(f"table entries has runs that table runs lacks: {sorted(unknown)[0]}")
+        raise TempoError(f"table entries has runs that table runs lacks: {sorted(unknown)[0]}")
     for name, numbers in NUMBERS.items():
         for column in numbers:
             check_finite(f"column {column} of table {name}", getattr(tables, name)[column])
@@ -48,4 +49,4 @@ def check_tables(tables: Tables) -> None:
         received = check_finite(f"received, layer {layer},", tables.received[:, layer])
         if received.size and not 0 <= received.min() <= received.max() <= MOST_ATTENTION:
             worst = received.flat[np.abs(received - 0.5).argmax()]
-            raise ValueError(f"received, layer {layer}, must be in [0, 1], got {worst:g}")
+            raise TempoError(f"received, layer {layer}, must be in [0, 1], got {worst:g}")

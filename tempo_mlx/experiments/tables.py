@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..errors import TempoError
+
 if TYPE_CHECKING:
     from pandas import DataFrame
 
@@ -74,7 +76,7 @@ def load_tables(folder: Path) -> Tables:
     finally:
         ledger.close()
     if not done:
-        raise ValueError(f"{folder} holds no run that is done; run the suite first")
+        raise TempoError(f"{folder} holds no run that is done; run the suite first")
     configurations = {entry.run_id: json.loads(entry.configuration) for entry in done}
     runs, parts = [], []
     for run_id, configuration in configurations.items():

@@ -13,6 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..errors import MissingExtraError, TempoError
 from ..models import PositionedModel, load
 from ..models.identity import fingerprint
 from .running import Group, Outcome, run_group
@@ -33,7 +34,7 @@ PATIENCE = 10
 _ALONE = threading.Lock()
 
 
-class ClusterError(ValueError):
+class ClusterError(TempoError):
     """A cluster that cannot be used; one line that says why."""
 
 
@@ -47,7 +48,7 @@ def _model(name: str, identity: str) -> tuple[PositionedModel, Any]:
     model, tokenizer = load(name)
     found = fingerprint(model)
     if found != identity:
-        raise ValueError(f"{name} is another model on {os.uname().nodename}: {found}")
+        raise TempoError(f"{name} is another model on {os.uname().nodename}: {found}")
     return PositionedModel.of(model), tokenizer
 
 
@@ -174,7 +175,9 @@ def run_on_cluster(
     try:
         from distributed import Client, KilledWorker, as_completed
     except ImportError as error:
-        raise ImportError("--scheduler needs Dask: pip install 'tempo-mlx[cluster]'") from error
+        raise MissingExtraError(
+            "--scheduler needs Dask: pip install 'tempo-mlx[cluster]'"
+        ) from error
     try:
         client = Client(address, timeout=PATIENCE, set_as_default=False)
     except (OSError, ValueError, TypeError) as error:
@@ -210,7 +213,7 @@ def require_memory(workers: int) -> None:
     if workers * held > MEMORY_SHARE * free:
         most = int(MEMORY_SHARE * free // held)
         advice = f"use workers={most} or batched" if most else "use batched"
-        raise ValueError(
+        raise TempoError(
             f"--runner workers={workers} needs {workers * held / 1e9:.1f} GB, "
             f"{held / 1e9:.1f} GB each, and {free / 1e9:.1f} GB are free; {advice}"
         )

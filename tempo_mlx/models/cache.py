@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 import mlx.core as mx
 import numpy as np
 
+from ..errors import TempoError
 from .attention import AttentionRecorder
 from .forward_pass import AsOffset, ForwardPass
 from .layout import Layout
@@ -105,7 +106,7 @@ class BatchedKVCache:
         grouped_scores: bool = False,
     ):
         if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+            raise TempoError(f"batch_size must be at least 1, got {batch_size}")
         self._as_offset = as_offset
         self._grouped_scores = grouped_scores
         self.layers = [LayerCache(self, window) for window in windows]
@@ -176,7 +177,7 @@ class BatchedKVCache:
         Nothing is copied before the first token is appended to one of them.
         """
         if n < 1:
-            raise ValueError(f"n must be at least 1, got {n}")
+            raise TempoError(f"n must be at least 1, got {n}")
         for layer in self.layers:
             layer.keys, layer.values = _repeated(layer.keys, n), _repeated(layer.values, n)
         self._table = np.repeat(self._table, n, axis=0)
@@ -190,7 +191,7 @@ class BatchedKVCache:
         """
         rows = np.asarray(rows, np.int64)
         if rows.ndim != 1 or rows.size == 0 or rows.min() < 0 or rows.max() >= self.batch_size:
-            raise ValueError(f"rows must be indices in [0, {self.batch_size}), got {rows.tolist()}")
+            raise TempoError(f"rows must be indices in [0, {self.batch_size}), got {rows.tolist()}")
         chosen = mx.array(rows.astype(np.int32))
         for layer in self.layers:
             if layer.keys is not None and layer.values is not None:
@@ -207,7 +208,7 @@ class BatchedKVCache:
         """
         if len(keep) and not np.isscalar(keep[0]) and not isinstance(keep, np.ndarray):
             if len(keep) != self.batch_size:
-                raise ValueError(f"keep must name {self.batch_size} rows, got {len(keep)}")
+                raise TempoError(f"keep must name {self.batch_size} rows, got {len(keep)}")
             each = [np.asarray(slots, np.int64) for slots in keep]
             counts = np.array([len(slots) for slots in each])
             index = np.zeros((self.batch_size, counts.max()), np.int64)
@@ -216,10 +217,10 @@ class BatchedKVCache:
         else:
             index = np.asarray(keep, np.int64)
             if index.ndim not in (1, 2) or (index.ndim == 2 and len(index) != self.batch_size):
-                raise ValueError(f"keep must be [S'] or [{self.batch_size}, S'], got {index.shape}")
+                raise TempoError(f"keep must be [S'] or [{self.batch_size}, S'], got {index.shape}")
             counts = np.full(self.batch_size, index.shape[-1])
         if index.size and (index.min() < 0 or index.max() >= self.n_slots):
-            raise ValueError(f"keep must be slots in [0, {self.n_slots}), got {index.tolist()}")
+            raise TempoError(f"keep must be slots in [0, {self.n_slots}), got {index.tolist()}")
 
         device = mx.array(index.astype(np.int32))
 
@@ -273,7 +274,7 @@ class BatchedKVCache:
     def extract(self, row: int) -> "BatchedKVCache":
         """A cache of its own for one row, with that row's slots only."""
         if not 0 <= row < self.batch_size:
-            raise ValueError(f"row must be in [0, {self.batch_size}), got {row}")
+            raise TempoError(f"row must be in [0, {self.batch_size}), got {row}")
         count = int(self.counts[row])
         alone = self._empty(1)
         for layer, copy in zip(self.layers, alone.layers, strict=True):
@@ -289,7 +290,7 @@ class BatchedKVCache:
     def merge(cls, caches: Sequence["BatchedKVCache"]) -> "BatchedKVCache":
         """One cache with the rows of all, in order; the caches of one model."""
         if not caches:
-            raise ValueError("caches must name at least 1 cache")
+            raise TempoError("caches must name at least 1 cache")
         merged = caches[0]._empty(sum(cache.batch_size for cache in caches))
         width = max(cache.n_slots for cache in caches)
         for i, layer in enumerate(merged.layers):
@@ -346,9 +347,9 @@ class BatchedKVCache:
                 layer.keys, layer.values, layer.n_slots = keys, values, S
         for layer in self.layers:
             if any(a.ndim != 4 or (a.shape[0], a.shape[2]) != (B, S) for a in layer.state):
-                raise ValueError(f"the arrays are not [{B}, H_kv, {S}, D]")
+                raise TempoError(f"the arrays are not [{B}, H_kv, {S}, D]")
         if arrays:
-            raise ValueError(f"the model has no {sorted(arrays)[0]}")
+            raise TempoError(f"the model has no {sorted(arrays)[0]}")
         self._table = positions.astype(np.int32)
         self.counts, self.capacity = np.full(B, S), S
 
@@ -401,17 +402,17 @@ class BatchedKVCache:
         positions = np.asarray(positions)
         B, T = positions.shape
         if self.batch_size != B:
-            raise ValueError(f"positions have {B} rows, the cache has {self.batch_size}")
+            raise TempoError(f"positions have {B} rows, the cache has {self.batch_size}")
         counts = np.full(B, T) if layout is None else layout.counts
         after = self.counts + counts
         end = int(after.max())
         if isinstance(mask, str):
             if mask != "causal":
-                raise ValueError(f'mask must be "causal" or an array, got {mask!r}')
+                raise TempoError(f'mask must be "causal" or an array, got {mask!r}')
             if (after != end).any() or (counts != T).any():
-                raise ValueError('mask "causal" needs rows of equally many slots; give an array')
+                raise TempoError('mask "causal" needs rows of equally many slots; give an array')
         elif mask.ndim != 4 or mask.shape[-2:] != (T, end) or mask.shape[0] not in (1, B):
-            raise ValueError(f"mask must be [{B}, 1, {T}, {end}], got {list(mask.shape)}")
+            raise TempoError(f"mask must be [{B}, 1, {T}, {end}], got {list(mask.shape)}")
         start = slots = None
         if not packed and (counts == T).all() and (self.counts == self.counts[0]).all():
             start, layout = int(self.counts[0]), None

@@ -13,6 +13,8 @@ import mlx.core as mx
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from ..errors import TempoError
+
 #: Values per quantisation group, in GGUF's Q4_0, Q4_1 and Q8_0 and in what mlx makes of them.
 GROUP_SIZE = 32
 
@@ -36,7 +38,7 @@ CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 
 
-class GgufError(ValueError):
+class GgufError(TempoError):
     """A GGUF file that cannot be converted exactly."""
 
 

@@ -14,6 +14,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..errors import TempoError
+
 #: Where the layers are, in mlx-lm's model files.
 PATHS = ("model", "transformer", "language_model.model", "language_model.transformer")
 
@@ -72,7 +74,7 @@ class Halves:
             if isinstance(layers, nn.Module):
                 break
         else:
-            raise ValueError("it has no submodule that holds its layers alone")
+            raise TempoError("it has no submodule that holds its layers alone")
         if not hasattr(layers, "tap"):
             layers.__class__ = _tapped(type(layers))
             layers.tap = Tap()

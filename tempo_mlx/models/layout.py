@@ -8,6 +8,8 @@ attention needs the rows, [B, T] with T the most tokens of a row.
 import mlx.core as mx
 import numpy as np
 
+from ..errors import TempoError
+
 
 class Layout:
     """N tokens, each in one of B rows; several of one row keep their order.
@@ -23,7 +25,7 @@ class Layout:
         #: tokens of each row, [B]
         self.counts = np.bincount(self.rows, minlength=batch_size)
         if len(self.counts) > batch_size:
-            raise ValueError(f"rows must be in [0, {batch_size}), got {self.rows.max()}")
+            raise TempoError(f"rows must be in [0, {batch_size}), got {self.rows.max()}")
         self.width = int(self.counts.max())
         by_row = np.argsort(self.rows, kind="stable")
         starts = np.cumsum(self.counts) - self.counts

@@ -19,12 +19,13 @@ from huggingface_hub.errors import (
 )
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from ..errors import TempoError
 from .recipes import VARIANTS, prepare, recipes
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
-class ModelLoadError(ValueError):
+class ModelLoadError(TempoError):
     """A model that cannot be loaded; one line that says why, and what to do."""
 
 
@@ -153,7 +154,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     try:
         config = mlx_lm.utils.load_config(folder)
         if not isinstance(config["model_type"], str):
-            raise ValueError("model_type is not a string")
+            raise TempoError("model_type is not a string")
     except (ValueError, KeyError, TypeError) as error:
         what = "has no model_type" if isinstance(error, KeyError) else f"is damaged: {_line(error)}"
         raise ModelLoadError(f"{folder / 'config.json'} {what}") from error

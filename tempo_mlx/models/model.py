@@ -9,6 +9,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.models import cache as mlx_cache
 
+from ..errors import TempoError
 from . import attention, positions
 from .architectures import ARRAY_OFFSETS, EXACT, GROUPED_SCORES, names, refusal
 from .attention import AttentionRecorder, Capture
@@ -19,7 +20,7 @@ from .pool import SlotPool
 from .positions import Positions
 
 
-class UnsupportedModelError(ValueError):
+class UnsupportedModelError(TempoError):
     """The model cannot do what was asked exactly; says what, why, and what to do instead."""
 
 
@@ -46,7 +47,7 @@ class PositionedModel:
         attention.install(model)
         try:
             self._halves = Halves(model)
-        except ValueError as error:
+        except TempoError as error:
             raise self._unsupported(str(error)) from error
         #: dtype of the activations, which an additive mask must have
         self.dtype = _activation_dtype(model)
@@ -167,7 +168,7 @@ class PositionedModel:
         """
         if not isinstance(mask, str) and mask.dtype != mx.bool_:
             if not mx.issubdtype(mask.dtype, mx.floating):
-                raise ValueError(f"mask must be boolean or floating point, got {mask.dtype}")
+                raise TempoError(f"mask must be boolean or floating point, got {mask.dtype}")
             self.require_additive_masks()
             mask = mask.astype(self.dtype)
         if capture is not None:

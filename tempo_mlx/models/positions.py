@@ -15,6 +15,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ..errors import TempoError
+
 
 class Positions:
     """Logical positions of the T new tokens of each of B rows.
@@ -43,7 +45,7 @@ class Positions:
         """Rotate x [B, H, T, D] by ``rope(x, offset=...)``, each token at its own position."""
         B, H, T, D = x.shape
         if self.shape != (B, T):
-            raise ValueError(f"rotary input is {x.shape}, positions are {self.shape} as [B, T]")
+            raise TempoError(f"rotary input is {x.shape}, positions are {self.shape} as [B, T]")
         if self._flat is None:
             return rope(x, offset=self._offset)
         return _rotate_each(rope, x, self._flat)

@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import IO, Any
 
 import mlx.core as mx
-from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ..console import Console
+from ..errors import TempoError
 from . import gguf, package_index
 
 #: Names the folder that the models are kept in.
@@ -39,7 +40,7 @@ PACKAGE = Path(__file__).parent.parent
 CHUNK_BYTES = 1 << 20
 
 
-class RecipeError(ValueError):
+class RecipeError(TempoError):
     """A model of a recipe that cannot be made ready, in one line."""
 
 

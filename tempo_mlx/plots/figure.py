@@ -9,6 +9,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..errors import MissingExtraError, TempoError
 from ..files import check_writable, write_atomically
 from ..lattice import Lattice
 from ..result import GenerationResult
@@ -44,7 +45,7 @@ def check_plot(path: Path, argument: str = "--plot") -> None:
         ImportError: if Matplotlib is missing.
     """
     if path.suffix.lower() not in FORMATS:
-        raise ValueError(f"{argument} must end in {', '.join(FORMATS)}, got {str(path)!r}")
+        raise TempoError(f"{argument} must end in {', '.join(FORMATS)}, got {str(path)!r}")
     check_writable(argument, path)
     _import()
 
@@ -53,7 +54,7 @@ def _import() -> Any:
     try:
         import matplotlib
     except ModuleNotFoundError as error:
-        raise ImportError(MISSING) from error
+        raise MissingExtraError(MISSING) from error
     return matplotlib
 
 

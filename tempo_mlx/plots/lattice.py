@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..errors import TempoError
 from ..lattice import Lattice
 from ..result import GenerationResult
 from .figure import (
@@ -124,7 +125,7 @@ def strongest(
     paid = np.asarray(paid)
     source = next((c for c in columns if c.step is not None and c.step.step == step), None)
     if source is None or paid.ndim != 1:
-        raise ValueError(f"attention[{step}] must be an array [n_slots] for a step of the lattice")
+        raise TempoError(f"attention[{step}] must be an array [n_slots] for a step of the lattice")
     found = [
         (source, column, cell, float(paid[cell.token.slot]))
         for column in columns

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..errors import TempoError
 from ..lattice import Lattice, Step, Token
 from ..result import GenerationResult
 from .figure import MARGIN, TITLE
@@ -221,12 +222,12 @@ def best_tokens(lattice: Lattice, ids: Sequence[int]) -> list[Token]:
     """
     steps = [step for step in lattice.steps if step.live]
     if len(ids) != len(steps):
-        raise ValueError(f"best has {len(ids)} tokens, the lattice has {len(steps)} sets")
+        raise TempoError(f"best has {len(ids)} tokens, the lattice has {len(steps)} sets")
     path: list[Token] = []
     for step, id in zip(steps, ids, strict=True):
         found = [token for token in step.live if token.id == id]
         if not found:
-            raise ValueError(f"best has token {id}, which is not live in step {step.step}")
+            raise TempoError(f"best has token {id}, which is not live in step {step.step}")
         # Where tokens have parents, one id may stand in a set more than once.
         path.append(next((t for t in found if path and t.parent == path[-1].slot), found[0]))
     return path

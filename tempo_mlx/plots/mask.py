@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..errors import TempoError
 from ..lattice import Lattice, Slots
 from ..result import GenerationResult
 from ..visibility import VISIBILITY, WITH_PARENTS, may_attend
@@ -75,7 +76,7 @@ def visibility_matrix(slots: Slots, visibility: str, shown: np.ndarray) -> np.nd
         integers [n, n], queries x keys.
     """
     if visibility not in VISIBILITY:
-        raise ValueError(f"visibility must be one of {', '.join(VISIBILITY)}, got {visibility!r}")
+        raise TempoError(f"visibility must be one of {', '.join(VISIBILITY)}, got {visibility!r}")
     allowed = may_attend(visibility, slots[shown], slots)[:, shown]
     by_rule = VISIBILITY[visibility](slots[shown], slots)[:, shown]
     return np.where(allowed, 1, np.where(by_rule, 2, 0))

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..errors import TempoError
 from ..search import SearchResult
 from .figure import BLUE, GREY, INK, MARGIN, PALE, SKY, TITLE, blank, check_plot, cut, look, save
 from .labels import label, readable, width
@@ -42,7 +43,7 @@ def plot_search(result: SearchResult, path: Path) -> None:
 def search_figure(result: SearchResult) -> "Figure":
     """The figure that :func:`plot_search` saves, made inside :func:`~.figure.look`."""
     if not result.choices:
-        raise ValueError("a search that chose no token has nothing to draw")
+        raise TempoError("a search that chose no token has nothing to draw")
     columns = [_column(choice) for choice in result.choices]
     widths = [
         min(WIDEST, max(NARROWEST, *(SIZE * width(text, bold=True) + VALUE for text, *_ in rows)))

@@ -9,6 +9,7 @@ import numpy as np
 from mlx_lm.generate import generation_stream
 from mlx_lm.models.cache import make_prompt_cache
 
+from ..errors import TempoError
 from ..models.halves import Halves
 from .questions import Answer, Question, ScoringStats
 from .vocabulary_rows import Rows, VocabularyRows
@@ -28,7 +29,7 @@ class FullPasses:
         self.stats = ScoringStats("full passes")
         self._chunk_size = chunk_size
         self._halves: Halves | None = None
-        with suppress(ValueError):
+        with suppress(TempoError):
             self._halves = Halves(model)
         whole = self._halves is not None and self._divides(self._halves)
         self._halves = self._halves if whole else None

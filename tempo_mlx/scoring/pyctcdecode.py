@@ -7,6 +7,7 @@ from bisect import bisect_left
 from collections.abc import Collection
 from typing import Any, NoReturn
 
+from ..errors import TempoError
 from .scorer import ContinuationScorer
 from .texts import joined
 
@@ -61,14 +62,14 @@ class PyctcdecodeLM:
         unk_score_offset: float = -10.0,
     ):
         if type(order) is not int or order < 1:
-            raise ValueError(f"order must be an integer of at least 1, got {order!r}")
+            raise TempoError(f"order must be an integer of at least 1, got {order!r}")
         known = None
         if unigrams is not None:
             known = frozenset(unigrams)
             if isinstance(unigrams, str) or not all(isinstance(word, str) for word in known):
-                raise ValueError(f"unigrams must be a collection of words, got {unigrams!r}")
+                raise TempoError(f"unigrams must be a collection of words, got {unigrams!r}")
             if not known:
-                raise ValueError("unigrams must hold at least 1 word; None expects every word")
+                raise TempoError("unigrams must hold at least 1 word; None expects every word")
         self.scorer = scorer
         self.score_boundary = _checked("score_boundary", score_boundary)
         self.unk_score_offset = _checked("unk_score_offset", unk_score_offset)
@@ -127,7 +128,7 @@ class PyctcdecodeLM:
         """
         for name, value in params.items():
             if name not in PARAMETERS:
-                raise ValueError(f"parameters are {', '.join(PARAMETERS)}, got {name!r}")
+                raise TempoError(f"parameters are {', '.join(PARAMETERS)}, got {name!r}")
             if value is not None:
                 _checked(name, value)
         for name, value in params.items():
@@ -148,7 +149,7 @@ class PyctcdecodeLM:
 def _checked(name: str, value: Any) -> Any:
     if name == "score_boundary":
         if not isinstance(value, bool):
-            raise ValueError(f"score_boundary must be True or False, got {value!r}")
+            raise TempoError(f"score_boundary must be True or False, got {value!r}")
     elif type(value) not in (int, float) or not math.isfinite(value):
-        raise ValueError(f"{name} must be a finite number, got {value!r}")
+        raise TempoError(f"{name} must be a finite number, got {value!r}")
     return value

@@ -8,6 +8,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from ..errors import TempoError
+
 #: What a result adds to its row.
 RESULTS = ("scores", "ranks", "best", "details")
 
@@ -40,7 +42,7 @@ def read_rows(file: str, kind: str) -> list[Row]:
     try:
         data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
     except OSError as error:
-        raise ValueError(f"{name} cannot be read: {error.strerror}") from error
+        raise TempoError(f"{name} cannot be read: {error.strerror}") from error
     # As bytes, because text also splits at characters that a context may hold.
     lines = data.removeprefix(b"\xef\xbb\xbf").splitlines()
     parse = _object if kind == "jsonl" else _columns
@@ -50,9 +52,9 @@ def read_rows(file: str, kind: str) -> list[Row]:
             try:
                 parsed.append((number, parse(line)))
             except (ValueError, RecursionError) as error:
-                raise ValueError(f"{name}, line {number}: {error}") from error
+                raise TempoError(f"{name}, line {number}: {error}") from error
     if not parsed:
-        raise ValueError(f"{name} has no rows")
+        raise TempoError(f"{name} has no rows")
     if kind == "jsonl":
         return [_row(f"{name}, line {number}", given) for number, given in parsed]
     rows = []
@@ -71,9 +73,9 @@ def _row(where: str, given: dict[str, Any]) -> Row:
 def _columns(line: bytes) -> dict[str, Any]:
     columns = _text(line).split("\t")
     if len(columns) != 2:
-        raise ValueError(f"must be a context, a tab and a word, got {len(columns)} columns")
+        raise TempoError(f"must be a context, a tab and a word, got {len(columns)} columns")
     if not columns[1].strip():
-        raise ValueError("the word is empty")
+        raise TempoError("the word is empty")
     return dict(zip(("context", "word"), columns, strict=True))
 
 
@@ -81,30 +83,30 @@ def _object(line: bytes) -> dict[str, Any]:
     try:
         given = json.loads(_text(line))
     except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from error
+        raise TempoError(f"not JSON: {error.msg} at column {error.colno}") from error
     if not isinstance(given, dict):
-        raise ValueError('not an object such as {"context": "He is", "candidates": ["happy"]}')
+        raise TempoError('not an object such as {"context": "He is", "candidates": ["happy"]}')
     for name in ("context", "candidates"):
         if name not in given:
-            raise ValueError(f'there is no "{name}"')
+            raise TempoError(f'there is no "{name}"')
     if not isinstance(given["context"], str):
-        raise ValueError(f"context must be text, got {_shown(given['context'])}")
+        raise TempoError(f"context must be text, got {_shown(given['context'])}")
     if not isinstance(given["candidates"], list):
-        raise ValueError(f"candidates must be a list, got {_shown(given['candidates'])}")
+        raise TempoError(f"candidates must be a list, got {_shown(given['candidates'])}")
     for i, candidate in enumerate(given["candidates"]):
         spellings = candidate if isinstance(candidate, list) else [candidate]
         if not spellings or not all(isinstance(each, str) and each.strip() for each in spellings):
-            raise ValueError(
+            raise TempoError(
                 f"candidates[{i}] must be a word or a list of spellings, none of them empty, "
                 f"got {_shown(candidate)}"
             )
     for name in ("row", "key", *RESULTS):
         if name in given:
-            raise ValueError(f'"{name}" is the name of a result; rename it')
+            raise TempoError(f'"{name}" is the name of a result; rename it')
     try:
         json.dumps(given, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
-        raise ValueError(r"half a surrogate pair (\ud800 to \udfff), which is no text") from error
+        raise TempoError(r"half a surrogate pair (\ud800 to \udfff), which is no text") from error
     return given
 
 
@@ -112,7 +114,7 @@ def _text(line: bytes) -> str:
     try:
         return line.decode()
     except UnicodeDecodeError as error:
-        raise ValueError("not UTF-8 text") from error
+        raise TempoError("not UTF-8 text") from error
 
 
 def _shown(value: Any) -> str:

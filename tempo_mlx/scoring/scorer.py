@@ -12,6 +12,7 @@ import numpy as np
 from mlx_lm.generate import generation_stream, wired_limit
 
 from ..batching import default_budget
+from ..errors import TempoError
 from ..models import PositionedModel, UnsupportedModelError
 from ..models.model import context_length_of
 from ..tokens import Vocabulary
@@ -132,9 +133,9 @@ class ContinuationScorer:
     ):
         for name, number in (("weight", weight), ("word_insertion_bonus", word_insertion_bonus)):
             if isinstance(number, bool) or not isinstance(number, (int, float, np.number)):
-                raise ValueError(f"{name} must be a number, got {number!r}")
+                raise TempoError(f"{name} must be a number, got {number!r}")
             if not math.isfinite(number):
-                raise ValueError(f"{name} must be finite, got {number}")
+                raise TempoError(f"{name} must be finite, got {number}")
         sizes = {
             "max_context_tokens": max_context_tokens,
             "max_kv_bytes": max_kv_bytes,
@@ -142,12 +143,12 @@ class ContinuationScorer:
         }
         for name, size in sizes.items():
             if size is not None and (type(size) is not int or size < 1):
-                raise ValueError(f"{name} must be an integer of at least 1, got {size!r}")
+                raise TempoError(f"{name} must be an integer of at least 1, got {size!r}")
         if aggregate not in AGGREGATES:
-            raise ValueError(f"aggregate must be one of {', '.join(AGGREGATES)}, got {aggregate!r}")
+            raise TempoError(f"aggregate must be one of {', '.join(AGGREGATES)}, got {aggregate!r}")
         if isinstance(truecase, str):
             if truecase != "english":
-                raise ValueError(f'truecase must be "english" or a function, got {truecase!r}')
+                raise TempoError(f'truecase must be "english" or a function, got {truecase!r}')
             from .truecase import english
 
             truecase = english()
@@ -239,7 +240,7 @@ class ContinuationScorer:
         _require_list(contexts, "contexts")
         _require_list(candidate_words, "candidate_words")
         if len(contexts) != len(candidate_words):
-            raise ValueError(
+            raise TempoError(
                 f"candidate_words must have a list for each of {len(contexts)} contexts, "
                 f"got {len(candidate_words)}"
             )
@@ -251,11 +252,11 @@ class ContinuationScorer:
                 name = f"candidate_words[{i}][{j}]"
                 spellings = [word] if isinstance(word, str) else word
                 if not isinstance(spellings, (list, tuple)) or not spellings:
-                    raise ValueError(f"{name} must be a word or a list of spellings, got {word!r}")
+                    raise TempoError(f"{name} must be a word or a list of spellings, got {word!r}")
                 for spelling in spellings:
                     _require_text(spelling, name)
                     if not spelling.strip():
-                        raise ValueError(f"{name} is empty; give a word of at least one letter")
+                        raise TempoError(f"{name} is empty; give a word of at least one letter")
                 with _naming(name):
                     own.append([self._texts.candidate(context, each) for each in spellings])
             nested.append(own)
@@ -333,13 +334,13 @@ def _behind(answer: Answer) -> np.ndarray:
 
 def _require_list(value: Any, name: str) -> Any:
     if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
-        raise ValueError(f"{name} must be a list, got {value!r}")
+        raise TempoError(f"{name} must be a list, got {value!r}")
     return value
 
 
 def _require_text(value: Any, name: str) -> None:
     if not isinstance(value, str):
-        raise ValueError(f"{name} must be a text, got {value!r}")
+        raise TempoError(f"{name} must be a text, got {value!r}")
 
 
 @contextmanager
@@ -347,5 +348,5 @@ def _naming(name: str) -> Iterator[None]:
     """Say which of many an error is about."""
     try:
         yield
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
+    except TempoError as error:
+        raise TempoError(f"{name}: {error}") from error

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from ..errors import TempoError
 from .trie import shared
 
 #: What stands behind a word without a space.
@@ -99,7 +100,7 @@ class Texts:
             tokens = self._tokens("") + tokens
             start = len(tokens) - len(self._encode(cased))
         if start == len(tokens):
-            raise ValueError(f"{word!r} adds no token to {context!r}")
+            raise TempoError(f"{word!r} adds no token to {context!r}")
         kept = self._kept(tokens, start)
         own = self._kept(before, len(before))
         first = start - (len(tokens) - len(kept))
@@ -109,7 +110,7 @@ class Texts:
         if context:
             return self.prefix + self._encode(context)
         if not self.nothing:
-            raise ValueError(
+            raise TempoError(
                 "a context is empty, and the tokenizer has no token that begins or ends a text; "
                 "give every context at least one word"
             )
@@ -122,7 +123,7 @@ class Texts:
             own = n - len(self.prefix)
             tokens = self.prefix + tokens[start - own :]
         if self._context_length is not None and len(tokens) > self._context_length:
-            raise ValueError(
+            raise TempoError(
                 f"a context and its word have {len(tokens)} tokens, the model's context holds "
                 f"{self._context_length}; set max_context_tokens"
             )
@@ -136,7 +137,7 @@ class Texts:
             return text
         cased = self._truecase(text)
         if not isinstance(cased, str) or len(cased) != len(text) or cased.lower() != text.lower():
-            raise ValueError(
+            raise TempoError(
                 f"truecase must change nothing but the case of letters, it made {cased!r} of "
                 f"{text!r}"
             )

@@ -4,6 +4,8 @@ import re
 from collections.abc import Callable
 from functools import cache
 
+from ..errors import TempoError
+
 MISSING = "truecase='english' needs the truecase package: pip install 'tempo-mlx[truecase]'"
 
 #: What stands before the second part of a word that the tokenizer splits, as in gon-na or do-n't.
@@ -28,7 +30,7 @@ def english() -> Callable[[str], str]:
         from nltk.tokenize import NLTKWordTokenizer  # type: ignore[import-untyped]
         from truecase import TrueCaser  # type: ignore[import-untyped]
     except ModuleNotFoundError as error:
-        raise ValueError(MISSING) from error
+        raise TempoError(MISSING) from error
     caser, tokenizer = TrueCaser(), NLTKWordTokenizer()
     # The first of the forms that score alike wins, and sets have another order in each process.
     forms = {

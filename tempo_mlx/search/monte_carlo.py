@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from ..errors import TempoError
 from .tree import ROOT, UNEXPANDED, Tree
 
 
@@ -112,16 +113,16 @@ class TreePolicy:
     def __post_init__(self) -> None:
         for name, choices in (("selection", SELECTIONS), ("backup", BACKUPS)):
             if getattr(self, name) not in choices:
-                raise ValueError(
+                raise TempoError(
                     f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
                 )
         if not 0 <= self.exploration < math.inf:
-            raise ValueError(f"exploration must be finite and at least 0, got {self.exploration}")
+            raise TempoError(f"exploration must be finite and at least 0, got {self.exploration}")
         if self.leaves_per_batch < 1:
-            raise ValueError(f"leaves_per_batch must be at least 1, got {self.leaves_per_batch}")
+            raise TempoError(f"leaves_per_batch must be at least 1, got {self.leaves_per_batch}")
 
 
-class SearchError(ValueError):
+class SearchError(TempoError):
     """The environment gave what no search can use.
 
     Args:
@@ -186,10 +187,10 @@ class TreeSearch:
             SearchError: see :meth:`expand` and :meth:`evaluate`.
         """
         if simulations < 1:
-            raise ValueError(f"simulations must be at least 1, got {simulations}")
+            raise TempoError(f"simulations must be at least 1, got {simulations}")
         self.expand([ROOT])
         if self.tree.terminal[ROOT]:
-            raise ValueError(f"the root, path {self.tree.path(ROOT)}, is terminal: nothing follows")
+            raise TempoError(f"the root, path {self.tree.path(ROOT)}, is terminal: nothing follows")
         done = 0
         while done < simulations:
             batch = min(self.policy.leaves_per_batch, simulations - done)

@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..errors import TempoError
 from ..schedules import check_range
 from .monte_carlo import TreePolicy
 
@@ -59,20 +60,20 @@ class SearchSettings:
     def __post_init__(self) -> None:
         for name in ("max_tokens", "simulations", "max_parallel", "depth", "prefill_step_size"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+                raise TempoError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("max_forward_tokens", "max_kv_bytes"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+                raise TempoError(f"{name} must be at least 1, got {value}")
         if self.max_seconds is not None and not self.max_seconds > 0:
-            raise ValueError(f"max_seconds must be above 0, got {self.max_seconds}")
+            raise TempoError(f"max_seconds must be above 0, got {self.max_seconds}")
         check_range("threshold", self.threshold, 0.0, 1.0, low_open=True)
         if not 0.0 <= self.rollout_temp < float("inf"):
-            raise ValueError(f"rollout_temp must be at least 0, got {self.rollout_temp}")
+            raise TempoError(f"rollout_temp must be at least 0, got {self.rollout_temp}")
         if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed must be in [0, 2^63), got {self.seed}")
+            raise TempoError(f"seed must be in [0, 2^63), got {self.seed}")
         if self.evaluation not in EVALUATIONS:
-            raise ValueError(
+            raise TempoError(
                 f"evaluation must be one of {', '.join(EVALUATIONS)}, or a function of (tokens, "
                 f"text), got {self.evaluation!r}"
             )

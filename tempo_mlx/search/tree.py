@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import TempoError
+
 #: The root's number, before and after every commit.
 ROOT = 0
 #: In place of a node or an action where there is none.
@@ -91,7 +93,7 @@ class Tree:
             ValueError: if the node is expanded already.
         """
         if self.n_children[node] != UNEXPANDED:
-            raise ValueError(f"node must be an unexpanded one, got {node}")
+            raise TempoError(f"node must be an unexpanded one, got {node}")
         self.first_child[node] = len(self) if len(actions) else NONE
         self.n_children[node] = len(actions)
         self._append(node, actions, priors)
@@ -113,7 +115,7 @@ class Tree:
         """
         ranked = self._ranked_children()
         if not ranked:
-            raise ValueError(f"the root, path {self.path(ROOT)}, has no children to choose from")
+            raise TempoError(f"the root, path {self.path(ROOT)}, has no children to choose from")
         return ranked[0]
 
     def commit(self, child: int) -> np.ndarray:
@@ -129,7 +131,7 @@ class Tree:
             ValueError: if the node is not a child of the root.
         """
         if child not in self.children(ROOT):
-            raise ValueError(f"child must be one of the root's, {self.children(ROOT)}, got {child}")
+            raise TempoError(f"child must be one of the root's, {self.children(ROOT)}, got {child}")
         kept = np.zeros(len(self), bool)
         kept[child] = True
         for depth in range(self.depth[child] + 1, self.depth.max() + 1):

@@ -170,12 +170,13 @@ def test_whole_lines_survive_a_cut_at_any_byte_of_either_file(order, n, of_journ
         assert os.listdir(path.parent) == [path.name]
 
 
-# Loaded by itself, because the package takes seconds to import.
+# The package's own __init__, which imports mlx and takes seconds, is left out.
 WORKER = """
-import importlib.util, sys
-spec = importlib.util.spec_from_file_location("results_file", sys.argv[1])
-module = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(module)
+import importlib, sys, types
+package = types.ModuleType("tempo_mlx")
+package.__path__ = [sys.argv[1]]
+sys.modules["tempo_mlx"] = package
+module = importlib.import_module("tempo_mlx.results_file")
 from pathlib import Path
 n = int(sys.argv[3])
 with module.ResultsFile(Path(sys.argv[2]), [str(row) for row in range(n)]) as results:
@@ -188,7 +189,7 @@ with module.ResultsFile(Path(sys.argv[2]), [str(row) for row in range(n)]) as re
 
 
 def worker(path, n):
-    file = importlib.util.find_spec("tempo_mlx.results_file").origin
+    file = os.path.dirname(importlib.util.find_spec("tempo_mlx.results_file").origin)
     return subprocess.Popen(
         [sys.executable, "-c", WORKER, file, str(path), str(n)], stdout=subprocess.PIPE, text=True
     )

@@ -1,0 +1,26 @@
+"""Rich's console, through which no text commands the terminal."""
+
+from collections.abc import Iterable
+
+import rich.console
+from rich.console import ConsoleOptions, RenderableType
+from rich.segment import Segment
+
+from .printable import running
+
+
+class Console(rich.console.Console):
+    """A console on which control characters in texts are shown as symbols.
+
+    Prompts, files, file names and the model's own output may hold any character. What rich itself
+    sends to the terminal (colours, cursor movements of progress bars) stays as it is.
+    """
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            if segment.control:
+                yield segment
+            else:
+                yield Segment(running(segment.text), segment.style)

@@ -1,0 +1,64 @@
+"""Text that comes from a model, a file or a user, made safe to print.
+
+A control character in such a text is a command to the terminal: it can clear the screen, write the
+clipboard (OSC 52) or make a link that leads elsewhere (OSC 8). Bidirectional controls reorder the
+text around them. Both are replaced by symbols.
+"""
+
+import json
+import re
+import unicodedata
+from typing import Any
+
+#: Characters that reorder the text around them, or break its line.
+_BIDIRECTIONAL = "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"
+_SEPARATORS = "\u2028\u2029"
+_CONTROL = "\x00-\x1f\x7f-\x9f"
+_SURROGATES = "\ud800-\udfff"
+
+_UNSAFE = re.compile(f"[{_CONTROL}{_BIDIRECTIONAL}{_SEPARATORS}{_SURROGATES}]")
+_UNSAFE_RUNNING = re.compile(
+    f"[\x00-\x08\x0b-\x1f\x7f-\x9f{_BIDIRECTIONAL}{_SEPARATORS}{_SURROGATES}]"
+)
+_UNSAFE_JSON = re.compile(f"[\x7f-\x9f{_BIDIRECTIONAL}{_SEPARATORS}{_SURROGATES}]")
+
+#: What stands for the characters that people meet every day.
+_SYMBOLS = {"\n": "⏎", "\t": "⇥", "\r": "␍", "\x7f": "␡"}
+
+
+def visible(text: str) -> str:
+    """The text on one line: each control character, newline and tab is shown as a symbol."""
+    return _UNSAFE.sub(_symbol, text)
+
+
+def running(text: str) -> str:
+    """The text with its lines and tabs; every other control character is shown as a symbol."""
+    return _UNSAFE_RUNNING.sub(_symbol, text)
+
+
+def quoted(text: str) -> str:
+    """The text on one line, in quotes that show where it begins and ends."""
+    return f"'{visible(text)}'" if "'" not in text else f'"{visible(text)}"'
+
+
+def json_text(data: Any, indent: int | None = None) -> str:
+    """JSON in which no character commands a terminal; readable elsewhere, so not all ASCII.
+
+    Raises:
+        ValueError: for NaN and infinity, which JSON does not have.
+    """
+    text = json.dumps(data, ensure_ascii=False, indent=indent, allow_nan=False)
+    # These stand in strings only, where an escape means the same.
+    return _UNSAFE_JSON.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
+def _symbol(match: re.Match[str]) -> str:
+    character = match[0]
+    if character in _SYMBOLS:
+        return _SYMBOLS[character]
+    code = ord(character)
+    if code < 0x20:
+        return chr(0x2400 + code)
+    if unicodedata.category(character) == "Cs":
+        return "\ufffd"
+    return f"⟨U+{code:04X}⟩"
