@@ -6,6 +6,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.complete
 LOCK := requirements-dev.lock
+# Asks for numpy below 2 and runs with numpy 2, so no resolver can have it beside the rest.
+WITHOUT_DEPENDENCIES := pyctcdecode==0.5.0
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint lock cuda clean
@@ -37,7 +39,7 @@ $(STAMP): pyproject.toml $(LOCK)
 	if command -v uv >/dev/null 2>&1; then \
 	  [ -x $(BIN)/python ] || uv venv --quiet --clear --python "$${python:-3.12}" $(VENV); \
 	  uv pip install --python $(BIN)/python --requirement $(LOCK); \
-	  uv pip install --python $(BIN)/python --quiet --no-deps --editable .; \
+	  uv pip install --python $(BIN)/python --quiet --no-deps --editable . $(WITHOUT_DEPENDENCIES); \
 	else \
 	  if [ -z "$$python" ]; then \
 	    echo "make: no Python >= 3.11 found (tried python3, python3.11 to python3.14);" \
@@ -49,8 +51,10 @@ $(STAMP): pyproject.toml $(LOCK)
 	        "(Debian: apt install python3-venv), or uv" >&2; exit 1; }; \
 	  fi; \
 	  echo "Installing into $(VENV) (a minute or two) ..."; \
-	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement $(LOCK); \
-	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .; \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-warn-conflicts \
+	    --requirement $(LOCK); \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable . \
+	    $(WITHOUT_DEPENDENCIES); \
 	fi
 	@touch $@
 

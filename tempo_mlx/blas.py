@@ -89,11 +89,11 @@ def _preload() -> BlasInfo:
         )
     if wanted:
         try:
-            ctypes.CDLL(wanted, mode=ctypes.RTLD_GLOBAL)
+            _load(wanted)
         except OSError as error:
             reason = f"{VARIABLE}={wanted} cannot be loaded: {error}"
             warnings.warn(reason, RuntimeWarning, stacklevel=1)
-            return BlasInfo(None, "mlx", reason)
+            return BlasInfo(None, "mlx", reason, _remedy(error))
         return BlasInfo(Path(wanted), VARIABLE)
     for name in CUDA_BACKENDS:
         if _files(name) is not None:
@@ -107,28 +107,39 @@ def _load_openblas() -> BlasInfo:
     packaged = _find("cmeel-openblas", "libopenblas.so")
     if packaged is not None:
         try:
-            ctypes.CDLL(LIBGFORTRAN, mode=ctypes.RTLD_GLOBAL)
-        except OSError:
-            _load_bundled_libgfortran()
-        try:
-            ctypes.CDLL(str(packaged), mode=ctypes.RTLD_GLOBAL)
+            _load(str(packaged))
             return BlasInfo(packaged, "cmeel-openblas")
         except OSError as error:
             reason = f"cmeel-openblas cannot be loaded: {error}"
-            remedy = INSTALL_LIBGFORTRAN if LIBGFORTRAN in str(error) else ""
+            remedy = _remedy(error)
     try:
-        ctypes.CDLL("libopenblas.so.0", mode=ctypes.RTLD_GLOBAL)
+        _load("libopenblas.so.0")
     except OSError:
         return BlasInfo(None, "mlx", reason, remedy)
     return BlasInfo(_mapped("libopenblas"), "system")
 
 
+def _load(library: str) -> None:
+    """Load a BLAS over mlx's own, with mlx's libgfortran where it needs one and finds none."""
+    try:
+        ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
+    except OSError as error:
+        if LIBGFORTRAN not in str(error):
+            raise
+        _load_bundled_libgfortran()
+        ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
+
+
+def _remedy(error: OSError) -> str:
+    return INSTALL_LIBGFORTRAN if LIBGFORTRAN in str(error) else ""
+
+
 def _load_bundled_libgfortran() -> None:
-    """Let OpenBLAS use the libgfortran that mlx's wheel carries, where the system has none.
+    """Load the libgfortran that mlx's wheel carries under the name that others look for.
 
     The wheel's build renamed it, inside the file too, so that no one else finds it. A copy in
-    memory gets its plain name back: the name under which the loader looks for it. Where any of this
-    fails, nothing is loaded, and loading OpenBLAS then says what is missing.
+    memory gets its plain name back. Where any of this fails, nothing is loaded, and what needs it
+    then says what is missing.
     """
     renamed = _find("mlx-cpu", "libgfortran-")
     helper = _find("mlx-cpu", "libquadmath-")

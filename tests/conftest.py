@@ -13,6 +13,13 @@ from tempo_mlx.models.loading import load  # noqa: E402
 
 import mlx.core as mx  # noqa: E402
 import pytest  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
+
+# How long an example takes says nothing about the code: other work may want the same cores.
+settings.register_profile(
+    "no deadlines", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("no deadlines")
 
 
 @pytest.fixture(scope="module")

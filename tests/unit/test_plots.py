@@ -151,7 +151,7 @@ def test_no_text_overlaps_another_or_leaves_the_page(lattice):
         assert page.y0 <= box.y0 and box.y1 <= page.y1, text
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.lists(st.lists(st.text(max_size=12), min_size=1, max_size=4), min_size=1, max_size=6))
 def test_any_text_is_drawn_without_overlap_and_without_missing_glyphs(sets):
     with warnings.catch_warnings(), look():

@@ -122,7 +122,7 @@ many_settings = st.builds(
 )
 
 
-@hypothesis_settings(deadline=None, max_examples=60)
+@hypothesis_settings(max_examples=60)
 @given(wanted=many_settings, defaults=many_settings)
 def test_what_settings_write_a_row_reads_back(tmp_path_factory, wanted, defaults):
     path = tmp_path_factory.mktemp("rows") / "prompts.jsonl"

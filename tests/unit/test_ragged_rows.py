@@ -73,7 +73,7 @@ def test_rows_of_different_lengths_equal_each_row_alone(name):
     rows=st.lists(st.integers(0, 4), min_size=1, max_size=12),
     extra=st.integers(0, 2),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_unpacking_and_packing_is_the_identity(rows, extra):
     layout = Layout(np.array(rows), max(rows) + 1 + extra)
     x = mx.random.normal((1, 2, len(rows), 3))

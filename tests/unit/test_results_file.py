@@ -102,7 +102,7 @@ class DyingDisk:
         return self._counted(lambda fd: None, fd)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(orders)
 def test_output_is_in_input_order_for_every_order_of_completion(order):
     with new_path() as path:
@@ -117,7 +117,7 @@ def test_output_is_in_input_order_for_every_order_of_completion(order):
         assert os.listdir(path.parent) == [path.name]
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(orders, st.lists(st.integers(0, 350), max_size=8))
 def test_a_kill_at_any_byte_loses_no_row_that_was_stored(order, budgets):
     with new_path() as path:
@@ -141,7 +141,7 @@ def test_a_kill_at_any_byte_loses_no_row_that_was_stored(order, budgets):
         assert os.listdir(path.parent) == [path.name]
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(orders, st.integers(0, N), st.booleans(), st.data())
 def test_whole_lines_survive_a_cut_at_any_byte_of_either_file(order, n, of_journal, data):
     with new_path() as path:
@@ -315,7 +315,7 @@ def full_disk(room):
     return mock.patch.object(results_file, "os", FullDisk(room))
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(orders, st.integers(0, 350), st.booleans())
 def test_a_full_disk_loses_nothing_that_was_stored(order, room, goes_on):
     with new_path() as path, contextlib.ExitStack() as stack:

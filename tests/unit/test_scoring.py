@@ -11,7 +11,7 @@ from tests.tiny_models import architectures, tiny_model
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 TOLERANCE = 1e-3
@@ -66,12 +66,7 @@ def model(request):
     return tiny_model(request.param, seed=1)
 
 
-@settings(
-    max_examples=25,
-    deadline=None,
-    phases=[Phase.generate],
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
+@settings(max_examples=25, phases=[Phase.generate])
 @given(
     calls=st.lists(
         st.lists(st.tuples(CONTEXTS, st.lists(WORDS, max_size=4)), min_size=1, max_size=6),

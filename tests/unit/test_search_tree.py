@@ -339,7 +339,7 @@ class Reference:
                 self.sums[leaf[:length]] += self.game.value(leaf)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seeds, policies, st.integers(1, 12))
 def test_the_search_is_the_textbook_one(seed, policy, batches):
     game, n = RandomGame(seed), policy["leaves_per_batch"]
@@ -369,7 +369,7 @@ def recomputed(log, backup):
     return {path: (len(entries), value_of(path)) for path, entries in below.items()}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seeds, policies, st.lists(st.integers(1, 30), min_size=1, max_size=3))
 def test_visits_and_values_are_those_of_what_was_backed_up(seed, policy, budgets):
     game = RandomGame(seed)
@@ -389,7 +389,7 @@ def test_visits_and_values_are_those_of_what_was_backed_up(seed, policy, budgets
     assert len(asked) == len(set(asked))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seeds, policies, st.integers(1, 60))
 def test_the_arrays_describe_one_tree(seed, policy, budget):
     game = RandomGame(seed)
@@ -420,7 +420,7 @@ def check_structure(game):
             assert tree.terminal[node] == (len(actions) == 0)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seeds, policies)
 def test_committing_keeps_the_subtree_and_drops_the_rest(seed, policy):
     game = RandomGame(seed)
@@ -442,7 +442,7 @@ def test_committing_keeps_the_subtree_and_drops_the_rest(seed, policy):
     assert sorted(mapping[mapping != NONE]) == list(range(len(tree)))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seeds, policies, st.integers(1, 40))
 def test_after_a_commit_the_budget_adds_to_the_visits_kept(seed, policy, budget):
     game = RandomGame(seed)
@@ -480,7 +480,7 @@ def test_the_most_visited_child_is_best_then_its_value_then_its_prior():
 
 
 @given(seeds, policies)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_the_same_seed_gives_the_same_tree(seed, policy):
     def run(seed):
         game = RandomGame(seed)
@@ -492,7 +492,7 @@ def test_the_same_seed_gives_the_same_tree(seed, policy):
 
 
 @given(seeds, policies)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_two_searches_side_by_side_do_not_mix(seed, policy):
     def one(seed):
         game = RandomGame(seed)

@@ -212,7 +212,7 @@ def test_branches_in_rows_of_their_own_make_the_same_tree(name):
     st.one_of(st.none(), st.floats(0, 3)),
     st.integers(0, 10**6),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_branches_are_the_best_of_all_that_qualify(M, K, threshold, leaves, margin, seed):
     rng = np.random.default_rng(seed)
     p = -np.sort(-rng.dirichlet(np.ones(K + 2), M)[:, :K], axis=1)

@@ -92,7 +92,7 @@ WORDS = ["john", "i", "don't", "cannot", "gonna", "McCoy", "İstanbul", "ΑΣ", 
 SIGNS = [" ", '"', "''", "``", "`", "'", "“", "”", "’", "--", "...", ".", ",", "(", "\t", "\x1f"]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(st.sampled_from(WORDS + SIGNS) | st.text(max_size=3), max_size=12).map("".join))
 def test_changes_the_case_of_letters_and_nothing_else(english, text):
     assert same_but_for_case(english(text), text)
