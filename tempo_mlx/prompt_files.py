@@ -55,6 +55,11 @@ class PromptRow:
     line: int
     error: str | None = None
 
+    def own_settings(self) -> set[str]:
+        """Names of the settings that the row has; those of its pruning as "pruning.rule"."""
+        inner = self.overrides.get("pruning") or ()
+        return {*self.overrides, *(f"pruning.{name}" for name in inner)}
+
 
 def read_prompts(path: Path) -> list[PromptRow]:
     """The rows of a file in UTF-8, blank lines left out.

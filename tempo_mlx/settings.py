@@ -1,12 +1,13 @@
 """Settings of a run: frozen, validated when they are made, with errors that name the argument."""
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from .combining import COMBINE
 from .errors import TempoError
+from .needs import NEEDS, told, unmet
 from .pruning import COMPACT_ABOVE, Pruning
 from .schedules import Constant, Schedule, check_range
 from .visibility import VISIBILITY, WITH_PARENTS
@@ -190,17 +191,45 @@ class Settings:
             return self
         return replace(self, seed=secrets.randbelow(2**32))
 
-    def notes(self) -> list[str]:
-        """What a user should know about this combination of settings."""
+    def values(self) -> dict[str, Any]:
+        """Every setting by its name; those of the pruning, if there is one, as "pruning.rule"."""
+        return vars(self) | ({} if self.pruning is None else _inner(self.pruning))
+
+    def changed(self) -> set[str]:
+        """Names of the settings that are not at their defaults."""
+        defaults = vars(type(self)()) | _inner(Pruning())
+        return {name for name, value in self.values().items() if value != defaults[name]}
+
+    def notes(self, given: Iterable[str] | None = None) -> list[str]:
+        """What a user should know about this combination of settings.
+
+        Args:
+            given: names of the settings that somebody asked for; those that are not at their
+                defaults, if nobody says.
+        """
+        asked = self.changed() if given is None else set(given)
+        values = self.values()
+        names = [name for name in values if name in asked]
         notes = []
-        if self.seed is not None and not self.draws:
+        if "seed" in names and self.seed is not None and not self.draws:
             notes.append(
                 "seed has no effect: a run is deterministic unless sampling is gumbel or the "
                 "pruning rule is random"
             )
-        narrowed = self.max_leaves != type(self).max_leaves or self.leaf_margin is not None
-        if narrowed and not self.branches:
-            notes.append("max_leaves and leaf_margin have no effect without visibility tree")
+        for name in names:
+            if missing := unmet(name, NEEDS, values.__getitem__):
+                notes.append(f"{name} has no effect {told(missing)}")
+        sets = [name for name in names if name in ("combine", "pruning", "weighting")]
+        if sets and self.always_single:
+            notes.append(
+                f"{', '.join(sets)}: no effect, because every set has one token (threshold 1, or "
+                "max_parallel or max_leaves 1)"
+            )
+        elif self.pruning and self.pruning.needs_attention and self.visibility == "hidden":
+            notes.append(
+                "pruning.rule attention scores every token 0 with visibility hidden, where no "
+                "later step looks at a set"
+            )
         return notes
 
     def to_dict(self) -> dict[str, Any]:
@@ -224,6 +253,10 @@ class Settings:
         if unknown:
             raise TypeError(f"unknown setting {unknown[0]!r}; settings are {', '.join(known)}")
         return cls(**given)
+
+
+def _inner(pruning: Pruning) -> dict[str, Any]:
+    return {f"pruning.{name}": value for name, value in vars(pruning).items()}
 
 
 def _check_count(name: str, value: int) -> None:

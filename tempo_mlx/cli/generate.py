@@ -15,7 +15,8 @@ from ..console import Console
 from ..errors import TempoError
 from ..files import check_writable, write_atomically
 from ..generation import stream_generate
-from ..models import load
+from ..models import PositionedModel, load
+from ..needs import Need, Needs
 from ..plots import check_plot, plot_lattice, plot_mask
 from ..prompt_cache import PromptCache
 from ..prompt_files import read_prompts
@@ -33,7 +34,8 @@ from ..schedules import parse_schedule
 from ..settings import BRANCHING, SAMPLING, WEIGHTINGS, Settings
 from ..visibility import VISIBILITY
 from .display import render, report, verdicts
-from .prompts import generate_from_file, parse_bytes
+from .effects import require_effect, setting_needs
+from .prompts import UNUSED, generate_from_file, notes_on, parse_bytes, runnable
 
 #: Prompts longer than this show a progress bar while they are read.
 LONG_PROMPT = 1024
@@ -41,12 +43,32 @@ LONG_PROMPT = 1024
 DEFAULTS = Settings()
 PRUNING = Pruning()
 
+_ONE_PROMPT = Need("prompts_file", absent=True)
+_SHARED = Need("branching", ("replicate",), absent=True)
+_PRINTED = Need("quiet", absent=True)
+
+#: What options need to have an effect.
+OPTIONS: Needs = setting_needs() | {
+    "batch_size": (Need("prompts_file"),),
+    "max_kv_bytes": (Need("prompts_file"),),
+    "prompt_cache": (_SHARED,),
+    "system_prompt": (Need("chat"),),
+    "explain": (Need("prune"), _ONE_PROMPT, _PRINTED),
+    "plot": (_ONE_PROMPT,),
+    "plot_attention": (Need("plot"), _SHARED),
+    "verify": (_SHARED,),
+}
+
+#: The same, where the text is all that a command may show.
+WITHOUT_OUTPUT: Needs = {"paths": (_PRINTED,), "verify": (_SHARED, _PRINTED)}
+
 
 def register(app: typer.Typer) -> None:
     app.command("generate")(generate)
 
 
 def generate(
+    context: typer.Context,
     prompt: Annotated[
         str | None, typer.Argument(help="The prompt; '-' reads it from standard input.")
     ] = None,
@@ -352,28 +374,29 @@ def generate(
     if prompts_file is not None:
         if given is not None or prompt_file is not None:
             raise TempoError("give one prompt or --prompts-file, not both")
-        if plot or explain:
-            raise TempoError("--plot and --explain show one prompt's run; leave --prompts-file out")
         if prompt_cache is not None and not prompt_cache.exists():
             raise TempoError(f"--prompt-cache {prompt_cache} does not exist; make it of one prompt")
         rows = read_prompts(prompts_file)
     kv_bytes = parse_bytes(max_kv_bytes) if max_kv_bytes is not None else None
     text = read_prompt(given, prompt_file) if rows is None else ""
-    if system_prompt is not None and not chat:
-        raise TempoError("--system-prompt is used by the chat template; add --chat")
+    shown = output is not None or rows is not None
+    cases = [settings] if rows is None else runnable(rows, settings) or [settings]
+    needs = OPTIONS if shown else {**OPTIONS, **WITHOUT_OUTPUT}
+    require_effect(context, needs, *(each.values() for each in cases))
+    if plot_attention and all(is_mask(picture) for picture in plot or ()):
+        raise TempoError("--plot-attention draws into the lattice, and --plot names masks only")
 
-    if plot_attention and not plot:
-        raise TempoError("--plot-attention draws into the picture of --plot; name one")
-
-    out, notes = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False)
+    out, notes = (Console(stderr=err, highlight=False, soft_wrap=True) for err in (False, True))
     if quiet:
         notes.quiet = True
-    for note in settings.notes():
+    for note in settings.notes() if rows is None else notes_on(rows, settings):
         notes.print(f"note: {note}", style="yellow")
 
     language_model, tokenizer = load(model, adapter_path=adapter_path)
     for token in extra_eos_token or ():
         tokenizer.add_eos_token(token)
+    if plot_attention:
+        PositionedModel.of(language_model).require_capture()
     known = None
     if prompt_cache is not None and prompt_cache.exists():
         known = PromptCache.load(prompt_cache, language_model)
@@ -430,7 +453,7 @@ def generate(
             verify=verify,
             prompt_progress_callback=on_prompt,
             prompt_cache=known,
-            paths=max(1, paths, 5 if output is not None else 0),
+            paths=max(1, paths or 5 if output is not None else paths),
             **arguments,
         )
         try:
@@ -447,13 +470,15 @@ def generate(
     if response is None:
         raise KeyboardInterrupt
     result = response.result
+    if known is not None and not known.covers(result.lattice.prompt_tokens):
+        notes.print(f"note: {prompt_cache} {UNUSED}", style="yellow", markup=False)
     if interrupted:
         result.finish_reason = "interrupted"
 
     with notes.status("Rescoring the paths ...") if notes.is_terminal else notes.status(""):
         best = result.text
         ranked = result.paths(paths) if paths else []
-        data = result.to_dict() if output is not None else None
+        data = result.to_dict(paths or 5) if output is not None else None
     if quiet:
         out.print(Text(best))
     else:
@@ -473,7 +498,7 @@ def generate(
         write_atomically(output, json.dumps(data, ensure_ascii=False, indent=1) + "\n")
         notes.print(f"written: {output}", style="dim")
     for picture in plot or ():
-        if picture.name.startswith("mask"):
+        if is_mask(picture):
             plot_mask(result, settings.visibility, picture)
         else:
             chain = result.paths(1)[0].tokens if result.lattice.sets else None
@@ -486,6 +511,11 @@ def generate(
         notes.print(f"drawn: {picture}", style="dim")
     if interrupted:
         raise KeyboardInterrupt
+
+
+def is_mask(picture: Path) -> bool:
+    """Whether a picture shows who saw whom, and not the lattice."""
+    return picture.name.startswith("mask")
 
 
 def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:

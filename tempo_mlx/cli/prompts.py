@@ -3,6 +3,8 @@
 import hashlib
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,9 @@ from ..result import GenerationResult
 from ..results_file import ResultsFile
 from ..settings import Settings
 
+#: What is said of a prompt cache that nobody could use.
+UNUSED = "has no effect: the prompt does not begin with the tokens that it holds"
+
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
 
@@ -30,6 +35,32 @@ class Job:
     number: int
     prompt: Any
     settings: Settings
+
+
+def runnable(rows: list[PromptRow], defaults: Settings) -> list[Settings]:
+    """The settings of the rows that can be run."""
+    return [settings for _, settings in _runnable(rows, defaults)]
+
+
+def notes_on(rows: list[PromptRow], defaults: Settings) -> list[str]:
+    """What a user should know about the settings: of all rows, and of rows of their own accord."""
+    found: dict[str, list[PromptRow]] = {}
+    common: list[set[str]] = []
+    for row, settings in _runnable(rows, defaults):
+        common.append(set(settings.notes(defaults.changed())))
+        for note in settings.notes(row.own_settings()):
+            found.setdefault(note, []).append(row)
+    shared = sorted(set.intersection(*common)) if common else []
+    for note, given in found.items():
+        others = f" and {len(given) - 1} more" if len(given) > 1 else ""
+        shared.append(f"{given[0].path}, line {given[0].line}{others}: {note}")
+    return shared
+
+
+def _runnable(rows: list[PromptRow], defaults: Settings) -> Iterator[tuple[PromptRow, Settings]]:
+    for row in rows:
+        with suppress(TempoError):
+            yield row, row_settings(row, defaults)
 
 
 def generate_from_file(
@@ -72,7 +103,7 @@ def generate_from_file(
             if number not in sink.done:
                 sink.add(number, record(rows[number], Failure(rows[number].prompt or "", why)))
         todo = [job for number, job in jobs.items() if number not in sink.done]
-        failures = len(failed)
+        failures, covered = len(failed), 0
         with _progress(notes) as progress:
             before = len(rows) - len(todo)
             bar = progress.add_task("", total=len(rows), completed=before, told="")
@@ -96,6 +127,10 @@ def generate_from_file(
                 number = todo[i].number
                 sink.add(number, record(rows[number], outcome, max(1, paths)))
                 failures += isinstance(outcome, Failure)
+                if prompt_cache is not None and isinstance(outcome, GenerationResult):
+                    covered += prompt_cache.covers(outcome.lattice.prompt_tokens)
+        if prompt_cache is not None and todo and not covered:
+            notes.print(f"note: --prompt-cache {UNUSED}", style="yellow")
     return failures
 
 

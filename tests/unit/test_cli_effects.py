@@ -1,0 +1,212 @@
+"""An option that was typed and can change nothing is refused, before a model is loaded."""
+
+import json
+
+from tempo_mlx import Settings
+from tempo_mlx.cli.effects import setting_needs
+from tempo_mlx.cli.generate import OPTIONS
+from tempo_mlx.needs import NEEDS
+from tempo_mlx.pruning import Pruning
+
+import pytest
+
+#: Options with values that are allowed and have no effect; what the message must name.
+GENERATE = [
+    (["--prune-threshold", 0.5], "--prune"),
+    (["--prune-decision", "quota"], "--prune"),
+    (["--prune-steepness", 50], "--prune"),
+    (["--prune-lookback", 3], "--prune"),
+    (["--prune-when-all-fall", "keep_all"], "--prune"),
+    (["--prune-repair", "none"], "--prune"),
+    (["--explain"], "--prune"),
+    (["--explain", "--prune", "random", "--quiet"], "--quiet"),
+    (["--prune", "posterior", "--prune-steepness", 3], "--prune-decision sigmoid"),
+    (
+        ["--prune", "posterior", "--prune-decision", "sigmoid", "--prune-steepness", 3],
+        "--sampling gumbel",
+    ),
+    (["--prune", "posterior", "--prune-keep-rate", 0.5], "--prune-decision quota"),
+    (
+        ["--prune", "posterior", "--prune-decision", "quota", "--prune-threshold", 0.5],
+        "--prune-decision quota",
+    ),
+    (["--prune", "posterior", "--prune-when-all-fall", "keep_all"], "--prune-decision absolute"),
+    (["--prune", "posterior", "--prune-layers", "all"], "--prune attention"),
+    (["--prune", "random", "--prune-layer-weights", "rising"], "--prune attention"),
+    (["--prune", "probability", "--prune-query-weights", "equal"], "--prune attention"),
+    (["--max-leaves", 8], "--visibility tree"),
+    (["--leaf-margin", 2, "--visibility", "visible"], "--visibility tree"),
+    (["--branching", "shared"], "--visibility tree"),
+    (["--combine", "mean", "--visibility", "tree"], "--visibility tree"),
+    (["--weighting", "prior", "--visibility", "hidden"], "--visibility hidden"),
+    (["--batch-size", 4], "--prompts-file"),
+    (["--max-kv-bytes", "1GB"], "--prompts-file"),
+    (["--system-prompt", "be brief"], "--chat"),
+    (["--plot-attention"], "--plot"),
+    (["--plot-attention", "--plot", "mask.svg"], "--plot"),
+    (["--paths", 2, "--quiet"], "--quiet"),
+    (["--verify", "-q"], "--quiet"),
+    (["--verify", "--visibility", "tree", "--branching", "replicate"], "--branching replicate"),
+    (
+        ["--prompt-cache", "x", "--visibility", "tree", "--branching", "replicate"],
+        "--branching replicate",
+    ),
+]
+
+
+@pytest.fixture
+def refused(run):
+    """Run a command that must be refused in one line, without a model; returns the line."""
+
+    def call(*arguments):
+        code, out, err = run(*arguments)
+        assert (code, out) == (2, "") and err.count("\n") == 1, (arguments, err)
+        return err
+
+    return call
+
+
+@pytest.mark.parametrize(("options", "needed"), GENERATE)
+def test_options_of_generate_without_effect_are_refused(refused, options, needed):
+    message = refused("generate", "hello", "--model", "no-such-model", *options)
+    named = [option for option in options if str(option).startswith("--")]
+    assert needed in message and any(option in message for option in named)
+    assert "no effect" in message or "--plot" in message
+
+
+def test_every_option_that_needs_another_exists():
+    from tempo_mlx.cli import build
+
+    import typer
+
+    command = typer.main.get_command(build()).commands["generate"]
+    names = {parameter.name for parameter in command.params}
+    assert set(OPTIONS) - names == {"prune_compact_above"}  # Python and files have it.
+    assert {need.of for needs in OPTIONS.values() for need in needs} <= names | set(
+        Settings(pruning=Pruning()).values()
+    )
+
+
+def test_every_option_of_pruning_needs_pruning():
+    for name in vars(Pruning()):
+        if name != "rule":
+            assert setting_needs()[f"prune_{name}"][0].of == "prune"
+
+
+def test_options_with_an_effect_run(run, folder):
+    common = ["generate", "hello", "--model", folder, "-m", 3, "--threshold", 0.02]
+    for options in (
+        ["--visibility", "tree", "--max-leaves", 3, "--leaf-margin", 2, "--branching", "shared"],
+        ["--prune", "attention", "--prune-layers", "last:1", "--prune-query-weights", "equal"],
+        ["--prune", "random", "--prune-decision", "sigmoid", "--prune-steepness", 3]
+        + ["--sampling", "gumbel"],
+        ["--prune", "posterior", "--prune-decision", "quota", "--prune-keep-rate", 0.5],
+        ["--prune", "posterior", "--prune-decision", "absolute"]
+        + ["--prune-when-all-fall", "keep_all", "--explain"],
+        ["--combine", "mean", "--weighting", "prior"],
+    ):
+        code, _, err = run(*common, *options)
+        assert code == 0, (options, err)
+
+
+def test_rows_of_a_file_may_be_what_gives_an_option_its_effect(run, refused, folder, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    command = ["generate", "--prompts-file", prompts, "--model", folder, "-m", 2]
+    prompts.write_text(json.dumps({"prompt": "a", "visibility": "tree"}) + '\n{"prompt": "b"}\n')
+    code, _, err = run(*command, "--max-leaves", 3)
+    assert code == 0 and "no effect" not in err
+    prompts.write_text('{"prompt": "a"}\n{"prompt": "b", "visibility": "visible"}\n')
+    assert "--visibility tree" in refused(*command, "--max-leaves", 3)
+    # Rows take over the command's pruning as a whole.
+    prompts.write_text(json.dumps({"prompt": "a", "pruning": {"rule": "random"}}) + "\n")
+    assert "--prune" in refused(*command, "--prune-threshold", 0.3)
+
+
+def test_rows_of_a_file_are_told_what_has_no_effect(run, folder, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    rows = [
+        {"prompt": "a"},
+        {"prompt": "b", "max_leaves": 2},
+        {"prompt": "c", "max_leaves": 3, "seed": 4},
+        {"prompt": "d", "pruning": {"rule": "posterior", "keep_rate": 0.5}},
+    ]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, out, err = run("generate", "--prompts-file", prompts, "--model", folder, "-m", 2)
+    notes = [" ".join(note.split()) for note in err.split("note: ")[1:]]
+    assert code == 0 and len(out.splitlines()) == 4 and len(notes) == 3
+    assert "line 2 and 1 more: max_leaves has no effect without visibility tree" in notes[0]
+    assert "line 3: seed has no effect" in notes[1]
+    assert "line 4: pruning.keep_rate has no effect without pruning.decision quota" in notes[2]
+    code, _, err = run(
+        "generate", "--prompts-file", prompts, "--model", folder, "-m", 2, "--seed", 1
+    )
+    assert err.count("seed has no effect") == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"combine": "mean", "visibility": "tree"}, ["combine", "with visibility tree"]),
+        ({"max_leaves": 3}, ["max_leaves", "without visibility tree"]),
+        ({"weighting": "prior", "visibility": "hidden"}, ["weighting", "hidden"]),
+        ({"weighting": "prior", "threshold": 1.0}, ["weighting", "one token"]),
+        ({"pruning": Pruning(), "max_parallel": 1}, ["pruning", "one token"]),
+        ({"pruning": Pruning(steepness=3.0)}, ["pruning.steepness", "decision sigmoid", "gumbel"]),
+        ({"pruning": Pruning(layers=1)}, ["pruning.layers", "pruning.rule attention"]),
+        (
+            {"pruning": Pruning(rule="attention"), "visibility": "hidden"},
+            ["pruning.rule attention", "hidden"],
+        ),
+    ],
+)
+def test_settings_note_what_has_no_effect(given, words):
+    notes = Settings(**given).notes()
+    assert len(notes) == 1 and all(word in notes[0] for word in words)
+
+
+def test_settings_that_have_an_effect_are_not_noted():
+    every = Pruning("attention", 0.3, "sigmoid", 3.0, when_all_fall="keep_all", layers=1)
+    assert not Settings(pruning=every, sampling="gumbel", seed=3).notes()
+    assert not Settings(visibility="tree", max_leaves=3, leaf_margin=1.0).notes()
+    assert not Settings(combine="mean", weighting="prior").notes()
+    assert not Settings().notes()
+
+
+def test_every_need_names_settings():
+    known = set(Settings(pruning=Pruning()).values())
+    assert set(NEEDS) <= known
+    assert {need.of for needs in NEEDS.values() for need in needs} <= known
+
+
+def test_a_prompt_cache_that_no_prompt_begins_with_is_noted(run, folder, tmp_path):
+    cache = tmp_path / "hello.safetensors"
+    common = ["--model", folder, "-m", 2, "--prompt-cache", cache]
+    assert "no effect" not in run("generate", "hello", *common)[2]
+    assert "no effect" not in run("generate", "hello you", *common)[2]
+    assert "no effect" in run("generate", "bye", *common)[2]
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("bye\nhello you\n")
+    assert "no effect" not in run("generate", "--prompts-file", prompts, *common)[2]
+    prompts.write_text("bye\nnot hello\n")
+    assert "no effect" in run("generate", "--prompts-file", prompts, *common)[2]
+
+
+def test_output_has_as_many_paths_as_are_asked_for(run, folder, tmp_path):
+    target = tmp_path / "out.json"
+    for asked, found in ((7, 7), (2, 2), (None, 5)):
+        options = [] if asked is None else ["--paths", asked]
+        run(
+            "generate",
+            "hello",
+            "--model",
+            folder,
+            "-m",
+            4,
+            "--threshold",
+            0.02,
+            "-q",
+            "-o",
+            target,
+            *options,
+        )
+        assert len(json.loads(target.read_text())["paths"]) == found
