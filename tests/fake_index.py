@@ -199,7 +199,7 @@ def serve(index: FakeIndex) -> ThreadingHTTPServer:
             self.wfile.flush()
             index.sent.set()
             if index.go_on is not None:
-                index.go_on.wait(60)
+                index.go_on.wait()
 
         def answer(self, kind: str, body: bytes) -> None:
             self.send_response(200)

@@ -2,7 +2,6 @@
 
 import io
 import json
-import time
 
 from tempo_mlx.cli import score as command
 from tempo_mlx.scoring import truecase
@@ -249,16 +248,30 @@ def test_a_terminal_gets_a_table_unless_it_is_long(run, folder, rows, columns, m
 def test_a_progress_bar_shows_only_where_work_takes_long(monkeypatch):
     monkeypatch.setenv("NO_COLOR", "1")
 
-    def shown(patience, terminal):
-        monkeypatch.setattr(command, "PATIENCE", patience)
+    def shown(long, terminal):
+        class Timer:
+            """Work outlasts the patience at once, or never."""
+
+            def __init__(self, seconds, begin):
+                self.begin = begin
+
+            def start(self):
+                if long:
+                    self.begin()
+
+            def cancel(self):
+                pass
+
+            join = cancel
+
+        monkeypatch.setattr(command, "Timer", Timer)
         console = Console(file=io.StringIO(), force_terminal=terminal, width=80)
         with command.patient_progress(console, 3, 1) as advance:
-            time.sleep(0.2)
             advance()
         return console.file.getvalue()
 
-    assert "2/3 rows" in shown(0.01, True)
-    assert shown(60.0, True) == shown(0.01, False) == ""
+    assert "2/3 rows" in shown(long=True, terminal=True)
+    assert shown(long=False, terminal=True) == shown(long=True, terminal=False) == ""
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,8 @@
 import json
 import os
 import signal
-import threading
-import time
 from dataclasses import replace
+from functools import partial
 
 from tempo_mlx import PositionedModel, Settings, generate, load
 from tempo_mlx.bench.experiments import BATCHED, SEQUENTIAL, bench_experiments, drawn_suite
@@ -14,12 +13,13 @@ from tempo_mlx.experiments.capture import TOP, Divergence
 from tempo_mlx.experiments.running import Record, run_batched, run_group, run_one_by_one
 from tempo_mlx.experiments.suite_files import parse_suite
 from tempo_mlx.experiments.validation import compare
-from tempo_mlx.experiments.workers import run_in_workers, run_on_cluster
+from tempo_mlx.experiments.workers import perform, run_in_workers, run_on_cluster
 from tempo_mlx.lattice import Lattice
 from tempo_mlx.models import Capture
 from tempo_mlx.models.identity import fingerprint
 from tempo_mlx.run import Run
 from tempo_mlx.visibility import may_attend
+from tests.commands import signal_itself
 from tests.suites import suite_text
 from tests.tiny_folder import save_tiny_model
 
@@ -295,32 +295,25 @@ def tasks(loaded, folder, **changes):
     return identity, groups, dict(run_one_by_one(*loaded, groups))
 
 
-def test_processes_make_the_same_and_one_that_dies_is_replaced(loaded, folder):
+def perform_or_die(marker, *arguments):
+    """`perform` in a process that kills itself in the middle of a run, unless one did before."""
+    try:
+        marker.touch(exist_ok=False)
+    except FileExistsError:
+        pass
+    else:
+        signal_itself(signal.SIGKILL, passes=9)
+    return perform(*arguments)
+
+
+def test_processes_make_the_same_and_one_that_dies_is_replaced(
+    loaded, folder, monkeypatch, tmp_path
+):
     identity, groups, alone = tasks(loaded, folder, settings={"max_tokens": 30, "threshold": 0.03})
-    before = {child.pid for child in psutil.Process().children(recursive=True)}
-    killed = []
-
-    def kill_one():
-        deadline = time.monotonic() + 60
-        while not killed and time.monotonic() < deadline:
-            for child in psutil.Process().children(recursive=True):
-                try:
-                    works = child.pid not in before and "spawn_main" in " ".join(child.cmdline())
-                except psutil.Error:
-                    continue
-                # Some way into loading the model, or into a run.
-                if works and child.cpu_times().user > 1.0:
-                    os.kill(child.pid, signal.SIGKILL)
-                    killed.append(child.pid)
-                    break
-            time.sleep(0.01)
-
-    killer = threading.Thread(target=kill_one)
-    killer.start()
+    monkeypatch.setattr(workers, "perform", partial(perform_or_die, tmp_path / "died"))
     begun = []
     found = dict(run_in_workers(folder, identity, groups, 2, begun.append))
-    killer.join()
-    assert killed and len(begun) == len(groups) + 1 and set(begun) == set(range(len(groups)))
+    assert len(begun) == len(groups) + 1 and set(begun) == set(range(len(groups)))
     assert_same(found, alone)
 
 
@@ -354,7 +347,8 @@ def test_memory_is_checked_before_processes_are_started(monkeypatch):
         workers.require_memory(50)
 
 
-def test_a_cluster_makes_the_same_and_lost_workers_are_retried(loaded, folder):
+def test_a_cluster_makes_the_same_and_lost_workers_are_retried(loaded, folder, monkeypatch):
+    monkeypatch.setattr(workers, "PATIENCE", 600)
     identity, groups, alone = tasks(loaded, folder, settings={"max_tokens": 30, "threshold": 0.03})
     with LocalCluster(
         n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0"

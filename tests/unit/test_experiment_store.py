@@ -6,9 +6,6 @@ import os
 import random
 import signal
 import sqlite3
-import subprocess
-import sys
-import time
 
 from tempo_mlx import PositionedModel, load
 from tempo_mlx.experiments import ledger as ledgers
@@ -19,6 +16,7 @@ from tempo_mlx.experiments.session import Options, Session, capture_bytes
 from tempo_mlx.experiments.store import read_ledger, read_manifest, read_matrices, read_run
 from tempo_mlx.experiments.suite_files import parse_suite
 from tempo_mlx.experiments.tables import load_tables
+from tests.commands import run_command, run_signalled
 from tests.suites import assert_same_tables, save_suite, suite_text
 from tests.tiny_folder import save_tiny_model
 
@@ -204,9 +202,8 @@ def test_ended_at_any_write_it_goes_on_to_the_same_tables(session, undisturbed, 
     assert len(names) == 8 + 8 + 4 + 4  # results, captures, kl, and lock, suite, manifest, ledger
 
 
-def command(suite, where, *more):
-    arguments = ["experiment", "run", str(suite), "-o", str(where), "--batch-size", "2", *more]
-    return [sys.executable, "-m", "tempo_mlx", *arguments]
+def command(suite, where):
+    return ["experiment", "run", suite, "-o", where, "--batch-size", "2"]
 
 
 def test_killed_at_random_it_goes_on_to_the_same_tables(folder, tmp_path, loaded):
@@ -214,23 +211,14 @@ def test_killed_at_random_it_goes_on_to_the_same_tables(folder, tmp_path, loaded
     suite = save_suite(tmp_path / "suite.yaml", folder, **changes)
     where, whole = tmp_path / "out", tmp_path / "whole"
     Session(parse_suite(suite.read_text()), whole, *loaded, Options(batch_size=2)).run()
-    rng = random.Random(7)
-    kills, done = 0, 0
-    while done < 24 and kills < 12:
-        process = subprocess.Popen(
-            command(suite, where), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        # At a random moment after the next run was stored.
-        deadline = time.monotonic() + 60
-        while process.poll() is None and time.monotonic() < deadline:
-            if len(list(where.glob("results/*.parquet"))) > done:
-                time.sleep(rng.random() * 0.05)
-                break
-            time.sleep(0.001)
-        process.send_signal(signal.SIGKILL)
-        out, err = process.communicate(timeout=60)
-        assert "Traceback" not in err
-        kills += process.returncode == -signal.SIGKILL
+    rng, done = random.Random(7), 0
+    # A batch of two runs makes about 7 passes and touches its files 10 times.
+    for kind, most in (("passes", 21), ("files", 40)) * 3:
+        moment = {kind: rng.randint(1, most)}
+        killed = run_signalled(command(suite, where), signal.SIGKILL, folder=where, **moment)
+        assert killed.returncode == -signal.SIGKILL and "Traceback" not in killed.stderr
+        if not (where / stores.LEDGER).exists():
+            continue
         now = states(where).count(DONE)
         assert now >= done
         # Whatever is done is whole.
@@ -240,8 +228,8 @@ def test_killed_at_random_it_goes_on_to_the_same_tables(folder, tmp_path, loaded
                 read_run(where, entry.run_id)
         ledger.close()
         done = now
-    assert kills >= 2
-    finished = subprocess.run(command(suite, where), capture_output=True, text=True, check=True)
+    assert 0 < done < 24
+    finished = run_command(command(suite, where))
     assert "24 of 24 runs are done" in finished.stdout
     assert_same_tables(load_tables(where), load_tables(whole))
     assert not any(path.name.startswith(".") for path in where.glob("*/*"))
@@ -253,7 +241,7 @@ def test_a_second_command_on_one_folder_says_so(session, folder, tmp_path):
     with stores.Store(made.folder, made.suite, made.identity, made.plan.runs):
         with pytest.raises(LockedError, match="in use by another command"):
             made.run()
-        other = subprocess.run(command(suite, made.folder), capture_output=True, text=True)
+        other = run_command(command(suite, made.folder))
         assert other.returncode == 2 and "in use by another command" in other.stderr
         assert "Traceback" not in other.stderr
     assert made.run().done == 8

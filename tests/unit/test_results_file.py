@@ -185,13 +185,18 @@ with module.ResultsFile(Path(sys.argv[2]), [str(row) for row in range(n)]) as re
         if row not in results.done:
             results.add(row, {"text": str(row) * 40_000})
             print(row, flush=True)
+            # It goes on when it is told to.
+            sys.stdin.readline()
 """
 
 
 def worker(path, n):
     file = os.path.dirname(importlib.util.find_spec("tempo_mlx.results_file").origin)
     return subprocess.Popen(
-        [sys.executable, "-c", WORKER, file, str(path), str(n)], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", WORKER, file, str(path), str(n)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
 
 
@@ -199,13 +204,16 @@ def test_sigkill_loses_no_row_that_was_stored(path):
     n, told, kills = 40, set(), 0
     keys = [str(row) for row in range(n)]
     for wanted in itertools.count(4):
-        process = worker(path, n)
-        assert process.stdout.readline() == "open\n"
-        told |= {int(line) for line in itertools.islice(process.stdout, wanted)}
-        process.send_signal(signal.SIGKILL)
-        told |= {int(line) for line in process.stdout.read().splitlines()}
-        kills += process.wait() == -signal.SIGKILL
-        process.stdout.close()
+        with worker(path, n) as process:
+            assert process.stdout.readline() == "open\n"
+            for line in itertools.islice(iter(process.stdout.readline, ""), wanted):
+                told.add(int(line))
+                process.stdin.write("go on\n")
+                process.stdin.flush()
+            # In the middle of the next row, or after it.
+            process.kill()
+            told |= {int(line) for line in process.stdout.read().splitlines()}
+        kills += process.returncode == -signal.SIGKILL
         with ResultsFile(path, keys) as results:
             assert told <= results.done
             if len(results.done) == n:
@@ -219,14 +227,12 @@ def test_sigkill_loses_no_row_that_was_stored(path):
 
 
 def test_a_second_process_is_refused_until_the_first_dies(path):
-    process = worker(path, 10_000)
-    assert process.stdout.readline() == "open\n"
-    with pytest.raises(ValueError, match="out.jsonl is in use by another run"):
-        ResultsFile(path, ["0"])
-    process.kill()
-    process.wait()
-    process.stdout.close()
-    ResultsFile(path, [str(row) for row in range(10_000)]).close()
+    with worker(path, 3) as process:
+        assert process.stdout.readline() == "open\n"
+        with pytest.raises(ValueError, match="out.jsonl is in use by another run"):
+            ResultsFile(path, ["0"])
+        process.kill()
+    ResultsFile(path, ["0", "1", "2"]).close()
 
 
 def test_a_refused_second_opener_leaves_the_first_at_work(path):
