@@ -1,7 +1,7 @@
 """Files of prompts: one a line, as text or as JSON with settings of its own."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import NoneType, UnionType
@@ -56,9 +56,13 @@ class PromptRow:
     error: str | None = None
 
     def own_settings(self) -> set[str]:
-        """Names of the settings that the row has; those of its pruning as "pruning.rule"."""
-        inner = self.overrides.get("pruning") or ()
-        return {*self.overrides, *(f"pruning.{name}" for name in inner)}
+        """Names of the settings that the row has; see :func:`setting_names`."""
+        return setting_names(self.overrides)
+
+
+def setting_names(given: Mapping[str, Any]) -> set[str]:
+    """Names of settings, those inside "pruning" as "pruning.rule" and so on."""
+    return {*given, *(f"pruning.{name}" for name in given.get("pruning") or ())}
 
 
 def read_prompts(path: Path) -> list[PromptRow]:

@@ -13,7 +13,7 @@ from .models import BatchedKVCache, PositionedModel
 from .observation import Attending, Observation, Observer
 from .result import GenerationResult
 from .schedules import interpolate
-from .selection import Candidates, Offers, Selected, keep
+from .selection import Candidates, Offers, Selected, keep, noise_key
 from .sequences import SequenceState
 from .settings import Settings
 from .visibility import may_attend
@@ -112,7 +112,7 @@ class Run:
         if not self.settings.samples:
             return None
         self._draws += 1
-        return np.random.SeedSequence([self.settings.seed or 0, self._draws]).generate_state(2)
+        return noise_key(self.settings.seed or 0, self._draws)
 
     def prompt_is_read(self) -> None:
         now = time.perf_counter()

@@ -160,6 +160,16 @@ def most_probable(p: mx.array, k: int) -> mx.array:
     return mx.take_along_axis(ids, order, axis=-1)
 
 
+def noise_key(seed: int, draw: int) -> np.ndarray:
+    """The key of a run's draw, uint32 [2]; every seed and number of the draw has its own.
+
+    Args:
+        seed: of the run, at least 0.
+        draw: its number, at least 0.
+    """
+    return np.random.SeedSequence([seed, draw]).generate_state(2)
+
+
 def gumbel(p: mx.array, keys: Sequence[np.ndarray | None]) -> mx.array:
     """Scores [G, V] whose k largest are a draw of k tokens from p [G, V] without replacement.
 

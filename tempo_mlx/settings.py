@@ -82,7 +82,7 @@ class Settings:
             sets = self.pruning is not None or self.weighting != "none" or self.temp != 1.0
             object.__setattr__(self, "visibility", "isolated" if sets else "recombined")
         for name in ("max_tokens", "max_parallel", "max_leaves", "prefill_step_size"):
-            _check_count(name, getattr(self, name))
+            check_count(name, getattr(self, name))
         check_range("threshold", self.threshold, 0.0, 1.0, low_open=True)
         if self.final_threshold is not None:
             check_range("final_threshold", self.final_threshold, 0.0, 1.0, low_open=True)
@@ -259,7 +259,8 @@ def _inner(pruning: Pruning) -> dict[str, Any]:
     return {f"pruning.{name}": value for name, value in vars(pruning).items()}
 
 
-def _check_count(name: str, value: int) -> None:
+def check_count(name: str, value: Any) -> None:
+    """Raise ValueError naming the argument and its value unless it is an integer above 0."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise TempoError(f"{name} must be an integer of at least 1, got {value!r}")
 

@@ -16,8 +16,10 @@ from ..bench.tree import bench_tree
 from ..errors import TempoError
 from ..files import check_writable
 from ..models import load
+from ..needs import Need
+from .effects import require_effect
 from .experiment import require_extra
-from .options import Measurements, Model, PromptTokens, Rounds
+from .options import Measurements, Model, PromptTokens, Rounds, at_least
 from .prompts import parse_bytes
 from .tables import (
     conclude,
@@ -56,6 +58,7 @@ def decode(
             "--max-tokens",
             "--steps",
             "-m",
+            callback=at_least(4),
             help="Steps of each run, at least 4. A step of N siblings adds N slots to the cache, "
             "so that attention costs more the longer a run is.",
         ),
@@ -66,6 +69,7 @@ def decode(
             "--rounds",
             "--num-trials",
             "-n",
+            callback=at_least(1),
             help="Runs of each variant that count, at least 1; a first round warms up.",
         ),
     ] = 7,
@@ -128,9 +132,14 @@ def decode(
 def pruning(
     model: Model = "smollm2-135m",
     prompt_tokens: PromptTokens = 64,
-    siblings: Annotated[int, typer.Option(help="Tokens of each forced set, at least 2.")] = 4,
+    siblings: Annotated[
+        int, typer.Option(callback=at_least(2), help="Tokens of each forced set, at least 2.")
+    ] = 4,
     max_tokens: Annotated[
-        int, typer.Option("--max-tokens", "-m", help="Steps of each timed run, at least 4.")
+        int,
+        typer.Option(
+            "--max-tokens", "-m", callback=at_least(4), help="Steps of each timed run, at least 4."
+        ),
     ] = 24,
     rounds: Rounds = 7,
     steps: Annotated[
@@ -147,7 +156,7 @@ def pruning(
     The timed runs judge every set and prune nothing, so that all variants make the same sets. The
     long runs lose half of their tokens at random, without and with compaction of the cache.
     """
-    lengths = parse_widths(steps, "--steps")
+    lengths = parse_widths(steps, "--steps", least=4)
     if output is not None:
         check_writable("--output", output)
     language_model, tokenizer = load(model)
@@ -192,10 +201,19 @@ def pruning(
 def batch(
     model: Model = "smollm2-135m",
     prompt_tokens: Annotated[
-        int, typer.Option("--prompt-tokens", "-p", help="Mean tokens of a prompt, at least 4.")
+        int,
+        typer.Option(
+            "--prompt-tokens",
+            "-p",
+            callback=at_least(4),
+            help="Mean tokens of a prompt, at least 4.",
+        ),
     ] = 64,
     max_tokens: Annotated[
-        int, typer.Option("--max-tokens", "-m", help="Steps of each run, at least 4.")
+        int,
+        typer.Option(
+            "--max-tokens", "-m", callback=at_least(4), help="Steps of each run, at least 4."
+        ),
     ] = 24,
     rounds: Rounds = 3,
     batch_sizes: Annotated[
@@ -265,9 +283,12 @@ def batch(
 def tree(
     model: Model = "smollm2-135m",
     prompt_tokens: PromptTokens = 256,
-    leaves: Annotated[int, typer.Option(help="Branches, at least 2.")] = 8,
+    leaves: Annotated[int, typer.Option(callback=at_least(2), help="Branches, at least 2.")] = 8,
     max_tokens: Annotated[
-        int, typer.Option("--max-tokens", "-m", help="Steps of each branch, at least 4.")
+        int,
+        typer.Option(
+            "--max-tokens", "-m", callback=at_least(4), help="Steps of each branch, at least 4."
+        ),
     ] = 32,
     rounds: Rounds = 3,
     output: Measurements = None,
@@ -308,7 +329,10 @@ def search(
     model: Model = "smollm2-135m",
     prompt_tokens: PromptTokens = 256,
     simulations: Annotated[
-        int, typer.Option("--simulations", "-s", help="Simulations of each run, at least 1.")
+        int,
+        typer.Option(
+            "--simulations", "-s", callback=at_least(1), help="Simulations of each run, at least 1."
+        ),
     ] = 32,
     leaves: Annotated[
         str, typer.Option(help="Leaves in one pass, at least 1 each, separated by commas.")
@@ -349,11 +373,15 @@ def search(
 
 @bench.command("score")
 def score(
+    context: typer.Context,
     model: Model = "smollm2-135m",
     contexts: Annotated[
         int,
         typer.Option(
-            "--contexts", "-c", help="Contexts that are scored under --max-kv-bytes; 0 for none."
+            "--contexts",
+            "-c",
+            callback=at_least(0),
+            help="Contexts that are scored under --max-kv-bytes; 0 for none.",
         ),
     ] = 10_000,
     max_kv_bytes: Annotated[
@@ -367,6 +395,8 @@ def score(
     The others run every text alone; or a pass a word over the context's cache; or one padded
     batch of words over copies of it.
     """
+    require_effect(context, {"max_kv_bytes": (Need("contexts"),)})
+    kv_bytes = parse_bytes(max_kv_bytes)
     if output is not None:
         check_writable("--output", output)
     language_model, tokenizer = load(model)
@@ -375,7 +405,7 @@ def score(
             language_model,
             tokenizer,
             contexts=contexts,
-            max_kv_bytes=parse_bytes(max_kv_bytes),
+            max_kv_bytes=kv_bytes,
             rounds=rounds,
             model_name=model,
             progress=tick,
@@ -413,14 +443,27 @@ def score(
 @bench.command("experiments")
 def experiments(
     model: Model = "smollm2-135m",
-    runs: Annotated[int, typer.Option(help="Runs, an even number in [2, 100].")] = 100,
+    runs: Annotated[
+        int, typer.Option(callback=at_least(2), help="Runs, an even number in [2, 100].")
+    ] = 100,
     max_tokens: Annotated[
-        int, typer.Option("--max-tokens", "-m", help="Steps of each run, at least 2.")
+        int,
+        typer.Option(
+            "--max-tokens", "-m", callback=at_least(2), help="Steps of each run, at least 2."
+        ),
     ] = 10,
-    batch_size: Annotated[int, typer.Option(help="Rows of the batch, at least 2.")] = 64,
-    workers: Annotated[int, typer.Option(help="Processes, at least 1.")] = 2,
+    batch_size: Annotated[
+        int, typer.Option(callback=at_least(2), help="Rows of the batch, at least 2.")
+    ] = 64,
+    workers: Annotated[int, typer.Option(callback=at_least(1), help="Processes, at least 1.")] = 2,
     rounds: Annotated[
-        int, typer.Option("--rounds", "-n", help="Goes of each variant that count, at least 1.")
+        int,
+        typer.Option(
+            "--rounds",
+            "-n",
+            callback=at_least(1),
+            help="Goes of each variant that count, at least 1.",
+        ),
     ] = 1,
     output: Measurements = None,
 ) -> None:

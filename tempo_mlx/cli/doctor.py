@@ -14,7 +14,8 @@ from rich.table import Table
 from ..checks import ATTENTION_TOLERANCE, FORMS, TOLERANCE, Check, full_precision, run_checks
 from ..console import Console
 from ..doctor import Finding, examine
-from ..errors import TempoError
+from ..needs import Need
+from .effects import require_effect
 
 #: Version of what --json prints.
 SCHEMA = 1
@@ -25,6 +26,7 @@ def register(app: typer.Typer) -> None:
 
 
 def doctor(
+    context: typer.Context,
     check: Annotated[
         bool,
         typer.Option(
@@ -47,8 +49,7 @@ def doctor(
     Where something is missing, the command that mends it stands below the table. With --check,
     runs are compared with an uncached replay, with stock mlx-lm and with NumPy.
     """
-    if everything and not check:
-        raise TempoError("--all says what --check runs; add --check")
+    require_effect(context, {"everything": (Need("check"),)})
     if check:
         # Before the first product of the process, which fixes it.
         full_precision()

@@ -9,6 +9,7 @@ import typer
 from ..errors import TempoError
 from ..needs import NEEDS, Need, Needs, told, unmet
 from ..pruning import Pruning
+from .options import flag_of
 
 
 def typed(context: typer.Context) -> dict[str, str]:
@@ -55,9 +56,8 @@ def setting_needs() -> dict[str, tuple[Need, ...]]:
 
 
 def _flags(context: typer.Context) -> dict[str, str]:
-    """The longest spelling of each option of the command."""
     return {
-        str(parameter.name): max(parameter.opts, key=len)
+        str(parameter.name): flag_of(parameter)
         for parameter in context.command.params
         if parameter.param_type_name == "option"
     }

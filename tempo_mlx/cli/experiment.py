@@ -12,6 +12,8 @@ from ..console import Console
 from ..errors import MissingExtraError, TempoError
 from ..files import check_writable, write_atomically
 from ..models import load
+from ..needs import Need, Needs
+from .effects import require_effect
 from .experiment_analysis import analyze, plot, report
 from .prompts import parse_bytes
 
@@ -21,6 +23,16 @@ MISSING = "experiments need {}: pip install 'tempo-mlx[experiments]'"
 
 #: Where suites are stored unless --output says where.
 RUNS = Path("runs")
+
+_HERE = Need("scheduler", absent=True)
+
+#: What options of `run` need to have an effect.
+RUN_OPTIONS: Needs = {
+    "runner": (_HERE,),
+    "batch_size": (_HERE, Need("runner", ("batched",))),
+    "max_kv_bytes": (_HERE, Need("runner", ("batched", "sequential"))),
+    "max_disk": (Need("capture", ("none",), absent=True),),
+}
 
 app = typer.Typer(
     name="experiment",
@@ -45,6 +57,7 @@ def require_extra() -> None:
 
 @app.command("run")
 def run(
+    context: typer.Context,
     suite: Annotated[
         str, typer.Argument(metavar="SUITE", help="A suite's YAML file, or a built-in suite.")
     ],
@@ -125,8 +138,6 @@ def run(
         raise TempoError(
             f"--runner must be batched, sequential or workers=N with N at least 1, got {runner!r}"
         )
-    if scheduler is not None and runner != "batched":
-        raise TempoError("--scheduler runs the suite elsewhere; leave --runner out")
     if capture is not None and capture not in CAPTURES:
         raise TempoError(f"--capture must be one of {', '.join(CAPTURES)}, got {capture!r}")
     options = Options(
@@ -142,6 +153,7 @@ def run(
     wanted = read_suite(suite).model_copy(
         update={name: value for name, value in given.items() if value is not None}
     )
+    require_effect(context, RUN_OPTIONS, {"capture": wanted.captures})
     folder = output if output is not None else RUNS / wanted.name
     notes = Console(stderr=True, highlight=False, soft_wrap=True)
     plan = wanted.expand()

@@ -1,6 +1,7 @@
 """``tempo-mlx models``: what is here, and fetching what is not."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +12,7 @@ from rich.table import Table
 from ..console import Console
 from ..errors import TempoError
 from ..inventory import HubModel, RecipeModel, hub_models, recipe_models, size
-from ..models.recipes import VARIANTS, prepare, recipes
+from ..models.recipes import QUANTISED, VARIANTS, device_variant, prepare, recipes
 
 #: Version of what --json prints.
 SCHEMA = 1
@@ -40,6 +41,8 @@ def list_models(
     architecture that can hold parallel tokens exactly.
     """
     if context.invoked_subcommand is not None:
+        if as_json:
+            raise TempoError(f"--json has no effect with {context.invoked_subcommand}")
         return
     ours, cached = recipe_models(), list(hub_models())
     if as_json:
@@ -83,6 +86,9 @@ def fetch(
             f"NAME must be one of {', '.join(known)}, with /{' or /'.join(VARIANTS)} if wanted, "
             f"got {name!r}"
         )
+    wanted = {variant or device_variant(), QUANTISED}
+    if source is not None and any(known[recipe].is_ready(each) for each in wanted):
+        print(f"note: --from has no effect: {recipe} was fetched before", file=sys.stderr)
     print(prepare(known[recipe], variant or None, source=source))
 
 

@@ -11,8 +11,10 @@ from rich.text import Text
 
 from ..console import Console
 from ..errors import TempoError
+from ..needs import Need
 from ..plots import check_plot, plot_schedule
 from ..schedules import check_range, parse_schedule
+from .effects import require_effect
 
 #: Rows of the curve in the terminal, an odd number: half the base has a row of its own.
 ROWS = 13
@@ -29,6 +31,7 @@ def register(app: typer.Typer) -> None:
 
 
 def schedule(
+    context: typer.Context,
     schedule: Annotated[
         str,
         typer.Argument(
@@ -58,6 +61,7 @@ def schedule(
     The threshold at a step is base x f(t), t = step / steps. The steps of a run count from 0: it
     ends one step before t = 1, the last value shown.
     """
+    require_effect(context, {"values": (Need("as_json", absent=True),)})
     curve = parse_schedule(schedule)
     if steps < 1:
         raise TempoError(f"--steps must be at least 1, got {steps}")

@@ -16,8 +16,10 @@ from ..models import load
 from ..models.identity import fingerprint
 from ..results_file import ResultsFile
 from ..scoring import ContinuationScorer, ScoringStats
+from ..scoring.full_passes import FULL_PASSES
 from ..scoring.rows import Row, key_of, ranked, read_rows
 from ..scoring.scorer import AGGREGATES, CHUNK_SIZE
+from .effects import typed
 from .options import Model
 from .prompts import StandardOutput, parse_bytes
 from .score_output import Tables, TextFile, TextOutput
@@ -37,6 +39,7 @@ def register(app: typer.Typer) -> None:
 
 
 def score(
+    context: typer.Context,
     file: Annotated[
         str,
         typer.Argument(
@@ -126,6 +129,9 @@ def score(
     kind_out = kind if output is None else output_format(output, kind)
     rows = read_rows(file, kind)
     out, notes = Console(highlight=False), Console(stderr=True, highlight=False, soft_wrap=True)
+    spellings = any(isinstance(each, list) for row in rows for each in row.candidates)
+    if "aggregate" in typed(context) and not spellings:
+        notes.print("note: --aggregate has no effect: no candidate is a list", style="yellow")
     language_model, tokenizer = load(model)
     settings: dict[str, Any] = {
         "weight": weight,
@@ -138,6 +144,12 @@ def score(
     scorer = ContinuationScorer(
         language_model, tokenizer, **settings, max_kv_bytes=kv_bytes, chunk_size=chunk_size
     )
+    if max_kv_bytes is not None and scorer.stats().method == FULL_PASSES:
+        notes.print(
+            "note: --max-kv-bytes has no effect: this model is read in full passes, and nothing is "
+            "held",
+            style="yellow",
+        )
     sink: ResultsFile | TextFile | Tables | StandardOutput | TextOutput
     if output is not None:
         name = fingerprint(language_model)

@@ -15,15 +15,24 @@ from ..console import Console
 from ..errors import TempoError
 from ..files import check_writable, write_atomically
 from ..models import load
+from ..needs import Need, Needs
 from ..plots import check_plot, plot_search
 from ..search import SearchError, SearchResult, SearchSettings, stream_search
 from ..search.monte_carlo import BACKUPS, SELECTIONS
-from ..search.settings import EVALUATIONS
+from ..search.settings import EVALUATIONS, NEEDS
+from .effects import require_effect, typed
 from .generate import read_prompt
 from .options import Model
 from .prompts import parse_bytes
 
 DEFAULTS = SearchSettings()
+
+#: What options need to have an effect.
+OPTIONS: Needs = {
+    **NEEDS,
+    "evaluation": (Need("value", absent=True),),
+    "explain": (Need("quiet", absent=True),),
+}
 
 
 def register(app: typer.Typer) -> None:
@@ -31,6 +40,7 @@ def register(app: typer.Typer) -> None:
 
 
 def search(
+    context: typer.Context,
     prompt: Annotated[
         str | None, typer.Argument(help="The prompt; '-' reads it from standard input.")
     ] = None,
@@ -90,10 +100,15 @@ def search(
         int, typer.Option(help="Leaves in one forward pass, at least 1.")
     ] = DEFAULTS.leaves_per_batch,
     max_forward_tokens: Annotated[
-        int | None, typer.Option(help="End when this many tokens passed through the model.")
+        int | None,
+        typer.Option(
+            help="End when this many tokens, the prompt included, passed through the model; above "
+            "the prompt's number."
+        ),
     ] = None,
     max_seconds: Annotated[
-        float | None, typer.Option(help="End after this time, with what is known.")
+        float | None,
+        typer.Option(help="End this long after the prompt was read, with what is known."),
     ] = None,
     max_kv_bytes: Annotated[
         str | None, typer.Option(help="Memory for keys and values, such as 800MB or 2GiB.")
@@ -137,6 +152,7 @@ def search(
         max_seconds=max_seconds,
         max_kv_bytes=parse_bytes(max_kv_bytes) if max_kv_bytes is not None else None,
     )
+    require_effect(context, OPTIONS)
     function = load_function(value) if value is not None else None
     for name, path in (("--output", output), ("--dot", dot)):
         if path is not None:
@@ -144,8 +160,10 @@ def search(
     if plot is not None:
         check_plot(plot)
     text = read_prompt(prompt, prompt_file)
-    out, notes = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False)
+    out, notes = (Console(stderr=err, highlight=False, soft_wrap=True) for err in (False, True))
     notes.quiet = quiet
+    for note in settings.notes([name for name in typed(context) if name == "seed"]):
+        notes.print(f"note: {note}", style="yellow")
     language_model, tokenizer = load(model)
     result: SearchResult | None = None
     interrupted = False
@@ -194,6 +212,12 @@ def search(
             f"{result.forward_tokens} tokens in {result.passes} passes",
             style="dim",
         )
+        if result.finish_reason == "budget" and not result.choices:
+            notes.print(
+                "note: the budget was spent before anything was known of the first token; raise "
+                "--max-forward-tokens or --max-seconds",
+                style="yellow",
+            )
     if output is not None:
         data = result.to_dict()
         write_atomically(output, json.dumps(data, ensure_ascii=False, indent=1) + "\n")

@@ -18,19 +18,19 @@ from ..errors import TempoError
 from ..files import write_atomically
 
 
-def parse_widths(text: str, argument: str = "--siblings") -> list[int]:
+def parse_widths(text: str, argument: str = "--siblings", least: int = 1) -> list[int]:
     """Widths from "1,2,4"; each once, in the order given.
 
     Raises:
-        ValueError: if one is no integer of at least 1.
+        ValueError: if one is no integer of at least ``least``.
     """
     try:
         widths = list(dict.fromkeys(int(part) for part in text.split(",")))
     except ValueError:
         widths = []
-    if not widths or min(widths) < 1:
+    if not widths or min(widths) < least:
         raise TempoError(
-            f"{argument} must be integers of at least 1 separated by commas, got {text!r}"
+            f"{argument} must be integers of at least {least} separated by commas, got {text!r}"
         )
     return widths
 

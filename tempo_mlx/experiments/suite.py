@@ -7,6 +7,7 @@ that the same suite finds its own results again, and only those.
 import hashlib
 import itertools
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
@@ -18,7 +19,7 @@ from pydantic import (
 )
 
 from ..errors import TempoError
-from ..prompt_files import PARSERS
+from ..prompt_files import PARSERS, setting_names
 from ..pruning import (
     Pruning,
 )
@@ -188,7 +189,17 @@ class Suite(BaseModel):
             notes.append(
                 f"{in_grid - len(runs)} runs of the grid are copies of others and are left out"
             )
-        return Plan(list(runs.values()), in_grid, notes)
+        return Plan(list(runs.values()), in_grid, notes + self._without_effect(modes))
+
+    def _without_effect(self, modes: list[tuple[dict[str, Any], Settings]]) -> list[str]:
+        """Notes on the suite's settings, and in how many modes each holds."""
+        counts = Counter(
+            note
+            for varied, settings in modes
+            for note in settings.notes(setting_names(self._given("settings") | varied))
+        )
+        n = len(modes)
+        return [note if k == n else f"{note} (in {k} of {n} modes)" for note, k in counts.items()]
 
 
 @dataclass(frozen=True)

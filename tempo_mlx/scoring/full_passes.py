@@ -14,6 +14,9 @@ from ..models.halves import Halves
 from .questions import Answer, Question, ScoringStats
 from .vocabulary_rows import Rows, VocabularyRows
 
+#: What :attr:`.ScoringStats.method` calls it.
+FULL_PASSES = "full passes"
+
 
 class FullPasses:
     """Reads every text from its beginning, in batches that are padded behind their ends.
@@ -26,7 +29,7 @@ class FullPasses:
 
     def __init__(self, model: nn.Module, chunk_size: int, sets: Sequence[Sequence[int]]):
         self.model = model
-        self.stats = ScoringStats("full passes")
+        self.stats = ScoringStats(FULL_PASSES)
         self._chunk_size = chunk_size
         self._halves: Halves | None = None
         with suppress(TempoError):

@@ -15,7 +15,7 @@ from ..combining import softmax
 from ..decoder import CacheBudgetError
 from ..lattice import Lattice
 from ..models import PositionedModel
-from ..selection import most_probable, require_finite
+from ..selection import most_probable, noise_key, require_finite
 from ..sequences import Batch, SequenceState
 from ..tokens import Vocabulary
 from .settings import SearchSettings
@@ -72,6 +72,8 @@ class TextEnvironment:
         self._batch = Batch(model, [self._sequence])
         room = (model.context_length or len(prompt) + settings.max_tokens) - len(prompt)
         self._longest = min(settings.max_tokens, room)
+        #: why the longest text ends
+        self.limit_reason = "context" if room < settings.max_tokens else "length"
         self._slots: dict[int, int] = {}  # of the nodes that passed through the model
         self._chains: dict[int, np.ndarray] = {ROOT: np.zeros(0, np.int64)}  # of those nodes
         self._logits: dict[int, mx.array] = {}  # of the nodes expanded last
@@ -258,7 +260,7 @@ class TextEnvironment:
                 ids = mx.argmax(logits, axis=-1)
             else:
                 self._draws += 1
-                key = mx.random.key(self.settings.seed * 1_000_003 + self._draws)
+                key = mx.array(noise_key(self.settings.seed, self._draws))
                 ids = mx.random.categorical(logits / self.settings.rollout_temp, key=key)
             return ids, mx.take_along_axis(p, ids[:, None], axis=1)[:, 0]
 

@@ -1,14 +1,22 @@
 """Settings of a search over texts."""
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..errors import TempoError
+from ..needs import Need, Needs, told, unmet
 from ..schedules import check_range
+from ..settings import check_count
 from .monte_carlo import TreePolicy
 
 #: How a leaf's text becomes a value in [0, 1].
 EVALUATIONS = ("mean_logprob", "mean_probability", "rollout")
+
+_ROLLOUT = Need("evaluation", ("rollout",))
+
+#: What settings need to have an effect.
+NEEDS: Needs = {"depth": (_ROLLOUT,), "rollout_temp": (_ROLLOUT,)}
 
 
 @dataclass(frozen=True)
@@ -30,9 +38,10 @@ class SearchSettings:
         depth: tokens of a rollout, at least 1.
         rollout_temp: 0 for greedy rollouts, else the temperature at which they are drawn.
         seed: of the draws.
-        max_forward_tokens: tokens that pass through the model at most, the prompt included; None
-            sets no bound.
-        max_seconds: time at most; None sets no bound.
+        max_forward_tokens: the search ends once so many tokens have passed through the model, the
+            prompt included; the batch that reaches the number is finished. None sets no bound.
+        max_seconds: the search ends once so many seconds have passed since the prompt was read;
+            None sets no bound.
         max_kv_bytes: bytes of keys and values at most; None sets no bound.
         prefill_step_size: prompt tokens in one forward pass, at least 1.
 
@@ -59,12 +68,10 @@ class SearchSettings:
 
     def __post_init__(self) -> None:
         for name in ("max_tokens", "simulations", "max_parallel", "depth", "prefill_step_size"):
-            if getattr(self, name) < 1:
-                raise TempoError(f"{name} must be at least 1, got {getattr(self, name)}")
+            check_count(name, getattr(self, name))
         for name in ("max_forward_tokens", "max_kv_bytes"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise TempoError(f"{name} must be at least 1, got {value}")
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name))
         if self.max_seconds is not None and not self.max_seconds > 0:
             raise TempoError(f"max_seconds must be above 0, got {self.max_seconds}")
         check_range("threshold", self.threshold, 0.0, 1.0, low_open=True)
@@ -78,6 +85,31 @@ class SearchSettings:
                 f"text), got {self.evaluation!r}"
             )
         self.policy()
+
+    @property
+    def draws(self) -> bool:
+        """Whether anything is drawn, so that the seed matters."""
+        return self.evaluation == "rollout" and self.rollout_temp > 0
+
+    def notes(self, given: Iterable[str] | None = None) -> list[str]:
+        """What a user should know about this combination of settings.
+
+        Args:
+            given: names of the settings that somebody asked for; those that are not at their
+                defaults, if nobody says.
+        """
+        values, defaults = vars(self), vars(type(self)())
+        asked = {n for n in values if values[n] != defaults[n]} if given is None else set(given)
+        notes = []
+        if "seed" in asked and not self.draws:
+            notes.append(
+                "seed has no effect: a search is deterministic unless evaluation is rollout and "
+                "rollout_temp is above 0"
+            )
+        for name in values:
+            if name in asked and (missing := unmet(name, NEEDS, values.__getitem__)):
+                notes.append(f"{name} has no effect {told(missing)}")
+        return notes
 
     def policy(self) -> TreePolicy:
         """The part of the settings that knows of trees only."""

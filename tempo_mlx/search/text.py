@@ -11,6 +11,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.generate import generation_stream, wired_limit
 
+from ..errors import TempoError
 from ..models import PositionedModel
 from ..tokens import Vocabulary, encode_prompt
 from .environment import Batched, TextEnvironment, Value
@@ -50,7 +51,9 @@ class SearchResult:
         settings: how it was searched.
         choices: the committed tokens.
         tree: that the last token was chosen from; its root is the token before.
-        finish_reason: "stop" (end of text), "length", "budget", or None while it runs.
+        finish_reason: "stop" (end of text), "length" (``max_tokens``), "context" (the model's
+            context is full), "budget" (``max_forward_tokens`` or ``max_seconds`` is spent, and
+            nothing more is known), or None while it runs.
         forward_tokens, passes: tokens that passed through the model, in so many passes.
         simulations: of all tokens.
         seconds: since the prompt was read.
@@ -170,7 +173,18 @@ def stream_search(
     """
     chosen = SearchSettings(**settings)
     positioned = PositionedModel.of(model)
+    if value is not None and chosen.evaluation != SearchSettings.evaluation:
+        raise TempoError(
+            f"evaluation {chosen.evaluation} has no effect with value, which says what a text is "
+            "worth; leave one out"
+        )
     ids = encode_prompt(tokenizer, prompt, positioned.context_length)
+    budget = chosen.max_forward_tokens
+    if budget is not None and budget <= len(ids):
+        raise TempoError(
+            f"max_forward_tokens must be above the {len(ids)} tokens of the prompt, which count, "
+            f"got {budget}"
+        )
     vocabulary = Vocabulary(tokenizer)
     environment = TextEnvironment(positioned, vocabulary, ids, chosen, value)
     result = SearchResult(
@@ -220,7 +234,7 @@ def stream_search(
             if last in vocabulary.end_tokens:
                 result.finish_reason = "stop"
             elif environment.is_end(ROOT):
-                result.finish_reason = "length"
+                result.finish_reason = environment.limit_reason
             yield result
     if result.finish_reason == "budget":
         yield result

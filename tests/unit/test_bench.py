@@ -362,4 +362,4 @@ def test_score_bench_finds_the_same_scores_in_every_way(tmp_path, run):
     assert report["targets"][0]["value"] == beam["over_ours"]["median"] > 0
     assert report["memory"]["largest"] <= 1.1 * report["memory"]["max_kv_bytes"]
     code, _, err = run("bench", "score", "--model", folder, "-c", -1)
-    assert code == 2 and "contexts must be at least 0" in err and err.count("\n") == 1
+    assert code == 2 and "--contexts must be at least 0" in err and err.count("\n") == 1

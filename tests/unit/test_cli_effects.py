@@ -5,8 +5,10 @@ import json
 from tempo_mlx import Settings
 from tempo_mlx.cli.effects import setting_needs
 from tempo_mlx.cli.generate import OPTIONS
+from tempo_mlx.models import UnsupportedModelError
 from tempo_mlx.needs import NEEDS
 from tempo_mlx.pruning import Pruning
+from tempo_mlx.search import SearchSettings
 
 import pytest
 
@@ -72,6 +74,116 @@ def test_options_of_generate_without_effect_are_refused(refused, options, needed
     named = [option for option in options if str(option).startswith("--")]
     assert needed in message and any(option in message for option in named)
     assert "no effect" in message or "--plot" in message
+
+
+OTHERS = [
+    (["search", "hello", "--depth", 8], ["--depth", "--evaluation rollout"]),
+    (["search", "hello", "--rollout-temp", 0.5], ["--rollout-temp", "--evaluation rollout"]),
+    (
+        ["search", "hello", "--evaluation", "mean_logprob", "--value", "x.py:f"],
+        ["--evaluation", "--value"],
+    ),
+    (["search", "hello", "--explain", "-q"], ["--explain", "--quiet"]),
+    (["schedule", "relu(0.5)", "--values", "--json"], ["--values", "--json"]),
+    (["doctor", "--all"], ["--all", "--check"]),
+    (["models", "--json", "fetch", "smollm2-135m"], ["--json", "fetch"]),
+    (
+        ["bench", "score", "-c", 0, "--max-kv-bytes", "1GB"],
+        ["--max-kv-bytes", "--contexts"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), OTHERS)
+def test_options_of_other_commands_without_effect_are_refused(refused, arguments, words):
+    message = refused(*arguments)
+    assert "no effect" in message and all(word in message for word in words)
+
+
+SUITE = """
+name: small
+model: no-such-model
+prompts: {a: [hello]}
+settings: {max_tokens: 2}
+captures: none
+"""
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--runner", "sequential", "--batch-size", 3], ["--batch-size", "--runner batched"]),
+        (["--runner", "workers=2", "--max-kv-bytes", "1GB"], ["--max-kv-bytes", "sequential"]),
+        (["--scheduler", "tcp://x:1", "--batch-size", 3], ["--batch-size", "--scheduler"]),
+        (["--scheduler", "tcp://x:1", "--runner", "batched"], ["--runner", "--scheduler"]),
+        (["--max-disk", "1GB"], ["--max-disk", "--capture none"]),
+    ],
+)
+def test_options_of_suites_without_effect_are_refused(refused, tmp_path, options, words):
+    pytest.importorskip("pydantic")
+    suite = tmp_path / "small.yaml"
+    suite.write_text(SUITE)
+    message = refused("experiment", "run", suite, "-o", tmp_path / "runs", *options)
+    assert "no effect" in message and all(word in message for word in words)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_suites_say_which_settings_have_no_effect():
+    suite_files = pytest.importorskip("tempo_mlx.experiments.suite_files")
+    grid = "grid: {visibility: [tree, visible], max_leaves: [2, 3]}\n"
+    assert suite_files.parse_suite(SUITE + grid).expand().notes == [
+        "max_leaves has no effect without visibility tree (in 2 of 4 modes)"
+    ]
+    pruning = "grid: {pruning: [null, {rule: random, keep_rate: 0.5}]}\nseeds: [1]\n"
+    notes = suite_files.parse_suite(SUITE + pruning).expand().notes
+    assert [note for note in notes if "pruning" in note] == [
+        "pruning.keep_rate has no effect without pruning.decision quota (in 1 of 2 modes)"
+    ]
+    assert suite_files.parse_suite(SUITE).expand().notes == []
+
+
+def test_a_seed_is_noted_where_a_search_draws_nothing(run, folder):
+    common = ["search", "hello", "--model", folder, "-m", 1, "-s", 2]
+    assert "seed has no effect" in run(*common, "--seed", 0)[2]
+    assert "no effect" not in run(*common)[2]
+    drawn = ["--evaluation", "rollout", "--rollout-temp", 0.5, "--seed", 3]
+    code, _, err = run(*common, *drawn)
+    assert code == 0 and "no effect" not in err
+
+
+def test_search_settings_note_what_has_no_effect():
+    assert "depth" in SearchSettings(depth=3).notes()[0]
+    assert "seed" in SearchSettings(seed=3, evaluation="rollout").notes()[0]
+    assert not SearchSettings(seed=3, evaluation="rollout", rollout_temp=1.0, depth=2).notes()
+
+
+def test_aggregate_without_lists_of_spellings_is_noted(run, folder, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    command = ["score", rows, "--model", folder, "--aggregate", "logsumexp"]
+    rows.write_text('{"context": "a", "candidates": ["b"]}\n')
+    assert "--aggregate has no effect" in run(*command)[2]
+    rows.write_text('{"context": "a", "candidates": ["b", ["b", "c"]]}\n')
+    assert run(*command)[2] == ""
+
+
+def test_memory_for_a_model_that_holds_nothing_is_noted(run, folder, tmp_path, monkeypatch):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"context": "a", "candidates": ["b"]}\n')
+    options = ["--max-kv-bytes", "1MB", "--stats"]
+    assert "no effect" not in run("score", rows, "--model", folder, *options)[2]
+
+    def unsupported(*arguments):
+        raise UnsupportedModelError("refused here")
+
+    monkeypatch.setattr("tempo_mlx.scoring.scorer.TreeReader", unsupported)
+    code, _, err = run("score", rows, "--model", folder, *options)
+    assert code == 0 and "--max-kv-bytes has no effect" in err and "full passes" in err
+
+
+@pytest.mark.parametrize("command", ["decode", "pruning", "batch", "tree", "search", "score"])
+def test_benches_check_their_numbers_before_they_load_a_model(refused, command):
+    message = refused("bench", command, "--rounds", 0, "--model", "no-such-model")
+    assert "--rounds must be at least 1, got 0" in message
 
 
 def test_every_option_that_needs_another_exists():

@@ -3,7 +3,7 @@
 import itertools
 import json
 
-from tempo_mlx import search
+from tempo_mlx import generate, search
 from tempo_mlx.decoder import CacheBudgetError
 from tempo_mlx.search import Batched, SearchError, SearchSettings, stream_search
 from tempo_mlx.search.tree import ROOT
@@ -177,6 +177,40 @@ def test_the_same_seed_makes_the_same_tree_and_another_one_another(tokenizer):
     assert json.loads(json.dumps(one)) == one
 
 
+@pytest.mark.parametrize("seed", [0, 18_446_744_073_710, 2**63 - 1])
+def test_every_allowed_seed_draws_rollouts(tokenizer, seed):
+    model = tiny_model("llama", seed=1)
+    given = {"max_tokens": 2, "simulations": 4, "evaluation": "rollout", "rollout_temp": 1.0}
+    result = search(model, tokenizer, PROMPT, seed=seed, depth=2, **given)
+    assert len(result.choices) == 2
+    with pytest.raises(ValueError, match=r"seed must be in \[0, 2\^63\)"):
+        SearchSettings(seed=2**63)
+
+
+def test_a_full_context_ends_a_search_as_it_ends_a_generation():
+    model = tiny_model("llama", seed=1, max_position_embeddings=len(PROMPT) + 3)
+    endless = TinyTokenizer(60, end_tokens=())
+    for max_tokens, reason, n in ((9, "context", 3), (4, "context", 3), (3, "length", 3)):
+        found = search(model, endless, PROMPT, max_tokens=max_tokens, simulations=4)
+        made = generate(model, endless, PROMPT, max_tokens=max_tokens)
+        assert (found.finish_reason, len(found.tokens)) == (reason, n)
+        assert (made.finish_reason, len(made.lattice)) == (reason, n)
+
+
+def test_a_budget_that_the_prompt_spends_is_refused(tokenizer):
+    model = tiny_model("llama", seed=1)
+    with pytest.raises(ValueError, match=f"above the {len(PROMPT)} tokens of the prompt"):
+        search(model, tokenizer, PROMPT, max_forward_tokens=len(PROMPT))
+    least = search(model, tokenizer, PROMPT, max_forward_tokens=len(PROMPT) + 1, threshold=0.01)
+    assert least.choices and least.finish_reason == "budget"
+
+
+def test_an_evaluation_beside_a_function_is_refused(tokenizer):
+    model = tiny_model("llama", seed=1)
+    with pytest.raises(ValueError, match="evaluation rollout has no effect with value"):
+        search(model, tokenizer, PROMPT, value=lambda ids, text: 0.5, evaluation="rollout")
+
+
 def test_budgets_end_the_search_with_what_is_known(tokenizer):
     model = tiny_model("llama", seed=1)
     given = {"max_tokens": 30, "simulations": 10, "threshold": 0.03, "leaves_per_batch": 2}
@@ -216,6 +250,7 @@ def test_leaves_that_do_not_fit_are_refused(tokenizer):
     ("given", "words"),
     [
         ({"simulations": 0}, ["simulations", "at least 1", "0"]),
+        ({"simulations": 2.5}, ["simulations", "integer", "2.5"]),
         ({"max_forward_tokens": 0}, ["max_forward_tokens", "0"]),
         ({"max_seconds": 0}, ["max_seconds", "above 0"]),
         ({"evaluation": "taste"}, ["evaluation", "taste", "rollout"]),
