@@ -1,5 +1,6 @@
 """Many prompts in one batch: who is in it, who waits, and what becomes of those that fail."""
 
+import json
 import os
 import time
 from collections import deque
@@ -11,16 +12,17 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.generate import generation_stream, wired_limit
 
+from .arguments import MOST_BYTES, check_count, shown
 from .decoder import CacheBudgetError, Decoder
 from .errors import TempoError
-from .generation import Prompt, begin
+from .generation import begin
 from .models import BatchedKVCache, PositionedModel
 from .observation import Observer
 from .prompt_cache import PromptCache
 from .result import BEAM, GenerationResult, find_paths
 from .run import Run
 from .settings import Settings
-from .tokens import Vocabulary
+from .tokens import Prompt, Vocabulary, require_tokenizer
 
 #: Prompts that generate at the same time, unless the caller says how many.
 BATCH_SIZE = 32
@@ -42,8 +44,9 @@ class Failure:
     error: str
 
     def to_dict(self) -> dict[str, Any]:
-        """The failure as JSON-ready data."""
-        return {"prompt": self.prompt, "error": self.error}
+        """The failure as JSON-ready data; what JSON does not have is as Python writes it."""
+        prompt = json.loads(json.dumps(self.prompt, default=_as_python_writes))
+        return {"prompt": prompt, "error": self.error}
 
 
 @dataclass
@@ -126,7 +129,7 @@ def batch_generate(
     Raises:
         ValueError: for an argument out of range. What is wrong with one prompt fails that prompt.
     """
-    results: list[GenerationResult | Failure | None] = [None] * len(prompts)
+    results: dict[int, GenerationResult | Failure] = {}
     status = BatchStatus()
     tell = kwargs.pop("progress", None)
 
@@ -142,7 +145,7 @@ def batch_generate(
         model, tokenizer, prompts, settings, progress=progress, **kwargs
     ):
         results[i] = result
-    return BatchResult(cast(list[GenerationResult | Failure], results), status)
+    return BatchResult([results[i] for i in range(len(prompts))], status)
 
 
 def stream_batch_generate(
@@ -185,25 +188,34 @@ def stream_batch_generate(
     Raises:
         As :func:`batch_generate`.
     """
-    if isinstance(prompts, str):
-        raise TempoError("prompts must be a list of prompts, got one text")
-    for name, value in (("batch_size", batch_size), ("max_kv_bytes", max_kv_bytes)):
-        if value is not None and value < 1:
-            raise TempoError(f"{name} must be at least 1, got {value}")
-    if paths < 0:
-        raise TempoError(f"paths must be at least 0, got {paths}")
+    if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Sequence):
+        raise TempoError(f"prompts must be a list of prompts, got {shown(prompts)}")
+    check_count("batch_size", batch_size)
+    if max_kv_bytes is not None:
+        check_count("max_kv_bytes", max_kv_bytes, most=MOST_BYTES)
+    check_count("paths", paths, 0)
     if settings is None:
         settings = Settings.of(kwargs)
     elif kwargs:
         raise TypeError(f"{sorted(kwargs)[0]!r} beside settings; put it into the settings")
-    each = [settings] * len(prompts) if isinstance(settings, Settings) else list(settings)
+    if isinstance(settings, Settings):
+        each = [settings] * len(prompts)
+    elif isinstance(settings, Sequence) and not isinstance(settings, str):
+        each = list(settings)
+    else:
+        raise TempoError(
+            f"settings must be Settings, or one for each prompt, got {shown(settings)}"
+        )
     if len(each) != len(prompts):
         raise TempoError(
             f"settings must be one for each of {len(prompts)} prompts, got {len(each)}"
         )
+    for one in each:
+        if not isinstance(one, Settings):
+            raise TempoError(f"settings must be Settings, got {shown(one)}")
     positioned = PositionedModel.of(model)
-    if prompt_cache is not None:
-        prompt_cache.require(positioned)
+    prompt_cache = PromptCache.of(prompt_cache, positioned)
+    require_tokenizer(tokenizer)
     vocabulary = Vocabulary(tokenizer)
 
     def new_run(i: int) -> Run:
@@ -390,6 +402,10 @@ class Schedule:
         status.cache_bytes = decoder.nbytes
         status.waste = decoder.batch.waste() if decoder.runs else 0.0
         status.largest_waste = max(status.largest_waste, status.waste)
+
+
+def _as_python_writes(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else repr(value)
 
 
 def _read_together(runs: list[Run]) -> bool:

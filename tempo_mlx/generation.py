@@ -1,12 +1,13 @@
 """Generation from one prompt."""
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any, cast
 
 import mlx.nn as nn
 from mlx_lm.generate import generation_stream, wired_limit
 
+from .arguments import check_count
 from .decoder import Decoder
 from .errors import TempoError
 from .lattice import Lattice, Step
@@ -16,9 +17,7 @@ from .replication import RowTree
 from .result import BEAM, GenerationResult, find_paths
 from .run import Run
 from .settings import Settings
-from .tokens import Vocabulary, encode_prompt
-
-Prompt = str | Sequence[int] | Sequence[dict[str, Any]]
+from .tokens import Prompt, Vocabulary, encode_prompt
 
 
 @dataclass(frozen=True)
@@ -108,18 +107,18 @@ def stream_generate(
         As :func:`generate`.
     """
     chosen = Settings.of(settings)
+    check_count("paths", paths, 0)
     if chosen.branching == "replicate":
         if verify or prompt_cache is not None:
             raise TempoError("branching replicate takes no prompt_cache and has nothing to verify")
-        plain = PlainModel(model.model if isinstance(model, PositionedModel) else model)
+        plain = PlainModel(model)
         result = begin(plain, tokenizer, prompt, chosen, model_name)
         yield from steps_by_rows(result, prompt_progress_callback)
         return
     positioned = PositionedModel.of(model)
     result = begin(positioned, tokenizer, prompt, chosen, model_name)
-    if prompt_cache is not None:
-        prompt_cache.require(positioned)
-    yield from steps(result, verify, prompt_progress_callback, prompt_cache, paths)
+    known = PromptCache.of(prompt_cache, positioned)
+    yield from steps(result, verify, prompt_progress_callback, known, paths)
 
 
 def begin(
@@ -131,7 +130,7 @@ def begin(
     vocabulary: Vocabulary | None = None,
 ) -> GenerationResult:
     """The result of a run that has not begun: its prompt is encoded, its seed is chosen."""
-    prompt_tokens = encode_prompt(tokenizer, prompt, model.context_length)
+    prompt_tokens = encode_prompt(tokenizer, prompt, model)
     return GenerationResult(
         model=model,
         vocabulary=vocabulary or Vocabulary(tokenizer),

@@ -9,12 +9,13 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from .arguments import check_count
 from .errors import TempoError
 from .lattice import Lattice
 from .models import BatchedKVCache, PositionedModel
 from .models.identity import fingerprint
 from .sequences import Batch, SequenceState
-from .tokens import encode_prompt
+from .tokens import Prompt, encode_prompt
 
 #: Version of the file.
 VERSION = 1
@@ -40,7 +41,7 @@ class PromptCache:
         cls,
         model: Any,
         tokenizer: Any,
-        prompt: str | Sequence[int] | Sequence[dict[str, Any]],
+        prompt: Prompt,
         prefill_step_size: int = 2048,
         progress: Callable[[int, int], None] | None = None,
     ) -> "PromptCache":
@@ -54,8 +55,9 @@ class PromptCache:
         Raises:
             ValueError: if the prompt is empty or too long.
         """
+        check_count("prefill_step_size", prefill_step_size)
         positioned = PositionedModel.of(model)
-        tokens = encode_prompt(tokenizer, prompt, positioned.context_length)
+        tokens = encode_prompt(tokenizer, prompt, positioned)
         batch = Batch(positioned, [SequenceState(Lattice(tokens))])
         mx.eval(batch.prefill(prefill_step_size, progress), batch.cache.state)
         return cls(tokens, batch.cache.extract(0), fingerprint(positioned.model))
@@ -74,8 +76,25 @@ class PromptCache:
             cache.compact(np.arange(n))
         return cache
 
+    @classmethod
+    def of(cls, given: Any, model: PositionedModel) -> "PromptCache | None":
+        """The prompt cache that a caller gave, or None.
+
+        Raises:
+            TempoError: if it is something else, or another model has read the prompt.
+        """
+        if given is None:
+            return None
+        if not isinstance(given, cls):
+            raise TempoError(
+                f"prompt_cache must be a PromptCache, as PromptCache.read makes one, got "
+                f"{type(given).__name__}"
+            )
+        given.require(model)
+        return given
+
     def require(self, model: PositionedModel) -> None:
-        """Raise ValueError unless this model has read the prompt."""
+        """Raise TempoError unless this model has read the prompt."""
         found = fingerprint(model.model)
         if found != self.fingerprint:
             raise TempoError(

@@ -4,14 +4,16 @@ A rule scores the live tokens of one set by the evidence that has come since; a 
 scores into a verdict. Both are small functions in a dict, so that adding one is one function.
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
+from .arguments import check_choice, check_count, check_range, shown
 from .errors import TempoError
-from .schedules import Bezier, Schedule, check_range
+from .schedules import Bezier, Schedule
 
 
 @dataclass(frozen=True)
@@ -130,18 +132,19 @@ class Pruning:
             ("query_weights", QUERY_WEIGHTS),
             ("repair", REPAIRS),
         ):
-            if getattr(self, name) not in choices:
-                raise TempoError(
-                    f"prune {name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
-                )
+            check_choice(f"prune {name}", getattr(self, name), choices)
         check_range("prune threshold", self.threshold, 0.0, 1.0)
         check_range("prune keep_rate", self.keep_rate, 0.0, 1.0, low_open=True)
         check_range("prune compact_above", self.compact_above, 0.0, 1.0)
-        if not 0 < self.steepness < float("inf"):
-            raise TempoError(f"prune steepness must be above 0, got {self.steepness}")
-        if self.lookback < 1:
-            raise TempoError(f"prune lookback must be at least 1, got {self.lookback}")
-        if not 1 <= self.min_age <= self.lookback:
+        check_range("prune steepness", self.steepness, 0.0, sys.float_info.max, low_open=True)
+        if not callable(self.schedule):
+            raise TempoError(
+                f"prune schedule must be a schedule, as parse_schedule makes one of text, got "
+                f"{shown(self.schedule)}"
+            )
+        check_count("prune lookback", self.lookback)
+        check_count("prune min_age", self.min_age)
+        if self.min_age > self.lookback:
             raise TempoError(
                 f"prune min_age must be in [1, lookback] = [1, {self.lookback}], got {self.min_age}"
             )
@@ -150,11 +153,11 @@ class Pruning:
                 "prune repair recompute needs a token of each set to go on from, "
                 "so when_all_fall must be keep_best or keep_all, got 'drop_set'"
             )
-        if isinstance(self.layers, int):
-            if self.layers < 1:
-                raise TempoError(f"prune layers must name at least 1 layer, got {self.layers}")
-        elif self.layers is not None and (not self.layers or min(self.layers) < 0):
-            raise TempoError(f"prune layers must be numbers from 0, got {self.layers}")
+        if isinstance(self.layers, tuple) and self.layers:
+            for layer in self.layers:
+                check_count("prune layers", layer, 0)
+        elif self.layers is not None:
+            check_count("prune layers", self.layers)
 
     @property
     def needs_attention(self) -> bool:
@@ -206,7 +209,7 @@ def parse_layers(text: str) -> int | tuple[int, ...] | None:
         return tuple(int(part) for part in text.split(","))
     except ValueError as error:
         raise TempoError(
-            f"prune layers must be all, last:N or numbers like 3,7,11, got {text!r}"
+            f"prune layers must be all, last:N or numbers like 3,7,11, got {shown(text)}"
         ) from error
 
 

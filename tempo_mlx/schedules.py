@@ -1,10 +1,10 @@
 """How a threshold moves over a run: fractions f(t) of the way, t = step / total steps in [0, 1]."""
 
-import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Protocol
 
+from .arguments import check_range, check_text, shown
 from .errors import TempoError
 
 
@@ -82,31 +82,28 @@ def parse_schedule(text: str) -> Schedule:
     """The schedule written as ``constant``, ``bezier(0.2,0.8)`` or ``relu(0.5)``.
 
     Raises:
-        ValueError: for an unknown name, a wrong number of arguments or one out of range.
+        TempoError: for an unknown name, a wrong number of arguments or one out of range.
     """
+    check_text("schedule", text)
     match = re.fullmatch(r"\s*(\w+)\s*(?:\(([^()]*)\))?\s*", text)
     if match is None or match[1] not in SCHEDULES:
         raise TempoError(
-            f"schedule must be constant, bezier(p1,p2) or relu(activation), got {text!r}"
+            f"schedule must be constant, bezier(p1,p2) or relu(activation), got {shown(text)}"
         )
     kind = SCHEDULES[match[1]]
     try:
-        values = [float(part) for part in (match[2] or "").split(",") if part.strip()]
-        return kind(*values)
-    except TypeError as error:
-        raise TempoError(f"schedule {text!r} has a wrong number of arguments") from error
+        inside = (match[2] or "").strip()
+        values = [float(part) for part in inside.split(",")] if inside else []
     except ValueError as error:
-        raise TempoError(f"schedule {text!r}: {error}") from error
+        raise TempoError(f"schedule {shown(text)}: {error}") from error
+    if len(values) > len(fields(kind)):
+        raise TempoError(f"schedule {shown(text)} has a wrong number of arguments")
+    try:
+        return kind(*values)
+    except TempoError as error:
+        raise TempoError(f"schedule {shown(text)}: {error}") from error
 
 
 def interpolate(start: float, end: float, schedule: Schedule, step: int, total: int) -> float:
     """start + (end - start) f(step / total)."""
     return start + (end - start) * schedule(step / total)
-
-
-def check_range(name: str, value: float, low: float, high: float, low_open: bool = False) -> None:
-    """Raise ValueError naming the argument, its value and its range unless it is inside."""
-    inside = low < value <= high if low_open else low <= value <= high
-    if math.isnan(value) or not inside:
-        bracket = "(" if low_open else "["
-        raise TempoError(f"{name} must be in {bracket}{low:g}, {high:g}], got {value}")

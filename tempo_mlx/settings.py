@@ -5,11 +5,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
+from .arguments import check_choice, check_count, check_range, check_text, shown
 from .combining import COMBINE
 from .errors import TempoError
 from .needs import NEEDS, told, unmet
 from .pruning import COMPACT_ABOVE, Pruning
-from .schedules import Constant, Schedule, check_range
+from .schedules import Constant, Schedule
 from .visibility import VISIBILITY, WITH_PARENTS
 
 #: Weights that the tokens of a set may have as keys.
@@ -21,6 +22,14 @@ WEIGHTING_LOOKBACK = 3
 #: How the candidates of a set are found.
 SAMPLING = ("deterministic", "gumbel")
 
+#: The largest seed that there is.
+MOST_SEED = 2**63 - 1
+
+#: Temperatures at which logits that were divided by them are finite and differ in fp32.
+TEMPERATURES = 1e-6, 1e6
+
+#: Largest margin of leaves in nats, beyond what the logits of any model differ by.
+MOST_MARGIN = 1e6
 
 #: Where the branches of a tree live.
 BRANCHING = ("shared", "replicate")
@@ -37,7 +46,7 @@ class Settings:
             last step is max_tokens - 1, a step short of it. None keeps the threshold.
         schedule: how the threshold moves from the one to the other.
         max_parallel: tokens of a set at most, at least 1.
-        temp: temperature of the softmax that the threshold is compared with, above 0.
+        temp: temperature of the softmax that the threshold is compared with, [1e-6, 1e6].
         sampling: "deterministic", or "gumbel" to draw without replacement before the threshold.
         seed: of the draws; None picks one and records it. Without sampling it changes nothing.
         visibility: a key of :data:`tempo_mlx.visibility.VISIBILITY`. Where none is given it is
@@ -83,6 +92,13 @@ class Settings:
             object.__setattr__(self, "visibility", "isolated" if sets else "recombined")
         for name in ("max_tokens", "max_parallel", "max_leaves", "prefill_step_size"):
             check_count(name, getattr(self, name))
+        if not callable(self.schedule):
+            raise TempoError(
+                f"schedule must be a schedule, as parse_schedule makes one of text, got "
+                f"{shown(self.schedule)}"
+            )
+        if not isinstance(self.pruning, Pruning | None):
+            raise TempoError(f"pruning must be a Pruning or None, got {shown(self.pruning)}")
         check_range("threshold", self.threshold, 0.0, 1.0, low_open=True)
         if self.final_threshold is not None:
             check_range("final_threshold", self.final_threshold, 0.0, 1.0, low_open=True)
@@ -92,28 +108,29 @@ class Settings:
                 )
         elif not isinstance(self.schedule, Constant):
             raise TempoError(f"schedule {self.schedule} needs a final_threshold to move towards")
-        if not 0.0 < self.temp < float("inf"):
-            raise TempoError(
-                f"temp must be above 0, got {self.temp}; for greedy decoding use threshold 1"
-            )
-        if self.seed is not None and not 0 <= self.seed < 2**63:
-            raise TempoError(f"seed must be in [0, 2^63), got {self.seed}")
-        _check_choice("sampling", self.sampling, SAMPLING)
-        _check_choice("visibility", self.visibility, VISIBILITY)
-        _check_choice("branching", self.branching, BRANCHING)
+        check_temperature("temp", self.temp, "for greedy decoding use threshold 1")
+        if self.seed is not None:
+            check_count("seed", self.seed, 0, MOST_SEED)
+        check_choice("sampling", self.sampling, SAMPLING)
+        check_choice("visibility", self.visibility, VISIBILITY)
+        check_choice("branching", self.branching, BRANCHING)
         if self.branching == "replicate" and self.visibility != "tree":
             raise TempoError(
                 f"branching replicate needs visibility tree, got {self.visibility!r}: rows of "
                 "their own share nothing"
             )
-        _check_choice("combine", self.combine, COMBINE)
-        _check_choice("weighting", self.weighting, WEIGHTINGS)
-        if self.leaf_margin is not None and not self.leaf_margin >= 0:
-            raise TempoError(f"leaf_margin must be at least 0 nats, got {self.leaf_margin}")
+        check_choice("combine", self.combine, COMBINE)
+        check_choice("weighting", self.weighting, WEIGHTINGS)
+        if self.leaf_margin is not None:
+            check_range("leaf_margin", self.leaf_margin, 0.0, MOST_MARGIN)
         if self.has_parents:
             self._check_parents()
-        if isinstance(self.stop, str) or not all(self.stop):
-            raise TempoError(f"stop must be a tuple of texts that are not empty, got {self.stop!r}")
+        if not isinstance(self.stop, (tuple, list)) or not all(self.stop):
+            raise TempoError(
+                f"stop must be a tuple of texts that are not empty, got {shown(self.stop)}"
+            )
+        for i, text in enumerate(self.stop):
+            check_text(f"stop[{i}]", text)
 
     def _check_parents(self) -> None:
         """Refuse what has no meaning, or no exact one, where tokens have parents."""
@@ -259,12 +276,9 @@ def _inner(pruning: Pruning) -> dict[str, Any]:
     return {f"pruning.{name}": value for name, value in vars(pruning).items()}
 
 
-def check_count(name: str, value: Any) -> None:
-    """Raise ValueError naming the argument and its value unless it is an integer above 0."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise TempoError(f"{name} must be an integer of at least 1, got {value!r}")
-
-
-def _check_choice(name: str, value: str, choices: Any) -> None:
-    if value not in choices:
-        raise TempoError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+def check_temperature(name: str, value: Any, advice: str) -> None:
+    """Raise TempoError unless logits divided by the value stay finite and apart in fp32."""
+    try:
+        check_range(name, value, *TEMPERATURES, words="above 0, ")
+    except TempoError as error:
+        raise TempoError(f"{error}; {advice}") from error

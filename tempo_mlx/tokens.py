@@ -1,10 +1,19 @@
 """Between text and token ids."""
 
 import copy
-from collections.abc import Sequence
-from typing import Any, cast
+import operator
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
+from .arguments import check_text, shown
+from .chat import encode_chat
 from .errors import TempoError
+
+if TYPE_CHECKING:
+    from .models import PlainModel, PositionedModel
+
+#: A prompt: text, token ids, or chat messages for the model's template.
+Prompt = str | Sequence[int] | Sequence[dict[str, Any]]
 
 
 class Vocabulary:
@@ -47,37 +56,87 @@ def without_end(tokenizer: Any) -> Any:
     return endless
 
 
+def require_tokenizer(tokenizer: Any) -> None:
+    """Raise TempoError unless this is a tokenizer as :func:`tempo_mlx.load` returns it."""
+    ends = getattr(tokenizer, "eos_token_ids", None)
+    if not isinstance(ends, Collection) or not hasattr(tokenizer, "encode"):
+        raise TempoError(
+            "tokenizer must be mlx-lm's tokenizer wrapper, as load returns it behind the model, "
+            f"got {type(tokenizer).__name__}"
+        )
+
+
 def encode_prompt(
-    tokenizer: Any,
-    prompt: str | Sequence[int] | Sequence[dict[str, Any]],
-    context_length: int | None = None,
+    tokenizer: Any, prompt: Prompt, model: "PositionedModel | PlainModel"
 ) -> list[int]:
     """Token ids of a prompt: text, ids as they are, or chat messages through the template.
 
+    Args:
+        tokenizer: mlx-lm's tokenizer wrapper.
+        prompt: text, at least one token id (in a list, or an array of integers), or chat messages;
+            see :func:`.chat.encode_chat`.
+        model: whose vocabulary and context the prompt must fit.
+
     Raises:
-        ValueError: if the prompt is empty, leaves the context no room, holds ids outside the
-            vocabulary, or needs a chat template that the tokenizer has not got.
+        TempoError: if the prompt is none of these or empty, leaves the context no room for an
+            answer, holds ids that the model's embedding does not have, or does not go through the
+            chat template.
     """
+    require_tokenizer(tokenizer)
     if isinstance(prompt, str):
         if not prompt:
             raise TempoError("prompt is empty; give at least one character")
+        check_text("prompt", prompt)
         bos = tokenizer.bos_token
         ids = tokenizer.encode(prompt, add_special_tokens=bos is None or not prompt.startswith(bos))
-    elif len(prompt) and isinstance(prompt[0], dict):
-        if not getattr(tokenizer, "has_chat_template", True):
-            raise TempoError("prompt is chat messages, but the model has no chat template")
-        ids = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True)
     else:
-        ids = [int(id) for id in cast(Sequence[int], prompt)]
-        size = len(tokenizer)
-        for id in ids:
-            if not 0 <= id < size:
-                raise TempoError(f"prompt has token id {id}, the vocabulary is [0, {size})")
-    if not ids:
+        items = _items(prompt)
+        chat = bool(items) and isinstance(items[0], Mapping)
+        ids = encode_chat(tokenizer, items) if chat else _ids(items)
+    if not len(ids):
         raise TempoError("prompt is empty; give at least one token")
-    if context_length is not None and len(ids) >= context_length:
+    size = model.vocabulary_size
+    for id in ids:
+        if not 0 <= id < size:
+            raise TempoError(
+                f"prompt has token id {shown(id)}, the model's vocabulary is [0, {size})"
+            )
+    if model.context_length is not None and len(ids) >= model.context_length:
         raise TempoError(
-            f"prompt has {len(ids)} tokens, the model's context holds {context_length} and needs "
-            "one for an answer; shorten the prompt"
+            f"prompt has {len(ids)} tokens, the model's context holds {model.context_length} and "
+            "needs one for an answer; shorten the prompt"
         )
     return list(ids)
+
+
+def _items(prompt: Any) -> list[Any]:
+    """What a prompt that is no text consists of."""
+    if hasattr(prompt, "tolist"):  # arrays of numpy and mlx
+        prompt = prompt.tolist()
+    if isinstance(prompt, Mapping):
+        raise TempoError("prompt is one chat message; give a list of messages")
+    if isinstance(prompt, (bytes, bytearray, memoryview)) or not isinstance(prompt, Sequence):
+        raise TempoError(
+            f"prompt must be text, token ids or chat messages, got {shown(prompt)}"
+            + ("; decode it first" if isinstance(prompt, (bytes, bytearray)) else "")
+        )
+    return list(prompt)
+
+
+def _ids(items: list[Any]) -> list[int]:
+    ids = []
+    for i, item in enumerate(items):
+        if isinstance(item, (str, list, tuple)):
+            raise TempoError(
+                f"prompt is one prompt, got a list with {shown(item)}; for many prompts use "
+                "batch_generate"
+            )
+        try:
+            # Not int(), which cuts off what a number has behind the point.
+            id = operator.index(item)
+        except TypeError:
+            id = None
+        if id is None or isinstance(item, bool):
+            raise TempoError(f"prompt[{i}] must be a token id, an integer, got {shown(item)}")
+        ids.append(id)
+    return ids

@@ -166,7 +166,7 @@ def generate(
     ] = DEFAULTS.combine,
     temp: Annotated[
         float,
-        typer.Option(help="Temperature of the softmax before the threshold, above 0."),
+        typer.Option(help="Temperature of the softmax before the threshold, in [1e-6, 1e6]."),
     ] = DEFAULTS.temp,
     sampling: Annotated[
         str,

@@ -9,15 +9,18 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from ..arguments import check_count, check_range
 from ..console import Console
-from ..errors import TempoError
 from ..needs import Need
 from ..plots import check_plot, plot_schedule
-from ..schedules import check_range, parse_schedule
+from ..schedules import parse_schedule
 from .effects import require_effect
 
 #: Rows of the curve in the terminal, an odd number: half the base has a row of its own.
 ROWS = 13
+
+#: Steps whose thresholds are worth a line each.
+MOST_STEPS = 100_000
 
 #: Columns of the curve; beyond the most, it is no easier to read.
 FEWEST_COLUMNS, MOST_COLUMNS = 10, 100
@@ -40,7 +43,10 @@ def schedule(
             "activation in [0, 1). Quote it: the shell reads parentheses.",
         ),
     ],
-    steps: Annotated[int, typer.Option("--steps", "-n", help="Steps of the run, at least 1.")] = 50,
+    steps: Annotated[
+        int,
+        typer.Option("--steps", "-n", help=f"Steps of the run, in [1, {MOST_STEPS}]."),
+    ] = 50,
     base: Annotated[
         float,
         typer.Option(metavar="THRESHOLD", help="Threshold where the curve is 1, in (0, 1]."),
@@ -63,8 +69,7 @@ def schedule(
     """
     require_effect(context, {"values": (Need("as_json", absent=True),)})
     curve = parse_schedule(schedule)
-    if steps < 1:
-        raise TempoError(f"--steps must be at least 1, got {steps}")
+    check_count("--steps", steps, most=MOST_STEPS)
     check_range("--base", base, 0.0, 1.0, low_open=True)
     if plot is not None:
         check_plot(plot)

@@ -69,7 +69,7 @@ def search(
         ),
     ] = DEFAULTS.selection,
     exploration: Annotated[
-        float, typer.Option("--exploration", "-c", help="The constant c, at least 0.")
+        float, typer.Option("--exploration", "-c", help="The constant c, in [0, 1e9].")
     ] = DEFAULTS.exploration,
     evaluation: Annotated[
         str,
@@ -93,7 +93,10 @@ def search(
     ] = DEFAULTS.backup,
     depth: Annotated[int, typer.Option(help="Tokens of a rollout, at least 1.")] = DEFAULTS.depth,
     rollout_temp: Annotated[
-        float, typer.Option(help="0 for greedy rollouts, else the temperature they are drawn at.")
+        float,
+        typer.Option(
+            help="0 for greedy rollouts, else the temperature they are drawn at, in [1e-6, 1e6]."
+        ),
     ] = DEFAULTS.rollout_temp,
     seed: Annotated[int, typer.Option(help="Seed of the draws.")] = DEFAULTS.seed,
     leaves_per_batch: Annotated[

@@ -51,9 +51,11 @@ class PositionedModel:
             raise self._unsupported(str(error)) from error
         #: dtype of the activations, which an additive mask must have
         self.dtype = _activation_dtype(model)
-        #: whether attention can be captured, and whether masks may be additive
         #: attention layers, counted as they are executed
         self.n_layers = 0
+        #: token ids that the model's embedding has, [0, vocabulary_size)
+        self.vocabulary_size = 0
+        #: whether attention can be captured, and whether masks may be additive
         self.captures_attention, self.takes_additive_masks = self._trace()
         #: whether rows of different lengths need no padding
         self.packs_rows = self._packs_rows()
@@ -67,7 +69,7 @@ class PositionedModel:
     @classmethod
     def of(cls, model: "nn.Module | PositionedModel") -> "PositionedModel":
         """The model itself if it is positioned already, else wrapped."""
-        return model if isinstance(model, PositionedModel) else cls(model)
+        return model if isinstance(model, PositionedModel) else cls(require_model(model))
 
     @property
     def precision(self) -> str:
@@ -268,6 +270,7 @@ class PositionedModel:
         if not self._halves.divide(logits, hidden):
             raise self._unsupported("does not make its logits of its layers' output alone")
         self.n_layers = trace.calls
+        self.vocabulary_size = logits.shape[-1]
         #: bytes of one slot's keys and values in all layers, and of what the layers make of it
         self.slot_bytes = cache.nbytes // cache.capacity
         self.hidden_bytes = hidden.nbytes // 3
@@ -319,6 +322,16 @@ def _activation_dtype(model: nn.Module) -> mx.Dtype:
     parameters = dict(cast(list[tuple[str, mx.array]], tree_flatten(model.parameters())))
     dtypes = [parameter.dtype for parameter in parameters.values()]
     return next((dtype for dtype in dtypes if mx.issubdtype(dtype, mx.floating)), mx.float32)
+
+
+def require_model(model: Any) -> nn.Module:
+    """The model, or TempoError for what is no model of MLX."""
+    if not isinstance(model, nn.Module):
+        swapped = "; model and tokenizer are swapped" if hasattr(model, "eos_token_ids") else ""
+        raise TempoError(
+            f"model must be a model as load returns it, got {type(model).__name__}{swapped}"
+        )
+    return model
 
 
 def context_length_of(model: nn.Module) -> int | None:

@@ -1,6 +1,5 @@
 """Scores of candidate words, given the contexts that they would continue."""
 
-import math
 import string
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,11 +10,18 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.generate import generation_stream, wired_limit
 
+from ..arguments import (
+    MOST_BYTES,
+    check_choice,
+    check_count,
+    check_range,
+    check_text,
+    shown,
+)
 from ..batching import default_budget
 from ..errors import TempoError
-from ..models import PositionedModel, UnsupportedModelError
-from ..models.model import context_length_of
-from ..tokens import Vocabulary
+from ..models import PlainModel, PositionedModel, UnsupportedModelError
+from ..tokens import Vocabulary, require_tokenizer
 from .full_passes import FullPasses
 from .questions import Answer, Question, Reader, ScoringStats
 from .texts import CLOSING, Candidate, Texts
@@ -23,6 +29,9 @@ from .tree_reader import TreeReader
 
 #: Tokens of a forward pass, unless the caller says how many.
 CHUNK_SIZE = 512
+
+#: The largest factor on log-probabilities and the largest bonus: all scores are finite.
+MOST_WEIGHT = 1e9
 
 #: How log-probabilities of homophones make one.
 AGGREGATES: dict[str, Callable[[list[float]], float]] = {
@@ -97,8 +106,8 @@ class ContinuationScorer:
         model: as ``load`` returns it. One that cannot hold branches in one sequence state is read
             in full passes, see :attr:`.ScoringStats.method`.
         tokenizer: mlx-lm's tokenizer wrapper.
-        weight: factor on log-probabilities, finite.
-        word_insertion_bonus: added for every word, finite; not multiplied by ``weight``.
+        weight: factor on log-probabilities, [-1e9, 1e9].
+        word_insertion_bonus: added for every word, [-1e9, 1e9]; not multiplied by ``weight``.
         truecase: None, "english" (needs the extra ``truecase``), or a function text -> text that
             changes the case of letters only. Each candidate is cased together with its context.
         max_context_tokens: the last ones of a context that are kept, at least 1; None keeps all.
@@ -132,33 +141,30 @@ class ContinuationScorer:
         chunk_size: int = CHUNK_SIZE,
     ):
         for name, number in (("weight", weight), ("word_insertion_bonus", word_insertion_bonus)):
-            if isinstance(number, bool) or not isinstance(number, (int, float, np.number)):
-                raise TempoError(f"{name} must be a number, got {number!r}")
-            if not math.isfinite(number):
-                raise TempoError(f"{name} must be finite, got {number}")
-        sizes = {
-            "max_context_tokens": max_context_tokens,
-            "max_kv_bytes": max_kv_bytes,
-            "chunk_size": chunk_size,
-        }
-        for name, size in sizes.items():
-            if size is not None and (type(size) is not int or size < 1):
-                raise TempoError(f"{name} must be an integer of at least 1, got {size!r}")
-        if aggregate not in AGGREGATES:
-            raise TempoError(f"aggregate must be one of {', '.join(AGGREGATES)}, got {aggregate!r}")
-        if isinstance(truecase, str):
-            if truecase != "english":
-                raise TempoError(f'truecase must be "english" or a function, got {truecase!r}')
+            given = number.item() if isinstance(number, np.number) else number
+            check_range(name, given, -MOST_WEIGHT, MOST_WEIGHT, words="finite, ")
+        check_count("chunk_size", chunk_size)
+        if max_context_tokens is not None:
+            check_count("max_context_tokens", max_context_tokens)
+        if max_kv_bytes is not None:
+            check_count("max_kv_bytes", max_kv_bytes, most=MOST_BYTES)
+        check_choice("aggregate", aggregate, AGGREGATES)
+        if truecase == "english":
             from .truecase import english
 
             truecase = english()
+        if truecase is not None and not callable(truecase):
+            raise TempoError(f'truecase must be "english" or a function, got {shown(truecase)}')
+        plain = PlainModel(model)
+        require_tokenizer(tokenizer)
         self.weight, self.word_insertion_bonus = float(weight), float(word_insertion_bonus)
         self.aggregate = aggregate
         self.trailing_space_correction = trailing_space_correction
-        self._plain = model.model if isinstance(model, PositionedModel) else model
+        self._plain = plain.model
         self._vocabulary = Vocabulary(tokenizer)
-        length = context_length_of(self._plain)
-        self._texts = Texts(tokenizer, truecase, max_context_tokens, length)
+        self._texts = Texts(
+            tokenizer, truecase, max_context_tokens, plain.context_length, plain.vocabulary_size
+        )
         ends = self._vocabulary.end_tokens
         begins = self._vocabulary.beginning(BEGINNINGS) if trailing_space_correction else set()
         sets = [sorted(begins | ends), sorted(ends)]
@@ -219,7 +225,7 @@ class ContinuationScorer:
         """
         questions = []
         for i, context in enumerate(_require_list(contexts, "contexts")):
-            _require_text(context, f"contexts[{i}]")
+            check_text(f"contexts[{i}]", context)
             with _naming(f"contexts[{i}]"):
                 questions.append(_after(self._texts.context(context)))
         answers = self._answers(questions)
@@ -246,15 +252,17 @@ class ContinuationScorer:
             )
         nested = []
         for i, (context, words) in enumerate(zip(contexts, candidate_words, strict=True)):
-            _require_text(context, f"contexts[{i}]")
+            check_text(f"contexts[{i}]", context)
             own = []
             for j, word in enumerate(_require_list(words, f"candidate_words[{i}]")):
                 name = f"candidate_words[{i}][{j}]"
                 spellings = [word] if isinstance(word, str) else word
                 if not isinstance(spellings, (list, tuple)) or not spellings:
-                    raise TempoError(f"{name} must be a word or a list of spellings, got {word!r}")
+                    raise TempoError(
+                        f"{name} must be a word or a list of spellings, got {shown(word)}"
+                    )
                 for spelling in spellings:
-                    _require_text(spelling, name)
+                    check_text(name, spelling)
                     if not spelling.strip():
                         raise TempoError(f"{name} is empty; give a word of at least one letter")
                 with _naming(name):
@@ -334,13 +342,8 @@ def _behind(answer: Answer) -> np.ndarray:
 
 def _require_list(value: Any, name: str) -> Any:
     if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
-        raise TempoError(f"{name} must be a list, got {value!r}")
+        raise TempoError(f"{name} must be a list, got {shown(value)}")
     return value
-
-
-def _require_text(value: Any, name: str) -> None:
-    if not isinstance(value, str):
-        raise TempoError(f"{name} must be a text, got {value!r}")
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from ..arguments import shown
 from ..errors import TempoError
 from .trie import shared
 
@@ -50,6 +51,7 @@ class Texts:
             token that the tokenizer puts before every text is kept, too, and counts. None keeps
             all.
         context_length: positions that the model was made for; None where that is not known.
+        vocabulary_size: token ids that the model has, [0, vocabulary_size); None if all are good.
     """
 
     def __init__(
@@ -58,9 +60,11 @@ class Texts:
         truecase: Callable[[str], str] | None = None,
         max_context_tokens: int | None = None,
         context_length: int | None = None,
+        vocabulary_size: int | None = None,
     ):
         self._tokenizer = tokenizer
         self._max_context_tokens, self._context_length = max_context_tokens, context_length
+        self._vocabulary_size = vocabulary_size
         self._encode = functools.lru_cache(maxsize=KNOWN_TEXTS)(self._encoded)
         self._truecase = functools.lru_cache(maxsize=KNOWN_TEXTS)(truecase) if truecase else None
         first = _id(tokenizer, "bos_token_id")
@@ -100,7 +104,7 @@ class Texts:
             tokens = self._tokens("") + tokens
             start = len(tokens) - len(self._encode(cased))
         if start == len(tokens):
-            raise TempoError(f"{word!r} adds no token to {context!r}")
+            raise TempoError(f"{shown(word)} adds no token to {shown(context)}")
         kept = self._kept(tokens, start)
         own = self._kept(before, len(before))
         first = start - (len(tokens) - len(kept))
@@ -130,7 +134,13 @@ class Texts:
         return tokens
 
     def _encoded(self, text: str) -> tuple[int, ...]:
-        return tuple(self._tokenizer.encode(text, add_special_tokens=False))
+        ids = tuple(self._tokenizer.encode(text, add_special_tokens=False))
+        size = self._vocabulary_size
+        if size is not None and ids and max(ids) >= size:
+            raise TempoError(
+                f"{shown(text)} has token id {max(ids)}, the model's vocabulary is [0, {size})"
+            )
+        return ids
 
     def _cased(self, text: str) -> str:
         if self._truecase is None or not text:
@@ -138,8 +148,8 @@ class Texts:
         cased = self._truecase(text)
         if not isinstance(cased, str) or len(cased) != len(text) or cased.lower() != text.lower():
             raise TempoError(
-                f"truecase must change nothing but the case of letters, it made {cased!r} of "
-                f"{text!r}"
+                f"truecase must change nothing but the case of letters, it made {shown(cased)} "
+                f"of {shown(text)}"
             )
         return cased
 

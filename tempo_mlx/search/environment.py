@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.generate import generation_stream
 
-from ..combining import softmax
+from ..combining import softmax, tempered
 from ..decoder import CacheBudgetError
 from ..lattice import Lattice
 from ..models import PositionedModel
@@ -261,7 +261,7 @@ class TextEnvironment:
             else:
                 self._draws += 1
                 key = mx.array(noise_key(self.settings.seed, self._draws))
-                ids = mx.random.categorical(logits / self.settings.rollout_temp, key=key)
+                ids = mx.random.categorical(tempered(logits, self.settings.rollout_temp), key=key)
             return ids, mx.take_along_axis(p, ids[:, None], axis=1)[:, 0]
 
 

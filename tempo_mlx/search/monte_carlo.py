@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from ..arguments import check_choice, check_count, check_range
 from ..errors import TempoError
 from .tree import ROOT, UNEXPANDED, Tree
 
@@ -91,13 +92,17 @@ def maximum(tree: Tree, path: Sequence[int]) -> None:
 BACKUPS: dict[str, Callable[[Tree, Sequence[int]], None]] = {"mean": mean, "max": maximum}
 
 
+#: The largest constant of a selection rule, beside which values still count.
+MOST_EXPLORATION = 1e9
+
+
 @dataclass(frozen=True)
 class TreePolicy:
     """How a tree is searched.
 
     Args:
         selection: a key of :data:`SELECTIONS`.
-        exploration: the constant c of the selection rule, at least 0.
+        exploration: the constant c of the selection rule, [0, 1e9].
         backup: a key of :data:`BACKUPS`.
         leaves_per_batch: leaves that are expanded and evaluated together, at least 1.
 
@@ -112,14 +117,11 @@ class TreePolicy:
 
     def __post_init__(self) -> None:
         for name, choices in (("selection", SELECTIONS), ("backup", BACKUPS)):
-            if getattr(self, name) not in choices:
-                raise TempoError(
-                    f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
-                )
-        if not 0 <= self.exploration < math.inf:
-            raise TempoError(f"exploration must be finite and at least 0, got {self.exploration}")
-        if self.leaves_per_batch < 1:
-            raise TempoError(f"leaves_per_batch must be at least 1, got {self.leaves_per_batch}")
+            check_choice(name, getattr(self, name), choices)
+        check_range(
+            "exploration", self.exploration, 0.0, MOST_EXPLORATION, words="finite and at least 0, "
+        )
+        check_count("leaves_per_batch", self.leaves_per_batch)
 
 
 class SearchError(TempoError):
@@ -186,8 +188,7 @@ class TreeSearch:
             ValueError: if the budget is less than 1, or the root is terminal.
             SearchError: see :meth:`expand` and :meth:`evaluate`.
         """
-        if simulations < 1:
-            raise TempoError(f"simulations must be at least 1, got {simulations}")
+        check_count("simulations", simulations)
         self.expand([ROOT])
         if self.tree.terminal[ROOT]:
             raise TempoError(f"the root, path {self.tree.path(ROOT)}, is terminal: nothing follows")

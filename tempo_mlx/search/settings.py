@@ -4,11 +4,14 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..arguments import MOST_BYTES, check_count, check_range, shown
 from ..errors import TempoError
 from ..needs import Need, Needs, told, unmet
-from ..schedules import check_range
-from ..settings import check_count
+from ..settings import MOST_SEED, check_temperature
 from .monte_carlo import TreePolicy
+
+#: The longest time that may be set, in seconds: more than 30 years.
+MOST_SECONDS = 1e9
 
 #: How a leaf's text becomes a value in [0, 1].
 EVALUATIONS = ("mean_logprob", "mean_probability", "rollout")
@@ -36,7 +39,8 @@ class SearchSettings:
             geometric mean of their probabilities, so that it is in [0, 1]), or "rollout" (the
             same of the text and ``depth`` tokens that follow it).
         depth: tokens of a rollout, at least 1.
-        rollout_temp: 0 for greedy rollouts, else the temperature at which they are drawn.
+        rollout_temp: 0 for greedy rollouts, else the temperature at which they are drawn,
+            [1e-6, 1e6].
         seed: of the draws.
         max_forward_tokens: the search ends once so many tokens have passed through the model, the
             prompt included; the batch that reaches the number is finished. None sets no bound.
@@ -69,20 +73,20 @@ class SearchSettings:
     def __post_init__(self) -> None:
         for name in ("max_tokens", "simulations", "max_parallel", "depth", "prefill_step_size"):
             check_count(name, getattr(self, name))
-        for name in ("max_forward_tokens", "max_kv_bytes"):
-            if getattr(self, name) is not None:
-                check_count(name, getattr(self, name))
-        if self.max_seconds is not None and not self.max_seconds > 0:
-            raise TempoError(f"max_seconds must be above 0, got {self.max_seconds}")
+        if self.max_forward_tokens is not None:
+            check_count("max_forward_tokens", self.max_forward_tokens)
+        if self.max_kv_bytes is not None:
+            check_count("max_kv_bytes", self.max_kv_bytes, most=MOST_BYTES)
+        if self.max_seconds is not None:
+            check_range("max_seconds", self.max_seconds, 0.0, MOST_SECONDS, True, "above 0, ")
         check_range("threshold", self.threshold, 0.0, 1.0, low_open=True)
-        if not 0.0 <= self.rollout_temp < float("inf"):
-            raise TempoError(f"rollout_temp must be at least 0, got {self.rollout_temp}")
-        if not 0 <= self.seed < 2**63:
-            raise TempoError(f"seed must be in [0, 2^63), got {self.seed}")
-        if self.evaluation not in EVALUATIONS:
+        if self.rollout_temp != 0:
+            check_temperature("rollout_temp", self.rollout_temp, "0 makes rollouts greedy")
+        check_count("seed", self.seed, 0, MOST_SEED)
+        if not isinstance(self.evaluation, str) or self.evaluation not in EVALUATIONS:
             raise TempoError(
                 f"evaluation must be one of {', '.join(EVALUATIONS)}, or a function of (tokens, "
-                f"text), got {self.evaluation!r}"
+                f"text), got {shown(self.evaluation)}"
             )
         self.policy()
 

@@ -2,7 +2,7 @@
 
 import copy
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -11,9 +11,10 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.generate import generation_stream, wired_limit
 
+from ..arguments import shown
 from ..errors import TempoError
 from ..models import PositionedModel
-from ..tokens import Vocabulary, encode_prompt
+from ..tokens import Prompt, Vocabulary, encode_prompt
 from .environment import Batched, TextEnvironment, Value
 from .monte_carlo import TreeSearch
 from .settings import SearchSettings
@@ -124,7 +125,7 @@ class SearchResult:
 def search(
     model: nn.Module | PositionedModel,
     tokenizer: Any,
-    prompt: str | Sequence[int] | Sequence[dict[str, Any]],
+    prompt: Prompt,
     *,
     value: Value | Batched | None = None,
     **kwargs: Any,
@@ -151,7 +152,7 @@ def search(
 def stream_search(
     model: nn.Module | PositionedModel,
     tokenizer: Any,
-    prompt: str | Sequence[int] | Sequence[dict[str, Any]],
+    prompt: Prompt,
     *,
     value: Value | Batched | None = None,
     model_name: str | None = None,
@@ -172,13 +173,15 @@ def stream_search(
         As :func:`search`.
     """
     chosen = SearchSettings(**settings)
+    if value is not None and not isinstance(value, Batched) and not callable(value):
+        raise TempoError(f"value must be a function or Batched, got {shown(value)}")
     positioned = PositionedModel.of(model)
     if value is not None and chosen.evaluation != SearchSettings.evaluation:
         raise TempoError(
             f"evaluation {chosen.evaluation} has no effect with value, which says what a text is "
             "worth; leave one out"
         )
-    ids = encode_prompt(tokenizer, prompt, positioned.context_length)
+    ids = encode_prompt(tokenizer, prompt, positioned)
     budget = chosen.max_forward_tokens
     if budget is not None and budget <= len(ids):
         raise TempoError(

@@ -30,6 +30,18 @@ def in_numpy(rule, logits, weights, temp):
     return product / product.sum()
 
 
+@pytest.mark.parametrize("temp", [1e-6, 1e-4, 0.01, 100.0, 1e6])
+def test_extreme_temperatures_are_exact(temp):
+    rng = np.random.default_rng(3)
+    logits = (20 + rng.normal(size=(2, 50)) * min(temp, 10)).astype(np.float32)
+    weights = np.array([0.7, 0.2])
+    shifted = logits.astype(float) - logits.max(axis=1, keepdims=True)
+    for rule in ("mixture", "last"):
+        p, _ = combine(mx.array(logits), [rule], [weights], [temp])
+        expected = in_numpy(rule, shifted, weights, float(np.float32(temp)))
+        np.testing.assert_allclose(np.array(p)[0], expected, rtol=1e-5)
+
+
 @pytest.mark.parametrize("rule", COMBINE)
 @given(rows())
 def test_rule_is_its_formula(rule, case):

@@ -1,0 +1,69 @@
+"""Checks of arguments: the message has the name, the value, and what is allowed."""
+
+from collections.abc import Collection
+from reprlib import Repr
+from typing import Any
+
+from .errors import TempoError
+
+#: The largest count that is accepted where nothing smaller limits it; mlx counts in int32.
+MOST = 2**31 - 1
+
+#: The largest number of bytes that is accepted.
+MOST_BYTES = 2**63 - 1
+
+_repr = Repr()
+_repr.maxstring = _repr.maxother = 80
+_repr.maxlist = _repr.maxtuple = _repr.maxdict = 10
+
+
+def check_count(name: str, value: Any, least: int = 1, most: int = MOST) -> None:
+    """Raise TempoError unless the value is an integer in [least, most]."""
+    if type(value) is not int:
+        raise TempoError(f"{name} must be an integer of at least {least}, got {shown(value)}")
+    if value < least:
+        raise TempoError(f"{name} must be at least {least}, got {shown(value)}")
+    if value > most:
+        raise TempoError(f"{name} must be at most {most}, got {shown(value)}")
+
+
+def check_range(
+    name: str, value: Any, low: float, high: float, low_open: bool = False, words: str = ""
+) -> None:
+    """Raise TempoError unless the value is a number in [low, high], or (low, high].
+
+    Args:
+        words: what the message says before the range, such as "above 0, ".
+    """
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not (low < value <= high if low_open else low <= value <= high):
+        kind = words if number else "a number "
+        allowed = f"{'(' if low_open else '['}{low:g}, {high:g}]"
+        raise TempoError(f"{name} must be {kind}in {allowed}, got {shown(value)}")
+
+
+def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
+    """Raise TempoError unless the value is one of the choices."""
+    if not isinstance(value, str) or value not in choices:
+        raise TempoError(f"{name} must be one of {', '.join(choices)}, got {shown(value)}")
+
+
+def check_text(name: str, value: Any) -> None:
+    """Raise TempoError unless the value is a text that UTF-8 can write."""
+    if not isinstance(value, str):
+        raise TempoError(f"{name} must be a text, got {shown(value)}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise TempoError(
+            f"{name} is not Unicode text: character {error.start + 1} is half a surrogate pair, "
+            "which is what becomes of bytes that are not UTF-8"
+        ) from error
+
+
+def shown(value: Any) -> str:
+    """A value as Python writes it, on one line and cut in the middle where it is long."""
+    try:
+        return " ".join(_repr.repr(value).split())
+    except ValueError:
+        return "an integer of thousands of digits"
