@@ -27,6 +27,12 @@ def check_count(name: str, value: Any, least: int = 1, most: int = MOST) -> None
         raise TempoError(f"{name} must be at most {most}, got {shown(value)}")
 
 
+def check_seed(value: Any) -> None:
+    """Raise TempoError unless the value is a seed, an integer in [0, 2^63)."""
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise TempoError(f"seed must be in [0, 2^63), an integer, got {shown(value)}")
+
+
 def check_range(
     name: str, value: Any, low: float, high: float, low_open: bool = False, words: str = ""
 ) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from .arguments import check_choice, check_count, check_range, check_text, shown
+from .arguments import check_choice, check_count, check_range, check_seed, check_text, shown
 from .combining import COMBINE
 from .errors import TempoError
 from .needs import NEEDS, told, unmet
@@ -21,9 +21,6 @@ WEIGHTING_LOOKBACK = 3
 
 #: How the candidates of a set are found.
 SAMPLING = ("deterministic", "gumbel")
-
-#: The largest seed that there is.
-MOST_SEED = 2**63 - 1
 
 #: Temperatures at which logits that were divided by them are finite and differ in fp32.
 TEMPERATURES = 1e-6, 1e6
@@ -110,7 +107,7 @@ class Settings:
             raise TempoError(f"schedule {self.schedule} needs a final_threshold to move towards")
         check_temperature("temp", self.temp, "for greedy decoding use threshold 1")
         if self.seed is not None:
-            check_count("seed", self.seed, 0, MOST_SEED)
+            check_seed(self.seed)
         check_choice("sampling", self.sampling, SAMPLING)
         check_choice("visibility", self.visibility, VISIBILITY)
         check_choice("branching", self.branching, BRANCHING)

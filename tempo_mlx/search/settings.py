@@ -4,10 +4,10 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..arguments import MOST_BYTES, check_count, check_range, shown
+from ..arguments import MOST_BYTES, check_count, check_range, check_seed, shown
 from ..errors import TempoError
 from ..needs import Need, Needs, told, unmet
-from ..settings import MOST_SEED, check_temperature
+from ..settings import check_temperature
 from .monte_carlo import TreePolicy
 
 #: The longest time that may be set, in seconds: more than 30 years.
@@ -82,7 +82,7 @@ class SearchSettings:
         check_range("threshold", self.threshold, 0.0, 1.0, low_open=True)
         if self.rollout_temp != 0:
             check_temperature("rollout_temp", self.rollout_temp, "0 makes rollouts greedy")
-        check_count("seed", self.seed, 0, MOST_SEED)
+        check_seed(self.seed)
         if not isinstance(self.evaluation, str) or self.evaluation not in EVALUATIONS:
             raise TempoError(
                 f"evaluation must be one of {', '.join(EVALUATIONS)}, or a function of (tokens, "
