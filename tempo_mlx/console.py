@@ -1,5 +1,7 @@
 """Rich's console, through which no text commands the terminal."""
 
+import errno
+import os
 from collections.abc import Iterable
 
 import rich.console
@@ -15,6 +17,10 @@ class Console(rich.console.Console):
     Prompts, files, file names and the model's own output may hold any character. What rich itself
     sends to the terminal (colours, cursor movements of progress bars) stays as it is.
     """
+
+    def on_broken_pipe(self) -> None:
+        """Leave the end of the command to it, instead of ending the process here."""
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
     def render(
         self, renderable: RenderableType, options: ConsoleOptions | None = None

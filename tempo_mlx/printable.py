@@ -8,6 +8,7 @@ text around them. Both are replaced by symbols.
 import json
 import re
 import unicodedata
+from math import isfinite
 from typing import Any
 
 #: Characters that reorder the text around them, or break its line.
@@ -50,6 +51,15 @@ def json_text(data: Any, indent: int | None = None) -> str:
     text = json.dumps(data, ensure_ascii=False, indent=indent, allow_nan=False)
     # These stand in strings only, where an escape means the same.
     return _UNSAFE_JSON.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
+def finite(data: Any) -> Any:
+    """JSON-ready data with None for NaN and infinity, which JSON does not have."""
+    if isinstance(data, dict):
+        return {key: finite(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [finite(value) for value in data]
+    return None if isinstance(data, float) and not isfinite(data) else data
 
 
 def _symbol(match: re.Match[str]) -> str:

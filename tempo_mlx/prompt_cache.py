@@ -1,6 +1,5 @@
 """A prompt that has been read once, for many runs and for later."""
 
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 
 from .arguments import check_count
 from .errors import TempoError
+from .files import writing
 from .lattice import Lattice
 from .models import BatchedKVCache, PositionedModel
 from .models.identity import fingerprint
@@ -108,7 +108,6 @@ class PromptCache:
         Raises:
             OSError: if it cannot be written.
         """
-        path = Path(path)
         arrays = {"tokens": mx.array(self.tokens, mx.int32)}
         count = self.cache.n_slots
         for i, layer in enumerate(self.cache.layers):
@@ -116,11 +115,8 @@ class PromptCache:
                 arrays[f"layers.{i}.keys"] = mx.contiguous(layer.keys[..., :count, :])
                 arrays[f"layers.{i}.values"] = mx.contiguous(layer.values[..., :count, :])
         metadata = {"format": FORMAT, "version": str(VERSION), "model": self.fingerprint}
-        # mlx writes to a path that ends in .safetensors only.
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            whole = Path(folder) / "cache.safetensors"
-            mx.save_safetensors(str(whole), arrays, metadata)
-            whole.replace(path)
+        with writing(Path(path)) as file:
+            mx.save_safetensors(file, arrays, metadata)
 
     @classmethod
     def load(cls, path: Path | str, model: Any) -> "PromptCache":

@@ -15,9 +15,10 @@ from types import TracebackType
 from typing import Any
 
 from .errors import TempoError
+from .files import naming
 
 FOREIGN = "of another input, other settings or another model"
-ADVICE = "choose another --output or delete that file"
+ADVICE = "choose another --output or delete that file, or add --overwrite"
 
 
 class ResultsFile:
@@ -30,6 +31,7 @@ class ResultsFile:
     Args:
         path: of the output; made if it is not there.
         keys: what identifies each input row, its settings and its model; may repeat.
+        overwrite: begin again where a line is not the result of a row with these keys.
 
     Raises:
         ValueError: if another process has the file open, it cannot be written, or a line of it or
@@ -38,7 +40,9 @@ class ResultsFile:
             opened. Nothing stored is lost.
     """
 
-    def __init__(self, path: Path, keys: list[str]):
+    def __init__(self, path: Path, keys: list[str], overwrite: bool = False):
+        # Whatever link leads to it, a file has one journal.
+        path = Path(os.path.realpath(path))
         #: Numbers of the rows that are stored.
         self.done: set[int] = set()
         self._keys = list(keys)
@@ -55,7 +59,12 @@ class ResultsFile:
             self._output.lock()
             if self._pending_path.exists():
                 self._journal = _Lines(self._pending_path)
-            self._load(self._output, self._journal)
+            try:
+                self._load(self._output, self._journal)
+            except TempoError:
+                if not overwrite:
+                    raise
+                self._clear(self._output)
             self._settle(self._output)
         except BaseException:
             self.close()
@@ -148,6 +157,13 @@ class ResultsFile:
             journal.cut()
         output.cut()
 
+    def _clear(self, output: "_Lines") -> None:
+        """Forget what both files hold; the journal, in which nothing waits then, will go."""
+        output.clear()
+        self._next = 0
+        self.done.clear()
+        self._waiting.clear()
+
     def _check(self, path: Path, number: int, line: bytes, expected: int | None = None) -> int:
         """The row of a whole line.
 
@@ -223,14 +239,20 @@ class _Lines:
         """Drop what follows the last whole line."""
         os.ftruncate(self._fd, self._size)
 
+    def clear(self) -> None:
+        """Drop everything."""
+        self._size = 0
+        self.cut()
+
     def append(self, lines: bytes) -> None:
         """Write whole lines to the disk, all of them or none."""
         try:
-            self.cut()
-            written = 0
-            while written < len(lines):
-                written += os.pwrite(self._fd, lines[written:], self._size + written)
-            os.fsync(self._fd)
+            with naming(self.path):
+                self.cut()
+                written = 0
+                while written < len(lines):
+                    written += os.pwrite(self._fd, lines[written:], self._size + written)
+                os.fsync(self._fd)
         except BaseException:
             # If this fails as well, the next to append or to open cuts it off.
             with suppress(OSError):

@@ -1,5 +1,6 @@
 """The command line: ``tempo-mlx``, also ``python -m tempo_mlx``."""
 
+import errno
 import importlib
 import os
 import sys
@@ -40,9 +41,11 @@ def fail(message: str, code: int = 2) -> None:
 def main() -> None:
     """Run the command line; bad input ends in one line and exit code 2, Ctrl-C in 130."""
     try:
-        code = build()(standalone_mode=False)
-    except typer.Exit as exit:
-        code = exit.exit_code
+        try:
+            code = build()(standalone_mode=False)
+        except typer.Exit as exit:
+            code = exit.exit_code
+        sys.stdout.flush()
     except (typer.Abort, KeyboardInterrupt):
         fail("interrupted", 130)
     except typer.TyperException as error:
@@ -54,5 +57,15 @@ def main() -> None:
     except (TempoError, OSError) as error:
         if os.environ.get("TEMPO_MLX_DEBUG"):
             raise
-        fail(str(error) or type(error).__name__)
+        fail(_described(error))
     raise SystemExit(code or 0)
+
+
+def _described(error: Exception) -> str:
+    """What is wrong, and with which file."""
+    if not isinstance(error, OSError) or not error.strerror:
+        return str(error) or type(error).__name__
+    # Whoever writes a file names it; what is printed goes to standard output.
+    full = error.errno == errno.ENOSPC
+    where = error.filename or ("standard output" if full else None)
+    return f"{where}: {error.strerror}" if where else error.strerror

@@ -14,14 +14,14 @@ from ..bench.score import bench_score, workloads
 from ..bench.search import bench_search
 from ..bench.tree import bench_tree
 from ..errors import TempoError
-from ..files import check_writable
 from ..models import load
 from ..needs import Need
 from .effects import require_effect
 from .experiment import require_extra
-from .options import Measurements, Model, PromptTokens, Rounds, at_least
+from .options import Measurements, Model, Overwrite, PromptTokens, Rounds, at_least
 from .prompts import parse_bytes
 from .tables import (
+    check_report,
     conclude,
     parse_widths,
     print_decoding,
@@ -94,6 +94,7 @@ def decode(
         ),
     ] = False,
     output: Measurements = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Decoding speed of mlx-lm, of ours at threshold 1, and of forced sets of N siblings.
 
@@ -105,8 +106,7 @@ def decode(
     widths = parse_widths(siblings)
     if dtype is not None and dtype not in DTYPES:
         raise TempoError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    if output is not None:
-        check_writable("--output", output)
+    check_report("decode", output, overwrite)
     language_model, tokenizer = load(model)
     if dtype is not None:
         language_model.set_dtype(DTYPES[dtype])
@@ -123,7 +123,7 @@ def decode(
             model_name=model,
             progress=tick,
         )
-    console = wide_console()
+    console = wide_console(output)
     print_decoding(report, console)
     conclude(report, console, output)
 
@@ -150,6 +150,7 @@ def pruning(
         ),
     ] = "256",
     output: Measurements = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Cost of each kind of evidence for pruning, and what compaction saves.
 
@@ -157,8 +158,7 @@ def pruning(
     long runs lose half of their tokens at random, without and with compaction of the cache.
     """
     lengths = parse_widths(steps, "--steps", least=4)
-    if output is not None:
-        check_writable("--output", output)
+    check_report("pruning", output, overwrite)
     language_model, tokenizer = load(model)
     with ticking((rounds + 1) * 4 + 2 * len(lengths)) as tick:
         report = bench_pruning(
@@ -172,7 +172,7 @@ def pruning(
             model_name=model,
             progress=tick,
         )
-    console = wide_console()
+    console = wide_console(output)
     print_setting(report.model, report.setting, console)
     costs = Table("variant", title=f"sets of {siblings}")
     for name in ("ms/step", "over no pruning"):
@@ -220,6 +220,7 @@ def batch(
         str, typer.Option(help="Prompts in a batch, at least 1 each, separated by commas.")
     ] = "1,2,4,8,16,32",
     output: Measurements = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Throughput of batches, beside mlx-lm's batches and one prompt after another.
 
@@ -227,8 +228,7 @@ def batch(
     forward pass and what belongs to it; times of a whole run include reading the prompts.
     """
     sizes = parse_widths(batch_sizes, "--batch-sizes")
-    if output is not None:
-        check_writable("--output", output)
+    check_report("batch", output, overwrite)
     language_model, tokenizer = load(model)
     variants = sum(5 if size in MIN_SPEEDUP else 3 for size in sizes)
     with ticking((rounds + 1) * variants) as tick:
@@ -242,7 +242,7 @@ def batch(
             model_name=model,
             progress=tick,
         )
-    console = wide_console()
+    console = wide_console(output)
     print_setting(report.model, report.setting, console)
     table = Table("prompts", "variant")
     for name in (
@@ -292,10 +292,10 @@ def tree(
     ] = 32,
     rounds: Rounds = 3,
     output: Measurements = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Branches of one prompt in one sequence, in rows of their own, and one after another."""
-    if output is not None:
-        check_writable("--output", output)
+    check_report("tree", output, overwrite)
     language_model, tokenizer = load(model)
     with ticking((rounds + 1) * 4) as tick:
         report = bench_tree(
@@ -308,7 +308,7 @@ def tree(
             model_name=model,
             progress=tick,
         )
-    console = wide_console()
+    console = wide_console(output)
     print_setting(report.model, report.setting, console)
     table = Table("variant", title=f"{leaves} branches, prompt left out")
     for name in ("s", "over the tree", "cache MB"):
@@ -339,6 +339,7 @@ def search(
     ] = "1,4,8,16",
     rounds: Rounds = 2,
     output: Measurements = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Simulations per second in one sequence state, by leaves in a pass; and of plainer searches.
 
@@ -346,8 +347,7 @@ def search(
     one keeps a copy of the cache for each node.
     """
     widths = parse_widths(leaves, "--leaves")
-    if output is not None:
-        check_writable("--output", output)
+    check_report("search", output, overwrite)
     language_model, tokenizer = load(model)
     with ticking((rounds + 1) * (len(widths) + 2)) as tick:
         report = bench_search(
@@ -360,7 +360,7 @@ def search(
             model_name=model,
             progress=tick,
         )
-    console = wide_console()
+    console = wide_console(output)
     print_setting(report.model, report.setting, console)
     table = Table("variant", title=f"{simulations} simulations of the first token")
     for name in ("simulations/s", "time over ours"):
@@ -389,6 +389,7 @@ def score(
     ] = "100MB",
     rounds: Rounds = 3,
     output: Measurements = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Candidate words in contexts: one trie of tokens beside three plainer ways, and its memory.
 
@@ -397,8 +398,7 @@ def score(
     """
     require_effect(context, {"max_kv_bytes": (Need("contexts"),)})
     kv_bytes = parse_bytes(max_kv_bytes)
-    if output is not None:
-        check_writable("--output", output)
+    check_report("score", output, overwrite)
     language_model, tokenizer = load(model)
     with ticking((rounds + 1) * 4 * len(workloads()) + -(-contexts // 100)) as tick:
         report = bench_score(
@@ -410,7 +410,7 @@ def score(
             model_name=model,
             progress=tick,
         )
-    console = wide_console()
+    console = wide_console(output)
     print_setting(report.model, report.setting, console)
     table = Table("contexts x words", "variant")
     for name in ("ms", "time over ours", "largest difference, nats"):
@@ -466,6 +466,7 @@ def experiments(
         ),
     ] = 1,
     output: Measurements = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """The runs of a suite: in one batch, one by one, in processes, and loading the model for each.
 
@@ -476,8 +477,7 @@ def experiments(
     # What suites need is an extra.
     from ..bench.experiments import bench_experiments
 
-    if output is not None:
-        check_writable("--output", output)
+    check_report("experiments", output, overwrite)
     language_model, tokenizer = load(model)
     with ticking((rounds + 1) * 6) as tick:
         report = bench_experiments(
@@ -491,7 +491,7 @@ def experiments(
             model_name=model,
             progress=tick,
         )
-    console = wide_console()
+    console = wide_console(output)
     print_setting(report.model, report.setting, console)
     table = Table("variant", title=f"{runs} runs, {batch_size} rows, {workers} workers")
     for name in ("s/run", "over the batch", "runs that differ", "largest difference"):

@@ -10,11 +10,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..console import Console
 from ..errors import MissingExtraError, TempoError
-from ..files import check_writable, write_atomically
+from ..files import STANDARD_OUTPUT, write_atomically
 from ..models import load
 from ..needs import Need, Needs
 from .effects import require_effect
 from .experiment_analysis import analyze, plot, report
+from .options import Overwrite, output_file
+from .outputs import Output, check_outputs, json_where
 from .prompts import parse_bytes
 
 #: What suites need beside the package, and the extra that brings it.
@@ -265,19 +267,21 @@ def status(
 @app.command("schema")
 def schema(
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Write it to a file.")
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="FILE", parser=output_file, help="Write it to a file."
+        ),
     ] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """The JSON Schema of suite files, for editors that check YAML as it is written."""
     require_extra()
     from ..experiments.suite_files import json_schema
 
-    text = json.dumps(json_schema(), indent=1) + "\n"
-    if output is None:
-        typer.echo(text, nl=False)
-        return
-    check_writable("--output", output)
-    write_atomically(output, text)
+    found = json_schema()
+    ours = json_where(lambda data: all(data.get(k) == found[k] for k in ("$schema", "title")))
+    check_outputs([Output("--output", output, ours)], {}, overwrite)
+    write_atomically(output or STANDARD_OUTPUT, json.dumps(found, indent=1) + "\n")
 
 
 def _duration(seconds: float) -> str:

@@ -1,6 +1,5 @@
 """``tempo-mlx generate``: text with parallel sets, as it comes."""
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +12,7 @@ from ..batching import BATCH_SIZE
 from ..combining import COMBINE
 from ..console import Console
 from ..errors import TempoError
-from ..files import check_writable, write_atomically
+from ..files import STANDARD_INPUT, replaceable
 from ..generation import stream_generate
 from ..models import PositionedModel, load
 from ..needs import Need, Needs
@@ -35,7 +34,18 @@ from ..settings import BRANCHING, SAMPLING, WEIGHTINGS, Settings
 from ..visibility import VISIBILITY
 from .display import render, report, verdicts
 from .effects import require_effect, setting_needs
-from .prompts import UNUSED, generate_from_file, notes_on, parse_bytes, runnable
+from .options import Overwrite, output_file
+from .outputs import (
+    Output,
+    Written,
+    check_outputs,
+    is_standard_output,
+    json_where,
+    picture,
+    say_written,
+    write_json,
+)
+from .prompts import RESULTS, UNUSED, generate_from_file, notes_on, parse_bytes, runnable
 
 #: Prompts longer than this show a progress bar while they are read.
 LONG_PROMPT = 1024
@@ -99,8 +109,10 @@ def generate(
     prompt_cache: Annotated[
         Path | None,
         typer.Option(
+            metavar="FILE",
+            parser=output_file,
             help="A prompt that has been read: prompts that begin with it go on from there. With "
-            "one prompt, a file that does not exist is made of it (.safetensors)."
+            "one prompt, a file that does not exist is made of it (.safetensors).",
         ),
     ] = None,
     chat: Annotated[
@@ -315,8 +327,16 @@ def generate(
         ),
     ] = False,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Write the result as JSON (schema 1).")
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            parser=output_file,
+            help="Write the result as JSON (schema 1); '-' prints it instead of the text.",
+        ),
     ] = None,
+    overwrite: Overwrite = False,
     quiet: Annotated[
         bool, typer.Option("--quiet", "-q", help="Print the best text and nothing else.")
     ] = False,
@@ -365,10 +385,6 @@ def generate(
     )
     if paths < 0:
         raise TempoError(f"--paths must be at least 0, got {paths}")
-    if output is not None:
-        check_writable("--output", output)
-    for picture in plot or ():
-        check_plot(picture)
     given = prompt if prompt is not None else prompt_option
     rows = None
     if prompts_file is not None:
@@ -377,6 +393,25 @@ def generate(
         if prompt_cache is not None and not prompt_cache.exists():
             raise TempoError(f"--prompt-cache {prompt_cache} does not exist; make it of one prompt")
         rows = read_prompts(prompts_file)
+    known_prompt = prompt_cache is not None and prompt_cache.exists()
+    if prompt_cache is not None and not replaceable(prompt_cache):
+        raise TempoError(f"--prompt-cache {prompt_cache} must be a regular file")
+    for drawing in plot or ():
+        check_plot(drawing)
+    check_outputs(
+        [
+            Output("--output", output, is_result if prompts_file is None else RESULTS),
+            Output("--prompt-cache", None if known_prompt else prompt_cache),
+            *(Output("--plot", path, picture("lattice", "mask")) for path in plot or (None,)),
+        ],
+        {
+            "--prompt-file": prompt_file,
+            "--prompts-file": prompts_file,
+            "--prompt-cache": prompt_cache if known_prompt else None,
+            "standard input": STANDARD_INPUT if given == "-" else None,
+        },
+        overwrite,
+    )
     kv_bytes = parse_bytes(max_kv_bytes) if max_kv_bytes is not None else None
     text = read_prompt(given, prompt_file) if rows is None else ""
     shown = output is not None or rows is not None
@@ -387,8 +422,8 @@ def generate(
         raise TempoError("--plot-attention draws into the lattice, and --plot names masks only")
 
     out, notes = (Console(stderr=err, highlight=False, soft_wrap=True) for err in (False, True))
-    if quiet:
-        notes.quiet = True
+    out.quiet = is_standard_output(output)
+    notes.quiet = quiet
     for note in settings.notes() if rows is None else notes_on(rows, settings):
         notes.print(f"note: {note}", style="yellow")
 
@@ -415,9 +450,10 @@ def generate(
             batch_size,
             kv_bytes,
             known,
+            overwrite,
         )
         if output is not None:
-            notes.print(f"written: {output}", style="dim")
+            say_written(output, notes)
         if failures:
             notes.print(f"{failures} prompts failed, see their records", style="yellow")
             raise typer.Exit(1)
@@ -428,10 +464,9 @@ def generate(
         content = [*system, {"role": "user", "content": text}]
 
     if prompt_cache is not None and known is None:
-        check_writable("--prompt-cache", prompt_cache)
         known = PromptCache.read(language_model, tokenizer, content, settings.prefill_step_size)
         known.save(prompt_cache)
-        notes.print(f"written: {prompt_cache}", style="dim")
+        say_written(prompt_cache, notes)
     arguments = {name: getattr(settings, name) for name in settings.__dataclass_fields__}
     response = None
     interrupted = False
@@ -494,23 +529,29 @@ def generate(
         for path in ranked:
             out.print(Text.assemble((f"{path.logprob:9.3f} nats ", "cyan"), path.text))
         report(result, notes)
+    written = Written(notes)
     if output is not None:
-        write_atomically(output, json.dumps(data, ensure_ascii=False, indent=1) + "\n")
-        notes.print(f"written: {output}", style="dim")
-    for picture in plot or ():
-        if is_mask(picture):
-            plot_mask(result, settings.visibility, picture)
-        else:
-            chain = result.paths(1)[0].tokens if result.lattice.sets else None
-            plot_lattice(
-                result,
-                picture,
-                best=chain,
-                attention=result.received_attention() if plot_attention else None,
-            )
-        notes.print(f"drawn: {picture}", style="dim")
+        with written.output(output):
+            write_json(output, data)
+    for drawing in plot or ():
+        with written.output(drawing, "drawn"):
+            if is_mask(drawing):
+                plot_mask(result, settings.visibility, drawing)
+            else:
+                chain = result.paths(1)[0].tokens if result.lattice.sets else None
+                plot_lattice(
+                    result,
+                    drawing,
+                    best=chain,
+                    attention=result.received_attention() if plot_attention else None,
+                )
+    written.finish()
     if interrupted:
         raise KeyboardInterrupt
+
+
+#: Recognises a result of this command.
+is_result = json_where(lambda data: data.keys() >= {"schema", "prompt", "steps", "paths"})
 
 
 def is_mask(picture: Path) -> bool:

@@ -7,6 +7,12 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import TempoError
+from ..files import STANDARD_OUTPUT
+
+
+def output_file(text: str) -> Path:
+    """The path that a user gives for an output."""
+    return STANDARD_OUTPUT if text == "-" else Path(text)
 
 
 def flag_of(parameter: Any) -> str:
@@ -44,5 +50,19 @@ Rounds = Annotated[
 ]
 
 Measurements = Annotated[
-    Path | None, typer.Option("--output", "-o", help="Write the measurements as JSON.")
+    Path | None,
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="FILE",
+        parser=output_file,
+        help="Write the measurements as JSON; '-' prints it instead of the tables.",
+    ),
+]
+
+Overwrite = Annotated[
+    bool,
+    typer.Option(
+        "--overwrite", help="Replace output files that exist and that this command did not write."
+    ),
 ]

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,18 +13,24 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..batching import BatchStatus, Failure, stream_batch_generate
 from ..console import Console
 from ..errors import TempoError
+from ..files import Stream, replaceable
 from ..models import PositionedModel
 from ..models.identity import fingerprint
+from ..printable import finite, json_text
 from ..prompt_cache import PromptCache
 from ..prompt_files import PromptRow, row_settings
 from ..result import GenerationResult
 from ..results_file import ResultsFile
 from ..settings import Settings
+from .outputs import beginning
 
 #: What is said of a prompt cache that nobody could use.
 UNUSED = "has no effect: the prompt does not begin with the tokens that it holds"
 
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+
+#: Recognises files that :class:`ResultsFile` goes on with, or says why not.
+RESULTS = beginning(b'{"row": 0, "key": "')
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,7 @@ def generate_from_file(
     batch_size: int = 32,
     max_kv_bytes: int | None = None,
     prompt_cache: PromptCache | None = None,
+    overwrite: bool = False,
 ) -> int:
     """Generate from every row that the output does not hold yet; returns how many failed."""
     positioned = PositionedModel.of(model)
@@ -95,8 +101,7 @@ def generate_from_file(
         jobs[number] = Job(number, prompt, settings)
     name = fingerprint(positioned.model)
     keys = [key_of(rows[i], jobs.get(i), name) for i in range(len(rows))]
-    sink = ResultsFile(output, keys) if output is not None else StandardOutput(len(rows))
-    with sink:
+    with results_sink(output, keys, overwrite) as sink:
         if sink.done:
             notes.print(f"{len(sink.done)} of {len(rows)} prompts are done already", style="dim")
         for number, why in failed.items():
@@ -181,10 +186,25 @@ def parse_bytes(text: str, argument: str = "--max-kv-bytes") -> int:
     return size
 
 
-class StandardOutput:
+def results_sink(
+    output: Path | None, keys: list[str], overwrite: bool
+) -> "ResultsFile | RecordStream":
+    """What takes the records of rows: a file that outlives a kill, or else a stream.
+
+    Args:
+        output: None for standard output.
+        keys, overwrite: as for :class:`ResultsFile`.
+    """
+    if output is not None and replaceable(output):
+        return ResultsFile(output, keys, overwrite)
+    return RecordStream(output)
+
+
+class RecordStream(Stream):
     """Prints records in input order, each when its turn has come."""
 
-    def __init__(self, total: int):
+    def __init__(self, path: Path | None = None):
+        super().__init__(path)
         self.done: set[int] = set()
         self._waiting: dict[int, dict[str, Any]] = {}
         self._next = 0
@@ -193,15 +213,8 @@ class StandardOutput:
         self._waiting[row] = data
         while self._next in self._waiting:
             line = {"row": self._next, **self._waiting.pop(self._next)}
-            sys.stdout.write(json.dumps(line, ensure_ascii=False) + "\n")
-            sys.stdout.flush()
+            self.write(json_text(finite(line)) + "\n")
             self._next += 1
-
-    def __enter__(self) -> "StandardOutput":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        pass
 
 
 def _progress(notes: Console) -> Progress:

@@ -15,6 +15,8 @@ from ..needs import Need
 from ..plots import check_plot, plot_schedule
 from ..schedules import parse_schedule
 from .effects import require_effect
+from .options import Overwrite
+from .outputs import Output, check_outputs, picture, say_written
 
 #: Rows of the curve in the terminal, an odd number: half the base has a row of its own.
 ROWS = 13
@@ -58,6 +60,7 @@ def schedule(
         Path | None,
         typer.Option(help="Save the curve as a picture: .png, .svg or .pdf. Needs Matplotlib."),
     ] = None,
+    overwrite: Overwrite = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the values as JSON and nothing else.")
     ] = False,
@@ -73,6 +76,7 @@ def schedule(
     check_range("--base", base, 0.0, 1.0, low_open=True)
     if plot is not None:
         check_plot(plot)
+    check_outputs([Output("--plot", plot, picture("schedule"))], {}, overwrite)
     found = [(step, step / steps, base * curve(step / steps)) for step in range(steps + 1)]
     if as_json:
         entries = [{"step": step, "t": t, "threshold": value} for step, t, value in found]
@@ -86,7 +90,7 @@ def schedule(
             console.print(table(found))
     if plot is not None:
         plot_schedule(curve, steps, base, plot)
-        Console(stderr=True, highlight=False).print(f"written: {plot}", style="dim")
+        say_written(plot, Console(stderr=True, highlight=False, soft_wrap=True))
 
 
 def print_curve(curve: Callable[[float], float], steps: int, base: float, console: Console) -> None:

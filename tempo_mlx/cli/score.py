@@ -11,18 +11,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..console import Console
 from ..errors import TempoError
-from ..files import check_writable
+from ..files import STANDARD_INPUT, replaceable
 from ..models import load
 from ..models.identity import fingerprint
-from ..results_file import ResultsFile
 from ..scoring import ContinuationScorer, ScoringStats
 from ..scoring.full_passes import FULL_PASSES
 from ..scoring.rows import Row, key_of, ranked, read_rows
 from ..scoring.scorer import AGGREGATES, CHUNK_SIZE
 from .effects import typed
-from .options import Model
-from .prompts import StandardOutput, parse_bytes
-from .score_output import Tables, TextFile, TextOutput
+from .options import Model, Overwrite, output_file
+from .outputs import Output, check_outputs, is_standard_output, say_written
+from .prompts import RESULTS, parse_bytes, results_sink
+from .score_output import Tables, TextFile, TextStream, is_text
 
 #: Endings of the names of files, and the format of each.
 FORMATS = {".jsonl": "jsonl", ".tsv": "tsv", ".txt": "tsv"}
@@ -53,10 +53,14 @@ def score(
         typer.Option(
             "--output",
             "-o",
+            metavar="FILE",
+            parser=output_file,
             help="Write the results here, in the format of the input; text gives JSON where this "
-            "ends in .jsonl. A run that was interrupted goes on where it was.",
+            "ends in .jsonl. A run that was interrupted goes on where it was. '-' is standard "
+            "output.",
         ),
     ] = None,
+    overwrite: Overwrite = False,
     format: Annotated[
         str | None,
         typer.Option(
@@ -127,6 +131,13 @@ def score(
     kv_bytes = parse_bytes(max_kv_bytes) if max_kv_bytes is not None else None
     kind = input_format(file, format)
     kind_out = kind if output is None else output_format(output, kind)
+    check_outputs(
+        [Output("--output", output, RESULTS if kind_out == "jsonl" else is_text)],
+        {"INPUT": STANDARD_INPUT if file == "-" else Path(file)},
+        overwrite,
+    )
+    if is_standard_output(output):
+        output = None
     rows = read_rows(file, kind)
     out, notes = Console(highlight=False), Console(stderr=True, highlight=False, soft_wrap=True)
     spellings = any(isinstance(each, list) for row in rows for each in row.candidates)
@@ -150,15 +161,17 @@ def score(
             "held",
             style="yellow",
         )
-    sink: ResultsFile | TextFile | Tables | StandardOutput | TextOutput
-    if output is not None:
-        name = fingerprint(language_model)
-        keys = [key_of(row, {**settings, "details": details}, name) for row in rows]
-        sink = ResultsFile(output, keys) if kind_out == "jsonl" else TextFile(output, keys)
-    elif out.is_terminal and sum(len(row.candidates) for row in rows) <= TABLE_SIZE:
+    name = fingerprint(language_model)
+    keys = [key_of(row, {**settings, "details": details}, name) for row in rows]
+    sink: Any
+    if output is None and out.is_terminal and sum(len(r.candidates) for r in rows) <= TABLE_SIZE:
         sink = Tables(out)
+    elif kind_out == "jsonl":
+        sink = results_sink(output, keys, overwrite)
+    elif output is not None and replaceable(output):
+        sink = TextFile(output, keys, overwrite)
     else:
-        sink = StandardOutput(len(rows)) if kind_out == "jsonl" else TextOutput()
+        sink = TextStream(output)
     with sink:
         if sink.done:
             notes.print(f"{len(sink.done)} of {len(rows)} rows are done already", style="dim")
@@ -171,7 +184,7 @@ def score(
                     sink.add(number, data)
                     advance()
     if output is not None:
-        notes.print(f"written: {output}", style="dim")
+        say_written(output, notes)
     if stats:
         notes.print(summary(scorer.stats()), style="dim")
 
@@ -230,12 +243,11 @@ def output_format(output: Path, kind: str) -> str:
     """The format of the results in a file.
 
     Raises:
-        ValueError: if it cannot be written, or is named as text where the input is JSON.
+        ValueError: if it is named as text where the input is JSON.
     """
     named = FORMATS.get(output.suffix.lower(), kind)
     if (kind, named) == ("jsonl", "tsv"):
         raise TempoError(f"--output {output} must end in .jsonl, because the input is JSON")
-    check_writable("--output", output)
     return named
 
 

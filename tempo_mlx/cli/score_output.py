@@ -1,7 +1,8 @@
 """Scored rows as text: on standard output, in a file, or as a table on a terminal."""
 
 import json
-import sys
+import os
+import re
 from pathlib import Path
 from typing import Any, Self
 
@@ -9,8 +10,11 @@ from rich.table import Table
 from rich.text import Text
 
 from ..console import Console
-from ..files import write_atomically
+from ..files import Stream, write_atomically
 from ..results_file import ResultsFile
+
+#: A line of text: context, word, score, rank, and perhaps tokens.
+LINE = re.compile(rb"[^\t\n]*\t[^\t\n]*\t(-?\d+\.\d{6}|-?inf|nan)\t\d+(\t\[.*\])?\n")
 
 
 def text_lines(data: dict[str, Any]) -> str:
@@ -29,21 +33,21 @@ def text_lines(data: dict[str, Any]) -> str:
     return "".join(lines)
 
 
-class TextOutput:
+def is_text(path: Path) -> bool:
+    """Whether a file holds nothing but such lines."""
+    with path.open("rb") as file:
+        return all(LINE.fullmatch(line) for line in file)
+
+
+class TextStream(Stream):
     """Prints records as text."""
 
-    def __init__(self) -> None:
+    def __init__(self, path: Path | None = None):
+        super().__init__(path)
         self.done: set[int] = set()
 
     def add(self, row: int, data: dict[str, Any]) -> None:
-        sys.stdout.write(text_lines(data))
-        sys.stdout.flush()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        pass
+        self.write(text_lines(data))
 
 
 class TextFile:
@@ -51,13 +55,15 @@ class TextFile:
 
     Args:
         path: of the text.
-        keys: as for :class:`ResultsFile`.
+        keys, overwrite: as for :class:`ResultsFile`.
     """
 
-    def __init__(self, path: Path, keys: list[str]):
+    def __init__(self, path: Path, keys: list[str], overwrite: bool = False):
+        # Whatever link leads to it, a file has one place where records wait.
+        path = Path(os.path.realpath(path))
         self._path, self._total = path, len(keys)
         self._waiting_path = path.with_name(f".{path.name}.jsonl")
-        self._waiting = ResultsFile(self._waiting_path, keys)
+        self._waiting = ResultsFile(self._waiting_path, keys, overwrite)
 
     @property
     def done(self) -> set[int]:

@@ -1,7 +1,6 @@
 """``tempo-mlx search``: Monte Carlo tree search for a text."""
 
 import importlib.util
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +12,7 @@ from rich.text import Text
 
 from ..console import Console
 from ..errors import TempoError
-from ..files import check_writable, write_atomically
+from ..files import STANDARD_INPUT, write_atomically
 from ..models import load
 from ..needs import Need, Needs
 from ..plots import check_plot, plot_search
@@ -22,7 +21,17 @@ from ..search.monte_carlo import BACKUPS, SELECTIONS
 from ..search.settings import EVALUATIONS, NEEDS
 from .effects import require_effect, typed
 from .generate import read_prompt
-from .options import Model
+from .options import Model, Overwrite, output_file
+from .outputs import (
+    Output,
+    Written,
+    beginning,
+    check_outputs,
+    is_standard_output,
+    json_where,
+    picture,
+    write_json,
+)
 from .prompts import parse_bytes
 
 DEFAULTS = SearchSettings()
@@ -33,6 +42,14 @@ OPTIONS: Needs = {
     "evaluation": (Need("value", absent=True),),
     "explain": (Need("quiet", absent=True),),
 }
+#: Recognise a result of this command, or of a search that failed; and its tree.
+is_result = json_where(
+    lambda data: (
+        data.keys() >= {"schema", "prompt", "choices", "tree"}
+        or data.keys() == {"error", "paths", "tree"}
+    )
+)
+DOT = beginning(b'digraph tree {\n  node [shape=box];\n  0 [label="')
 
 
 def register(app: typer.Typer) -> None:
@@ -124,11 +141,25 @@ def search(
         Path | None, typer.Option(help="Draw the choices into this file (.svg, .png, .pdf).")
     ] = None,
     dot: Annotated[
-        Path | None, typer.Option(help="Write the tree of the last token for Graphviz.")
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            parser=output_file,
+            help="Write the tree of the last token for Graphviz; '-' prints it instead of the "
+            "text.",
+        ),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Write the search as JSON.")
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            parser=output_file,
+            help="Write the search as JSON; '-' prints it instead of the text.",
+        ),
     ] = None,
+    overwrite: Overwrite = False,
     quiet: Annotated[
         bool, typer.Option("--quiet", "-q", help="Print the text and nothing else.")
     ] = False,
@@ -157,13 +188,24 @@ def search(
     )
     require_effect(context, OPTIONS)
     function = load_function(value) if value is not None else None
-    for name, path in (("--output", output), ("--dot", dot)):
-        if path is not None:
-            check_writable(name, path)
     if plot is not None:
         check_plot(plot)
+    check_outputs(
+        [
+            Output("--output", output, is_result),
+            Output("--dot", dot, DOT),
+            Output("--plot", plot, picture("search")),
+        ],
+        {
+            "--prompt-file": prompt_file,
+            "--value": Path(value.rpartition(":")[0]) if value is not None else None,
+            "standard input": STANDARD_INPUT if prompt == "-" else None,
+        },
+        overwrite,
+    )
     text = read_prompt(prompt, prompt_file)
     out, notes = (Console(stderr=err, highlight=False, soft_wrap=True) for err in (False, True))
+    out.quiet = is_standard_output(output) or is_standard_output(dot)
     notes.quiet = quiet
     for note in settings.notes([name for name in typed(context) if name == "seed"]):
         notes.print(f"note: {note}", style="yellow")
@@ -195,7 +237,7 @@ def search(
         except SearchError as error:
             if output is not None:
                 data = {"error": str(error), "paths": error.paths, "tree": error.tree.to_dict()}
-                write_atomically(output, json.dumps(data, ensure_ascii=False, indent=1) + "\n")
+                write_json(output, data)
                 raise TempoError(f"{error}; the tree so far is in {output}") from error
             raise
     if result is None:
@@ -221,16 +263,17 @@ def search(
                 "--max-forward-tokens or --max-seconds",
                 style="yellow",
             )
+    written = Written(notes)
     if output is not None:
-        data = result.to_dict()
-        write_atomically(output, json.dumps(data, ensure_ascii=False, indent=1) + "\n")
-        notes.print(f"written: {output}", style="dim")
+        with written.output(output):
+            write_json(output, result.to_dict())
     if dot is not None:
-        write_atomically(dot, result.tree.to_dot(result.label))
-        notes.print(f"written: {dot}", style="dim")
+        with written.output(dot):
+            write_atomically(dot, result.tree.to_dot(result.label))
     if plot is not None:
-        plot_search(result, plot)
-        notes.print(f"drawn: {plot}", style="dim")
+        with written.output(plot, "drawn"):
+            plot_search(result, plot)
+    written.finish()
     if interrupted:
         raise KeyboardInterrupt
 

@@ -1,6 +1,5 @@
 """What the benches share on the command line: progress, tables, targets."""
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +14,14 @@ from ..bench.target import Target
 from ..bench.timing import Spread
 from ..console import Console
 from ..errors import TempoError
-from ..files import write_atomically
+from .outputs import (
+    Output,
+    check_outputs,
+    is_standard_output,
+    json_where,
+    say_written,
+    write_json,
+)
 
 
 def parse_widths(text: str, argument: str = "--siblings", least: int = 1) -> list[int]:
@@ -57,10 +63,14 @@ def ticking(total: int) -> Iterator[Callable[[str], None]]:
         yield tick
 
 
-def wide_console() -> Console:
-    """A console for wide tables; a file or a pipe has no width of its own."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=140)
+def wide_console(output: Path | None = None) -> Console:
+    """A console for wide tables; a file or a pipe has no width of its own.
+
+    It is quiet where the output takes its place.
+    """
+    quiet = is_standard_output(output)
+    console = Console(highlight=False, quiet=quiet)
+    return console if console.is_terminal else Console(highlight=False, width=140, quiet=quiet)
 
 
 def spread(value: Spread, digits: int) -> str:
@@ -126,12 +136,18 @@ class AnyReport(Protocol):
     def to_dict(self) -> dict[str, Any]: ...
 
 
+def check_report(bench: str, output: Path | None, overwrite: bool) -> None:
+    """Refuse an output that holds anything but an earlier report of the same bench."""
+    ours = json_where(lambda data: data.get("bench") == bench and "targets" in data)
+    check_outputs([Output("--output", output, ours)], {}, overwrite)
+
+
 def conclude(report: AnyReport, console: Console, output: Path | None) -> None:
     """Print the measurements beside what they should be, and write them all."""
     print_targets(report.targets, console)
     if output is not None:
-        write_atomically(output, json.dumps(report.to_dict(), indent=1) + "\n")
-        console.print(f"written: {output}", style="dim")
+        write_json(output, report.to_dict())
+        say_written(output, console)
 
 
 def print_targets(wanted: Sequence[Target], console: Console) -> None:

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
     from .analysis import Analysis
 
+#: What these pictures are called in their metadata.
+KIND = "experiment"
+
 #: A colour and a mark for each mode, repeated beyond that.
 COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY, GREY)
 MARKS = "osD^vP"
@@ -82,7 +85,7 @@ def plot_experiment(
         with look():
             figure = draw(analysis, measure)
             if figure is not None:
-                save(figure, path)
+                save(figure, path, KIND)
                 written.append(path)
     return written
 

@@ -2,7 +2,7 @@
 
 import logging
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from io import BytesIO
@@ -29,6 +29,15 @@ MARGIN, TITLE = 18.0, 30.0
 DPI = 200
 #: Longest side of a PNG, in pixels; longer pictures get fewer dots per inch.
 MAX_PIXELS = 20_000
+
+#: Who made a picture, as its metadata say it; and for SVG, PNG and PDF what a file begins with, and
+#: what stands before and after the maker.
+CREATOR = "tempo-mlx {}"
+MARKS = (
+    (b"<?xml", b"<dc:title>", b"</dc:title>"),
+    (b"\x89PNG", b"tEXtCreator\0", b""),
+    (b"%PDF", b"/Creator (", b")"),
+)
 
 # Okabe and Ito's colours, which the common kinds of colour blindness keep apart, and greys.
 INK, GREY, PALE = "#1a1a1a", "#7a7a7a", "#ededed"
@@ -107,18 +116,34 @@ def blank(width: float, height: float) -> tuple["Figure", Any]:
     return figure, axes
 
 
-def save(figure: "Figure", path: Path) -> None:
-    """Write the figure in the format of the path's ending, whole or not at all."""
-    kind = path.suffix.lower().removeprefix(".")
-    dates = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": None}
+def save(figure: "Figure", path: Path, kind: str) -> None:
+    """Write the figure in the format of the path's ending, whole or not at all.
+
+    Args:
+        figure: to be written.
+        path: of the file.
+        kind: what it shows, by which :func:`drawn` recognises it.
+    """
+    ending = path.suffix.lower().removeprefix(".")
+    dates = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {}}
     picture = BytesIO()
     figure.savefig(
         picture,
-        format=kind,
+        format=ending,
         dpi=min(DPI, MAX_PIXELS / max(figure.get_size_inches())),
-        metadata=dates[kind],
+        metadata={**dates[ending], "Creator": CREATOR.format(kind)},
     )
     write_atomically(path, picture.getvalue())
+
+
+def drawn(picture: bytes, kinds: Sequence[str]) -> bool:
+    """Whether a file is a picture that :func:`save` wrote, of one of these kinds."""
+    creators = [CREATOR.format(kind).encode() for kind in kinds]
+    return any(
+        picture.startswith(start) and before + creator + after in picture
+        for start, before, after in MARKS
+        for creator in creators
+    )
 
 
 #: Characters of a prompt that are looked at; more than any picture is wide.

@@ -84,7 +84,7 @@ def plot_lattice(
     """
     check_plot(path)
     with look():
-        save(lattice_figure(run, best, attention), path)
+        save(lattice_figure(run, best, attention), path, "lattice")
 
 
 def lattice_figure(

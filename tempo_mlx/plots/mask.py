@@ -61,7 +61,7 @@ def plot_mask(run: GenerationResult | Lattice, visibility: str, path: Path) -> N
     """
     check_plot(path)
     with look():
-        save(mask_figure(run, visibility), path)
+        save(mask_figure(run, visibility), path, "mask")
 
 
 def visibility_matrix(slots: Slots, visibility: str, shown: np.ndarray) -> np.ndarray:

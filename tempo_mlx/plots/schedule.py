@@ -30,7 +30,7 @@ def plot_schedule(schedule: Schedule, total_steps: int, base: float, path: Path)
     """
     check_plot(path)
     with look():
-        save(schedule_figure(schedule, total_steps, base), path)
+        save(schedule_figure(schedule, total_steps, base), path, "schedule")
 
 
 def control_points(schedule: Schedule) -> list[tuple[float, float]]:

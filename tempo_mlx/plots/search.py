@@ -37,7 +37,7 @@ def plot_search(result: SearchResult, path: Path) -> None:
     """
     check_plot(path)
     with look():
-        save(search_figure(result), path)
+        save(search_figure(result), path, "search")
 
 
 def search_figure(result: SearchResult) -> "Figure":
