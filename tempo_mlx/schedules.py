@@ -49,7 +49,7 @@ class Bezier:
         return 3 * t * u * u * self.p1 + 3 * t * t * u * self.p2 + t * t * t
 
     def __str__(self) -> str:
-        return f"bezier({self.p1:g},{self.p2:g})"
+        return f"bezier({_written(self.p1)},{_written(self.p2)})"
 
 
 @dataclass(frozen=True)
@@ -71,11 +71,17 @@ class Relu:
         return max(0.0, t - self.activation) / (1.0 - self.activation)
 
     def __str__(self) -> str:
-        return f"relu({self.activation:g})"
+        return f"relu({_written(self.activation)})"
 
 
-#: Name -> schedule class; the classes' fields are the arguments in parentheses.
+#: Name -> schedule class; the classes' fields are the numbers in parentheses.
 SCHEDULES: dict[str, type] = {"constant": Constant, "bezier": Bezier, "relu": Relu}
+
+#: What may be written for a schedule.
+FORMS = "constant, bezier(p1,p2) with both in [0, 1], or relu(activation) with it in [0, 1)"
+
+#: A number in parentheses; NaN and infinity are none.
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
 
 
 def parse_schedule(text: str) -> Schedule:
@@ -86,24 +92,26 @@ def parse_schedule(text: str) -> Schedule:
     """
     check_text("schedule", text)
     match = re.fullmatch(r"\s*(\w+)\s*(?:\(([^()]*)\))?\s*", text)
-    if match is None or match[1] not in SCHEDULES:
-        raise TempoError(
-            f"schedule must be constant, bezier(p1,p2) or relu(activation), got {shown(text)}"
-        )
-    kind = SCHEDULES[match[1]]
+    kind = SCHEDULES.get(match[1]) if match else None
+    if match is None or kind is None:
+        raise TempoError(f"schedule must be {FORMS}, got {shown(text)}")
+    parts = [] if match[2] is None else [part.strip() for part in match[2].split(",")]
+    numbers = all(NUMBER.fullmatch(part) for part in parts)
+    if not numbers or len(parts) != len(fields(kind)):
+        raise TempoError(f"schedule must be {FORMS}, got {shown(text)}")
     try:
-        inside = (match[2] or "").strip()
-        values = [float(part) for part in inside.split(",")] if inside else []
-    except ValueError as error:
-        raise TempoError(f"schedule {shown(text)}: {error}") from error
-    if len(values) > len(fields(kind)):
-        raise TempoError(f"schedule {shown(text)} has a wrong number of arguments")
-    try:
-        return kind(*values)
+        made: Schedule = kind(*map(float, parts))
     except TempoError as error:
         raise TempoError(f"schedule {shown(text)}: {error}") from error
+    return made
 
 
 def interpolate(start: float, end: float, schedule: Schedule, step: int, total: int) -> float:
     """start + (end - start) f(step / total)."""
     return start + (end - start) * schedule(step / total)
+
+
+def _written(number: float) -> str:
+    """The shortest text that is read as the same number."""
+    short = f"{number:g}"
+    return short if float(short) == number else repr(float(number))

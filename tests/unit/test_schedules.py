@@ -48,9 +48,43 @@ def test_interpolation_stays_between_its_ends(start, end, step):
     assert min(start, end) - 1e-12 <= value <= max(start, end) + 1e-12
 
 
-@pytest.mark.parametrize(
-    "text", ["", "line", "bezier(2,0)", "bezier(0,0,0)", "relu(1)", "relu(x)", "bezier(0.1"]
-)
-def test_bad_text_is_refused(text):
-    with pytest.raises(ValueError, match="schedule"):
+@given(unit, unit)
+def test_text_is_exact(p1, p2):
+    for schedule in (Bezier(p1, p2), Relu(p1 * 0.9)):
+        assert parse_schedule(str(schedule)) == schedule
+
+
+WRITTEN = ["line", "bezier", "bezier()", "bezier(,)", "bezier(0.1)", "bezier(0.1,)", "bezier(,0.1)"]
+WRITTEN += ["bezier(0,0,0)", "bezier(0.1,0.2,)", "bezier(0.1 0.2)", "bezier(0.1", "bezier(1_0,0)"]
+WRITTEN += ["relu", "relu()", "relu(x)", "relu(0.1,0.2)", "relu(0.1,)", "relu(nan)", "relu(inf)"]
+WRITTEN += ["bezier(nan,0)", "bezier(0,-inf)", "bezier(0,infinity)", "constant()", "constant(1)"]
+WRITTEN += ["", " ", "(0.1)", "relu(0.1)x", "relu((0.1))", "Relu(0.1)"]
+
+
+@pytest.mark.parametrize("text", WRITTEN)
+def test_text_of_another_form_is_refused_and_the_forms_are_named(text):
+    with pytest.raises(ValueError) as error:
         parse_schedule(text)
+    message = str(error.value)
+    assert message.endswith(f"got {text!r}")
+    assert "bezier(p1,p2)" in message and "relu(activation)" in message and "[0, 1)" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("bezier(2,0)", "p1 must be in [0, 1], got 2"),
+        ("bezier(0,-0.1)", "p2 must be in [0, 1], got -0.1"),
+        ("relu(1)", "activation must be in [0, 1), got 1"),
+        ("relu(1e400)", "activation must be in [0, 1], got inf"),
+    ],
+)
+def test_numbers_out_of_range_are_named(text, words):
+    with pytest.raises(ValueError) as error:
+        parse_schedule(text)
+    assert words in str(error.value) and text in str(error.value)
+
+
+@pytest.mark.parametrize("text", [" bezier( 0.2 , .8 ) ", "bezier(2e-1,+0.80)", "relu(0.)"])
+def test_numbers_may_be_written_in_any_way(text):
+    assert parse_schedule(text) in (Bezier(0.2, 0.8), Relu(0.0))
