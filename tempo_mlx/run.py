@@ -16,6 +16,7 @@ from .schedules import interpolate
 from .selection import Candidates, Offers, Selected, keep, noise_key
 from .sequences import SequenceState
 from .settings import Settings
+from .verification import require_known
 from .visibility import may_attend
 
 
@@ -29,8 +30,8 @@ class Run:
         observer: sees every step.
 
     Raises:
-        ValueError: for an observer of a run whose steps have several distributions, or are run
-            again.
+        TempoError: for logits that cannot be verified, see :func:`.verification.require_known`; or
+            for an observer of a run whose steps have several distributions, or are run again.
         UnsupportedModelError: if the model cannot do what the settings or an observer need.
     """
 
@@ -49,6 +50,8 @@ class Run:
         self.prompt_slots: BatchedKVCache | None = None
         self.settings = settings = result.settings
         self.lattice = result.lattice
+        if keep_logits:
+            require_known(settings)
         model = result.model
         if isinstance(model, PositionedModel):
             if settings.pruning is not None and settings.pruning.needs_attention:

@@ -49,6 +49,33 @@ class Vocabulary:
         return str(self._tokenizer.decode(list(ids)))
 
 
+def add_end_token(tokenizer: Any, token: str) -> None:
+    """Treat a token as an end of text, too.
+
+    Args:
+        tokenizer: mlx-lm's tokenizer wrapper, changed in place.
+        token: as the vocabulary spells it, or its id, as mlx-lm's ``add_eos_token`` takes it.
+
+    Raises:
+        TempoError: if the tokenizer has no such token, for which mlx-lm takes the unknown token or
+            none.
+    """
+    vocabulary = tokenizer.get_vocab()
+    try:
+        id = int(token)
+        known = id in vocabulary.values()
+    except ValueError:
+        known = token in vocabulary
+    if not known:
+        ids = tokenizer.encode(token, add_special_tokens=False)
+        hint = f"; the text {shown(token)} is token {ids[0]}" if len(ids) == 1 else ""
+        raise TempoError(
+            "extra_eos_token must be a token as the model's vocabulary spells it, or its id, got "
+            f"{shown(token)}{hint}"
+        )
+    tokenizer.add_eos_token(token)
+
+
 def without_end(tokenizer: Any) -> Any:
     """The tokenizer, with no token that ends a text."""
     endless = copy.copy(tokenizer)

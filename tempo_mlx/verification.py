@@ -10,10 +10,23 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from .errors import TempoError
 from .lattice import Lattice
 from .models import Capture, PositionedModel
 from .models.attention import AttentionRecorder
 from .settings import Settings
+
+#: Visibilities that are defined here, too, slot by slot; see :func:`_sees` and :func:`_lines`.
+KNOWN = ("isolated", "visible", "hidden", "tree", "recombined")
+
+
+def require_known(settings: Settings) -> None:
+    """Raise TempoError for a visibility of which a replay would not know who sees whom."""
+    if settings.visibility not in KNOWN:
+        raise TempoError(
+            f"verify and attention received know the visibilities {', '.join(KNOWN)}, "
+            f"not {settings.visibility!r}"
+        )
 
 
 @dataclass(frozen=True)
@@ -78,6 +91,9 @@ def verify(
         lattice: the run's record: tokens, positions, sets, when they were pruned, key weights.
         settings: the run's visibility, weighting and repair.
         seen: (slots [N], logits [N, V]) of each forward pass of the run.
+
+    Raises:
+        TempoError: for a visibility that is not among :data:`KNOWN`.
     """
     logits = replay(model, lattice, settings)
     differences = []
@@ -101,6 +117,7 @@ def received_attention(
 
     Raises:
         UnsupportedModelError: if the model's attention cannot be captured.
+        TempoError: for a visibility that is not among :data:`KNOWN`.
     """
     model.require_capture()
     recorder = AttentionRecorder(Capture(full=True))
@@ -118,6 +135,7 @@ def replay(
     recorder: AttentionRecorder | None = None,
 ) -> mx.array:
     """Logits [S, V], fp32, of all recorded slots, by one uncached pass; see :func:`verify`."""
+    require_known(settings)
     length = len(lattice.prompt_tokens)
     rows: list[tuple[int, int, int, int, int | None]] = [
         (id, i, i - length, 1, None) for i, id in enumerate(lattice.prompt_tokens)

@@ -31,6 +31,7 @@ from ..pruning import (
 )
 from ..schedules import parse_schedule
 from ..settings import BRANCHING, SAMPLING, WEIGHTINGS, Settings
+from ..tokens import add_end_token
 from ..visibility import VISIBILITY
 from .display import render, report, verdicts
 from .effects import require_effect, setting_needs
@@ -429,7 +430,7 @@ def generate(
 
     language_model, tokenizer = load(model, adapter_path=adapter_path)
     for token in extra_eos_token or ():
-        tokenizer.add_eos_token(token)
+        add_end_token(tokenizer, token)
     if plot_attention:
         PositionedModel.of(language_model).require_capture()
     known = None
@@ -460,7 +461,7 @@ def generate(
         return
     content: Any = text
     if chat:
-        system = [{"role": "system", "content": system_prompt}] if system_prompt else []
+        system = [{"role": "system", "content": system_prompt}] if system_prompt is not None else []
         content = [*system, {"role": "user", "content": text}]
 
     if prompt_cache is not None and known is None:

@@ -96,7 +96,9 @@ def generate_from_file(
             continue
         prompt: Any = row.prompt
         if chat and isinstance(prompt, str):
-            system = [{"role": "system", "content": system_prompt}] if system_prompt else []
+            system = (
+                [{"role": "system", "content": system_prompt}] if system_prompt is not None else []
+            )
             prompt = [*system, {"role": "user", "content": prompt}]
         jobs[number] = Job(number, prompt, settings)
     name = fingerprint(positioned.model)

@@ -43,7 +43,8 @@ def load(
         path_or_hf_repo: the name of a recipe, which is fetched and converted the first time; with
             "/q4" or "/fp32" for the variant that does not suit the device. Or a folder in mlx-lm's
             layout, quantised or not. Or the id of such a repository on the Hub.
-        tokenizer_config: keyword arguments for the tokenizer.
+        tokenizer_config: keyword arguments for the tokenizer. Code that comes with a model is not
+            run unless "trust_remote_code" is True here, and then the tokenizer's only.
         adapter_path: a folder with adapters to put over the weights.
         lazy: leave the weights on the disk until they are used.
         revision: branch, tag or commit of a repository on the Hub.
@@ -53,7 +54,7 @@ def load(
 
     Raises:
         ModelLoadError: nothing goes by that name, or what is there is damaged, incomplete, of an
-            architecture that mlx-lm does not have, or out of reach.
+            architecture that mlx-lm does not have, in need of code of its own, or out of reach.
         RecipeError: the recipe's model cannot be made ready.
     """
     folder = locate(path_or_hf_repo, revision)
@@ -61,6 +62,8 @@ def load(
     if adapter_path is not None and not (Path(adapter_path) / "adapters.safetensors").is_file():
         raise ModelLoadError(f"adapter_path {adapter_path} has no adapters.safetensors")
     config = _read_config(folder)
+    if (own := config.get("model_file")) is not None:
+        raise ModelLoadError(f"{folder} needs code of its own ({own}), which is not run")
     model = _load_model(folder, config["model_type"], lazy)
     if adapter_path is not None:
         model = _load_adapters(model, Path(adapter_path))
@@ -192,11 +195,15 @@ def _load_adapters(model: nn.Module, adapter_path: Path) -> nn.Module:
 def _load_tokenizer(
     folder: Path, config: dict[str, Any], tokenizer_config: dict[str, Any] | None
 ) -> TokenizerWrapper:
+    # Unless it is told, transformers asks on standard output and runs the code where one says yes.
+    given = {"trust_remote_code": False, **(tokenizer_config or {})}
     try:
-        return mlx_lm.utils.load_tokenizer(
-            folder, tokenizer_config, eos_token_ids=config.get("eos_token_id")
-        )
+        return mlx_lm.utils.load_tokenizer(folder, given, eos_token_ids=config.get("eos_token_id"))
     except Exception as error:  # the tokenizers library raises bare Exceptions
+        if "trust_remote_code" in str(error):
+            raise ModelLoadError(
+                f"the tokenizer in {folder} needs code of its own, which is not run"
+            ) from error
         raise ModelLoadError(f"the tokenizer in {folder} cannot be used: {_line(error)}") from error
 
 

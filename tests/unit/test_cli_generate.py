@@ -118,6 +118,10 @@ def bad_inputs(folder, tmp_path):
         "weighting": ([*common, "--weighting", "some"], ["weighting", "some"]),
         "plot": ([*common, "--plot", str(tmp_path / "x.bmp")], ["--plot", ".svg"]),
         "paths": ([*common, "--paths", "-1"], ["paths", "-1"]),
+        "stop": ([*common, "--stop", ""], ["stop", "empty"]),
+        "end token": ([*common, "--extra-eos-token", "<|typo|>"], ["extra_eos", "<|typo|>"]),
+        "end token's id": ([*common, "--extra-eos-token", "257"], ["extra_eos", "257"]),
+        "end token's text": ([*common, "--extra-eos-token", " "], ["extra_eos", "token 220"]),
     }
 
 
@@ -169,6 +173,16 @@ def test_ctrl_c_prints_and_saves_what_is_there(folder, tmp_path, passes):
     assert done.stdout.startswith("hello")
     data = json.loads(target.read_text())
     assert data["finish_reason"] == "interrupted" and 0 < len(data["steps"]) < passes
+
+
+@pytest.mark.parametrize("given", [[], ["--extra-eos-token", "71"], ["--extra-eos-token", "h"]])
+def test_a_token_or_its_id_is_an_end_of_text(run, folder, tmp_path, given):
+    target = tmp_path / "out.json"
+    options = ["--threshold", 0.0001, "--max-parallel", 256, "-m", 1, "-q", "-o", target]
+    code, _, _ = run("generate", "a", "--model", folder, *options, *given)
+    (step,) = json.loads(target.read_text())["steps"]
+    ends, tokens = ([each["id"] for each in step[name]] for name in ("endings", "tokens"))
+    assert code == 0 and (71 in ends, 71 in tokens) == (bool(given), not given)
 
 
 def test_help_names_defaults_and_ranges(run):

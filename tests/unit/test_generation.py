@@ -2,6 +2,7 @@
 
 import json
 
+from tempo_mlx import Settings, batch_generate
 from tempo_mlx.combining import COMBINE, combine
 from tempo_mlx.generation import generate, stream_generate
 from tempo_mlx.lattice import Lattice
@@ -69,6 +70,39 @@ def test_verification_notices_a_wrong_run(model, tokenizer, monkeypatch):
     given = {"threshold": 0.05, "max_tokens": 6, "visibility": "isolated"}
     result = generate(model, tokenizer, PROMPT, verify=True, **given)
     assert result.verification.max_logit_difference > 1e-2
+
+
+def test_a_rule_of_the_users_own_runs_and_is_not_verified_as_another(model, tokenizer, monkeypatch):
+    def nearest(queries, keys):
+        """A token sees itself and the two steps before it."""
+        age = queries.step[:, None] - keys.step
+        return (age > 0) & (age < 3) | (keys.index == queries.index[:, None])
+
+    monkeypatch.setitem(VISIBILITY, "nearest", nearest)
+    given = {"visibility": "nearest", "threshold": 0.05, "max_tokens": 6}
+    result = generate(model, tokenizer, PROMPT, **given)
+    assert len(result.lattice) == 6 and any(len(tokens) > 1 for tokens in result.lattice.sets)
+    with pytest.raises(ValueError, match="isolated, visible, hidden, tree, recombined, not 'near"):
+        generate(model, tokenizer, PROMPT, verify=True, **given)
+    with pytest.raises(ValueError, match="attention received"):
+        result.received_attention()
+    batch = batch_generate(model, tokenizer, [PROMPT], Settings(**given), verify=True)
+    assert "'nearest'" in batch.results[0].error
+
+
+@pytest.mark.parametrize("threshold", [1.0, 0.02])
+def test_a_run_of_one_step_is_verified(model, tokenizer, threshold):
+    result = generate(
+        model,
+        tokenizer,
+        PROMPT,
+        threshold=threshold,
+        max_tokens=1,
+        verify=True,
+        visibility="visible",
+    )
+    assert result.verification.rows == 1
+    assert result.verification.max_logit_difference < 1e-4
 
 
 def test_threshold_one_is_greedy_decoding(model, tokenizer):

@@ -224,6 +224,27 @@ def test_tokenizer_that_cannot_be_used_is_refused(folder, content):
     assert "tokenizer in" in fail(folder)
 
 
+CODE = "from pathlib import Path\nPath(__file__).with_name('ran').touch()\nclass Own: pass\n"
+
+
+def test_code_of_a_tokenizer_is_not_run_and_nobody_is_asked(folder, monkeypatch):
+    (folder / "own.py").write_text(CODE)
+    path = folder / "tokenizer_config.json"
+    changes = {"auto_map": {"AutoTokenizer": ["own.Own", None]}, "tokenizer_class": "Own"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda prompt="": asked.append(prompt) or "y")
+    assert fail(folder) == f"the tokenizer in {folder} needs code of its own, which is not run"
+    assert not asked and not list(folder.rglob("ran"))
+
+
+def test_code_of_a_model_is_not_run(folder):
+    (folder / "own.py").write_text(CODE)
+    change_config(folder, model_file="own.py")
+    assert fail(folder) == f"{folder} needs code of its own (own.py), which is not run"
+    assert not (folder / "ran").exists()
+
+
 def test_adapters_that_are_not_there_or_do_not_fit_are_refused(original, tmp_path):
     assert "has no adapters.safetensors" in fail(original, adapter_path=tmp_path / "none")
     adapters = save_adapters(original, tmp_path / "adapters")
