@@ -121,12 +121,13 @@ def analyze(
     if seed < 0:
         raise TempoError(f"seed must be at least 0, got {seed}")
     check_tables(tables)
-    if not (keys_of(tables)["kind"] == "sibling").any():
+    keys = keys_of(tables)
+    if not (keys["kind"] == "sibling").any():
         raise TempoError(
             "no run has a set of two or more tokens that a later step could see: nothing to "
             "compare; a lower threshold or more steps give some"
         )
-    found = measure(tables, rules)
+    found = measure(tables, rules, keys)
     runs = tables.runs
     pairs = mode_pairs(runs)
     prompts = by_prompt(found)
@@ -154,9 +155,9 @@ def analyze(
         "heads": by_head(found),
         "distances": distances(found.measured["token"]),
         "influence": pd.concat(influence, ignore_index=True),
-        "sensitivity": sensitivity(tables, rules, pairs),
+        "sensitivity": sensitivity(tables, keys, rules, pairs),
         "seeds": seeds,
-        "models": models(tables, pairs),
+        "models": models(observations(keys, tables.received), pairs),
         "kl": over_prompts(tables.kl, ["mode_a", "mode_b", "step"], ["kl_ab", "kl_ba"]),
         "entropy": over_prompts(entropy, ["mode", "layer"], ["entropy"]),
         "first_token": over_prompts(first, ["mode", "layer"], ["attention"]),
@@ -225,7 +226,9 @@ def distances(measured: Measured) -> DataFrame:
     return found.merge(counts, on=by).sort_values(by, ignore_index=True)
 
 
-def sensitivity(tables: Tables, rules: Rules, pairs: list[tuple[str, str]]) -> DataFrame:
+def sensitivity(
+    tables: Tables, keys: DataFrame, rules: Rules, pairs: list[tuple[str, str]]
+) -> DataFrame:
     """The effect by token and by set, over everything, under other rules of matching.
 
     Returns:
@@ -239,7 +242,7 @@ def sensitivity(tables: Tables, rules: Rules, pairs: list[tuple[str, str]]) -> D
     by = ["measure", "mode"]
     parts = []
     for other in dict.fromkeys([*OTHER_RULES, rules]):
-        rows = by_prompt(measure(flat, other))
+        rows = by_prompt(measure(flat, other, keys))
         rows = rows[(rows["measure"] != "alone") & rows["set_size"].isna() & rows["layer"].isna()]
         both = mode_differences(rows, pairs)
         both["mode"] = both["mode_b"].astype(str) + " - " + both["mode_a"].astype(str)
@@ -293,9 +296,8 @@ def seed_sensitivity(found: Measurements, tables: Tables) -> DataFrame:
     return table.astype({**numbers, "converged": "boolean"})
 
 
-def models(tables: Tables, pairs: list[tuple[str, str]]) -> DataFrame:
+def models(seen: DataFrame, pairs: list[tuple[str, str]]) -> DataFrame:
     """Mixed models of siblings' attention in each mode, and of its difference between modes."""
-    seen = observations(tables)
     by_mode = dict(list(seen.groupby("mode", sort=False)))
     rows = [
         {"question": "siblings", "mode": mode, **sibling_model(mine)}

@@ -115,9 +115,15 @@ class Adjustment:
     slopes: np.ndarray
 
 
-def measure(tables: Tables, rules: Rules) -> Measurements:
-    """Match siblings with controls, and measure both."""
-    keys = keys_of(tables)
+def measure(tables: Tables, rules: Rules, keys: DataFrame | None = None) -> Measurements:
+    """Match siblings with controls, and measure both.
+
+    Args:
+        tables: of the runs.
+        rules: of matching.
+        keys: :func:`~.matching.keys_of` the tables, where they are at hand.
+    """
+    keys = keys_of(tables) if keys is None else keys
     units = {"tokens": sibling_tokens(keys), "sets": sibling_sets(keys)}
     pairs = {kind: match(units[kind], keys, rules) for kind in units}
     n_entries = len(tables.received)

@@ -8,9 +8,8 @@ import pandas as pd
 from pandas import DataFrame
 from statsmodels.formula.api import mixedlm  # type: ignore[import-untyped]
 
-from .matching import ADJUSTED, keys_of
+from .matching import ADJUSTED
 from .statistics import CONFIDENCE, MIN_PROMPTS, TOO_SMALL
-from .tables import Tables
 
 SIBLING_MODEL = "attention ~ sibling + C(distance) + logit + query_step + n_keys"
 MODE_MODEL = "attention ~ sibling * second + C(distance) + logit + query_step + n_keys"
@@ -19,16 +18,19 @@ RANDOM = "~ sibling"
 SEED_MODEL = "effect ~ 1"
 
 
-def observations(tables: Tables) -> DataFrame:
+def observations(keys: DataFrame, received: np.ndarray) -> DataFrame:
     """One row for each generated key of an earlier step, sibling or single, matched or not.
+
+    Args:
+        keys: of :func:`~.matching.keys_of`.
+        received: of the same tables, [entries, layers, heads].
 
     Returns:
         prompt_id, mode, sibling (0 or 1), distance, logit (of its probability), query_step, n_keys,
         attention (mean over layers and heads).
     """
-    keys = keys_of(tables)
     keys = keys[keys["kind"] != "prompt"]
-    received = tables.received.mean(axis=(1, 2), dtype=np.float64)
+    received = received.mean(axis=(1, 2), dtype=np.float64)
     columns = ["prompt_id", "mode", "distance", *ADJUSTED]
     return keys[columns].assign(
         sibling=(keys["kind"] == "sibling").astype(float), attention=received[keys["row"]]

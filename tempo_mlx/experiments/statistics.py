@@ -11,7 +11,6 @@ import pandas as pd
 from pandas import DataFrame, Series
 from scipy import special, stats
 from statsmodels.api import OLS, WLS  # type: ignore[import-untyped]
-from statsmodels.stats.multitest import multipletests  # type: ignore[import-untyped]
 
 from ..errors import TempoError
 
@@ -171,8 +170,12 @@ def holm(p_values: Any) -> np.ndarray:
     p_values = np.asarray(p_values, float)
     given = np.isfinite(p_values)
     adjusted = np.full(p_values.shape, np.nan)
-    if given.any():
-        adjusted[given] = multipletests(p_values[given], method="holm")[1]
+    family = p_values[given]
+    order = np.argsort(family)
+    # The smallest counts for all, the next for all but one, and so on; none falls below the last.
+    raised = np.maximum.accumulate(family[order] * np.arange(len(family), 0, -1))
+    family[order] = np.minimum(raised, 1)
+    adjusted[given] = family
     return adjusted
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from tempo_mlx.experiments.matching import Rules
+from tempo_mlx.experiments.matching import Rules, keys_of
 from tempo_mlx.experiments.measures import measure
 from tempo_mlx.experiments.mixed_model import observations, seed_model, sibling_model
 from tempo_mlx.experiments.statistics import (
@@ -275,18 +275,22 @@ def test_measures_differ_as_they_must_where_siblings_draw_what_single_tokens_dra
 # The mixed model.
 
 
+def observations_of(tables):
+    return observations(keys_of(tables), tables.received)
+
+
 def test_mixed_model_finds_the_planted_effect():
     planted = Planted(prompts=3, modes=("isolated",), effect=0.006, prompt_sd=0.003)
-    found = sibling_model(observations(planted.tables(4)))
+    found = sibling_model(observations_of(planted.tables(4)))
     assert found["low"] < 0.006 < found["high"] and found["p"] < 1e-3
     assert found["n_prompts"] == 15 and 0.001 < found["var_sibling"] ** 0.5 < 0.006
 
 
 def test_mixed_model_says_why_there_is_none():
     one = Planted(prompts=1, categories=("any",), modes=("isolated",))
-    found = sibling_model(observations(one.tables()))
+    found = sibling_model(observations_of(one.tables()))
     assert found["estimate"] is None and found["note"] == "n too small"
-    crowded = sibling_model(observations(replace(one, prompts=4, single=0.0).tables()))
+    crowded = sibling_model(observations_of(replace(one, prompts=4, single=0.0).tables()))
     assert crowded["estimate"] is None and crowded["note"] == "no siblings or no single tokens"
     still = seed_model(pd.DataFrame({"prompt_id": list("abcd"), "effect": 0.0}))
     assert still["estimate"] is None and still["note"] == "no variance"
