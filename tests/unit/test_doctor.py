@@ -5,6 +5,7 @@ import sys
 
 from tempo_mlx import checks, cli, doctor, inventory
 from tempo_mlx.checks import FORMS, ORACLES, TOLERANCE, Check, Subject, check
+from tempo_mlx.errors import TempoError
 from tempo_mlx.models import PositionedModel, attention, positions
 from tempo_mlx.models.recipes import HOME_VARIABLE
 from tempo_mlx.random_models import CONFIGS, VOCABULARY, Letters, random_model
@@ -198,7 +199,7 @@ def test_check_prints_every_model_and_fails_with_exit_code_one(run, monkeypatch)
     monkeypatch.setattr(checks, "random_subjects", lambda: iter(subjects))
 
     def unreachable(name):
-        raise ValueError("the index cannot be reached")
+        raise TempoError("the index cannot be reached")
 
     monkeypatch.setattr(checks, "load", unreachable)
     code, out, err = run("doctor", "--check")
