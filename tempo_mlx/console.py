@@ -3,6 +3,7 @@
 import errno
 import os
 from collections.abc import Iterable
+from typing import Any
 
 import rich.console
 from rich.console import ConsoleOptions, RenderableType
@@ -15,8 +16,12 @@ class Console(rich.console.Console):
     """A console on which control characters in texts are shown as symbols.
 
     Prompts, files, file names and the model's own output may hold any character. What rich itself
-    sends to the terminal (colours, cursor movements of progress bars) stays as it is.
+    sends to the terminal (colours, cursor movements of progress bars) stays as it is. Neither does
+    a text command rich: brackets and colons are no markup here.
     """
+
+    def __init__(self, **options: Any):
+        super().__init__(**{"markup": False, "emoji": False, **options})
 
     def on_broken_pipe(self) -> None:
         """Leave the end of the command to it, instead of ending the process here."""

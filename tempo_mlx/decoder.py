@@ -6,6 +6,7 @@ combines the rows of that pass into the next distributions.
 """
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
@@ -106,6 +107,9 @@ class Decoder:
                 run.sequence.take(run.lattice.slots[source.last[0]], source.last[1])
         self.batch.adopt(batch, [(s, r.sequence) for r, (_, s) in zip(runs, found, strict=True)])
         self.runs += runs
+        for run in runs:
+            if run.stop_watch is not None:
+                run.stop_watch.prompt_slots = partial(self.batch.prompt_slots, run.sequence)
         if len(found) > len(places):
             logits = logits[mx.array([place for place, _ in found])]
         self._offer(runs, logits, [np.ones(1)] * len(runs))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import BinaryIO, Self
 
 from .errors import TempoError
+from .printable import running
 
 #: The standard streams, in the order of their descriptors.
 _STREAMS = tuple(Path(f"/dev/{name}") for name in ("stdin", "stdout", "stderr"))
@@ -116,7 +117,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 class Stream:
-    """Text into a pipe or a device, written as soon as it is there.
+    """Text into a pipe or a device, written as soon as it is there; safe to read on a terminal.
 
     Args:
         path: None for standard output.
@@ -135,7 +136,8 @@ class Stream:
             OSError: naming the path.
         """
         with naming(self._path):
-            self._file.write(text.encode())
+            # What is data to a program would command a terminal.
+            self._file.write((running(text) if self._file.isatty() else text).encode())
             self._file.flush()
 
     def __enter__(self) -> Self:

@@ -13,6 +13,7 @@ from .errors import TempoError
 from .lattice import Lattice, Step
 from .models import PlainModel, PositionedModel
 from .prompt_cache import PromptCache
+from .rendering import StepWriter, plain
 from .replication import RowTree
 from .result import BEAM, GenerationResult, find_paths
 from .run import Run
@@ -61,18 +62,13 @@ def generate(
         UnsupportedModelError: for a model that cannot hold parallel tokens exactly.
         NonFiniteLogitsError: if the model returns NaN.
     """
+    writer = StepWriter()
     for response in stream_generate(model, tokenizer, prompt, **kwargs):
         if verbose:
-            print(render_plain(response.step), end="", flush=True)
+            print(plain(writer.write(response.step)), end="", flush=True)
     if verbose:
-        print()
+        print(plain(writer.finish()))
     return response.result
-
-
-def render_plain(step: Step) -> str:
-    """A step as text: the token, or `[ on/ under]` for a set of several."""
-    texts = [token.text for token in step.tokens]
-    return texts[0] if len(texts) == 1 else f"[{'/'.join(texts)}]" if texts else ""
 
 
 def stream_generate(

@@ -56,7 +56,7 @@ class Token:
 
     Args:
         id: token id.
-        text: its text.
+        text: as it is shown, bytes of a part of a character as ``⟨e4 bb⟩``.
         probability: in the combined distribution that it was selected from, (0, 1].
         slot: number of its slot; counts appended slots, the prompt's first.
         parent: slot that it continues, where the visibility has parents.
@@ -64,6 +64,7 @@ class Token:
         pruned_at: step after whose forward pass it was pruned; None while it lives.
         pruned_by: name of the rule that pruned it.
         score: the rule's score when it was last judged.
+        raw: its UTF-8.
     """
 
     id: int
@@ -75,6 +76,13 @@ class Token:
     pruned_at: int | None = None
     pruned_by: str | None = None
     score: float | None = None
+    raw: bytes = b""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The token as JSON-ready data; its bytes as integers."""
+        data = asdict(self)
+        head = {"id": data.pop("id"), "text": data.pop("text"), "bytes": list(data.pop("raw"))}
+        return head | data
 
 
 @dataclass(frozen=True)
@@ -241,5 +249,8 @@ class Lattice:
         return sum(len(step.tokens) for step in self.steps)
 
     def steps_to_dict(self) -> list[dict[str, Any]]:
-        """The ``steps`` of the result's schema, version 1."""
-        return [asdict(step) for step in self.steps]
+        """The ``steps`` of the result's schema, version 2."""
+        return [
+            asdict(step) | {"tokens": [token.to_dict() for token in step.tokens]}
+            for step in self.steps
+        ]

@@ -27,8 +27,8 @@ class Path:
     """One text through the lattice.
 
     Args:
-        text: the path's text, without the prompt.
-        tokens: its ids.
+        text: the path's text, without the prompt; it ends before the first stop text.
+        tokens: its ids, those that spell a stop text included.
         logprob: log-probability of the tokens given the prompt, in nats, at temperature 1.
         ended: whether an end token followed, whose log-probability is included then.
     """
@@ -39,11 +39,17 @@ class Path:
     ended: bool = False
 
 
+def cut_at_stop(text: str, stops: Sequence[str]) -> str:
+    """The text before the first stop text in it; all of it where there is none."""
+    return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))]
+
+
 class _Beam:
     """The hypotheses of one problem: paths so far, their scores, and what they attend to."""
 
-    def __init__(self, prompt: list[int], sets: list[list[int]], beam: int):
-        self.prompt, self.sets, self.beam = prompt, sets, beam
+    def __init__(self, prompt: list[int], beam: int):
+        self.prompt, self.beam = prompt, beam
+        self.sets: list[list[int]] = []
         self.scores = np.zeros(1)  # [R], nats
         self.chains: list[list[int]] = [[]]
         self.sees = np.ones((1, len(prompt)), bool)  # [R, S]: slots that each path's last one sees
@@ -70,45 +76,76 @@ class _Beam:
         self.step += 1
 
 
+class PathSearch:
+    """Beam search over sets; all hypotheses of all problems' steps in one forward pass.
+
+    Args:
+        model: scores the tokens.
+        prompts: of each problem, ids of at least one token.
+        beam: hypotheses kept at each step, at least 1.
+        cache: a row for each problem that holds the beginning of its prompt, not the last token.
+    """
+
+    def __init__(
+        self,
+        model: PositionedModel,
+        prompts: Sequence[list[int]],
+        beam: int,
+        cache: BatchedKVCache | None = None,
+    ):
+        self._model = model
+        self._beams = [_Beam(prompt, beam) for prompt in prompts]
+        reading = Batch(model, [SequenceState(Lattice(prompt)) for prompt in prompts], cache)
+        #: of the last tokens that were read, [N, V], and the problem of each
+        self._logits: mx.array | None = reading.prefill(CHUNK)
+        self._rows = np.arange(len(self._beams))
+        self._cache = reading.cache
+
+    def extend(
+        self, sets: Sequence[list[list[int]]], last: bool = False
+    ) -> list[list[tuple[list[int], float]]]:
+        """Go on to the end of the sets.
+
+        Args:
+            sets: of each problem, for each step the ids to choose from; they begin with those of
+                the last call.
+            last: problems are not extended again, so that finished ones make room for others.
+
+        Returns:
+            for each problem at most ``beam`` pairs (ids, log-probability in nats), best first.
+        """
+        beams = self._beams
+        for each, own in zip(beams, sets, strict=True):
+            each.sets = own
+        while going := [row for row, each in enumerate(beams) if not each.finished]:
+            if self._logits is None:
+                _drop_unused(self._cache, beams, last)
+                self._rows, self._logits = _read_last(self._model, self._cache, beams, going)
+            keep = np.isin(self._rows, going)
+            of_row, logits = self._rows[keep], self._logits[mx.array(np.flatnonzero(keep))]
+            widest = max(len(beams[row].ids) for row in going)
+            ids = np.array([np.resize(beams[row].ids, widest) for row in of_row])
+            logp = log_softmax_at(logits.astype(mx.float32), mx.array(ids))
+            mx.eval(logp, self._cache.state)
+            found = np.array(logp, np.float64)
+            for row in going:
+                beams[row].extend(found[of_row == row, : len(beams[row].ids)])
+            self._logits = None
+        return [
+            [(chain, float(score)) for chain, score in zip(each.chains, each.scores, strict=True)]
+            for each in beams
+        ]
+
+
 def best_paths(
     model: PositionedModel,
     problems: Sequence[tuple[list[int], list[list[int]]]],
     beam: int,
     cache: BatchedKVCache | None = None,
 ) -> list[list[tuple[list[int], float]]]:
-    """Beam search over sets; all hypotheses of all problems' steps in one forward pass.
-
-    Args:
-        model: scores the tokens.
-        problems: prompts, ids of at least one token, and for each step the ids to choose from.
-        beam: hypotheses kept at each step, at least 1.
-        cache: a row for each problem that holds the beginning of its prompt, not the last token.
-
-    Returns:
-        for each problem at most ``beam`` pairs (ids, log-probability in nats), best first.
-    """
-    beams = [_Beam(prompt, sets, beam) for prompt, sets in problems]
-    reading = Batch(model, [SequenceState(Lattice(prompt)) for prompt, _ in problems], cache)
-    logits, cache = reading.prefill(CHUNK), reading.cache
-    rows = np.arange(len(beams))  # of the logits
-    while going := [row for row, each in enumerate(beams) if not each.finished]:
-        keep = np.isin(rows, going)
-        of_row, logits = rows[keep], logits[mx.array(np.flatnonzero(keep))]
-        widest = max(len(beams[row].ids) for row in going)
-        ids = np.array([np.resize(beams[row].ids, widest) for row in of_row])
-        logp = log_softmax_at(logits.astype(mx.float32), mx.array(ids))
-        mx.eval(logp, cache.state)
-        found = np.array(logp, np.float64)
-        for row in going:
-            beams[row].extend(found[of_row == row, : len(beams[row].ids)])
-        going = [row for row in going if not beams[row].finished]
-        if going:
-            _drop_unused(cache, beams)
-            rows, logits = _read_last(model, cache, beams, going)
-    return [
-        [(chain, float(score)) for chain, score in zip(each.chains, each.scores, strict=True)]
-        for each in beams
-    ]
+    """The best paths of several problems: (prompt, sets); see :class:`PathSearch`."""
+    search = PathSearch(model, [prompt for prompt, _ in problems], beam, cache)
+    return search.extend([sets for _, sets in problems], last=True)
 
 
 def _read_last(
@@ -131,9 +168,10 @@ def _read_last(
     return rows, model(tokens[None], positions[None], mask_, cache, rows=rows)[0]
 
 
-def _drop_unused(cache: BatchedKVCache, beams: list[_Beam]) -> None:
-    """Drop slots that no path sees, if they are many."""
-    used = [each.sees.any(axis=0) & (not each.finished) for each in beams]
+def _drop_unused(cache: BatchedKVCache, beams: list[_Beam], last: bool) -> None:
+    """Drop slots that no path sees, if they are many; of finished problems all if it is the last
+    call."""
+    used = [each.sees.any(axis=0) & (not (last and each.finished)) for each in beams]
     if sum(int(u.sum()) for u in used) < (1 - MAX_UNUSED) * cache.counts.sum():
         cache.compact([np.flatnonzero(u) for u in used])
         for each, chosen in zip(beams, used, strict=True):

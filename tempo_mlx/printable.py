@@ -5,6 +5,7 @@ clipboard (OSC 52) or make a link that leads elsewhere (OSC 8). Bidirectional co
 text around them. Both are replaced by symbols.
 """
 
+import codecs
 import json
 import re
 import unicodedata
@@ -21,6 +22,7 @@ _UNSAFE = re.compile(f"[{_CONTROL}{_BIDIRECTIONAL}{_SEPARATORS}{_SURROGATES}]")
 _UNSAFE_RUNNING = re.compile(
     f"[\x00-\x08\x0b-\x1f\x7f-\x9f{_BIDIRECTIONAL}{_SEPARATORS}{_SURROGATES}]"
 )
+_BYTES = re.compile("[\udc80-\udcff]+")
 _UNSAFE_JSON = re.compile(f"[\x7f-\x9f{_BIDIRECTIONAL}{_SEPARATORS}{_SURROGATES}]")
 
 #: What stands for the characters that people meet every day.
@@ -40,6 +42,20 @@ def running(text: str) -> str:
 def quoted(text: str) -> str:
     """The text on one line, in quotes that show where it begins and ends."""
     return f"'{visible(text)}'" if "'" not in text else f'"{visible(text)}"'
+
+
+def spelled(raw: bytes) -> str:
+    """UTF-8 as text; bytes that are only a part of a character are shown as ``⟨e4 bb⟩``."""
+    # Escaped as surrogates, bytes cannot be mistaken for characters of the text.
+    text = raw.decode(errors="surrogateescape")
+    return _BYTES.sub(lambda run: f"⟨{run[0].encode(errors='surrogateescape').hex(' ')}⟩", text)
+
+
+def unfinished(raw: bytes) -> int:
+    """Bytes at the end that begin a character which is not complete, 0 to 3."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    decoder.decode(raw)
+    return len(decoder.getstate()[0])
 
 
 def json_text(data: Any, indent: int | None = None) -> str:

@@ -9,14 +9,14 @@ import numpy as np
 from .errors import TempoError
 from .lattice import Lattice
 from .models import BatchedKVCache, PlainModel, PositionedModel
-from .paths import Path, best_paths
+from .paths import Path, best_paths, cut_at_stop
 from .posterior import viterbi
 from .settings import Settings
 from .tokens import Vocabulary
 from .verification import Verification, received_attention
 
 #: Version of the dictionary that :meth:`GenerationResult.to_dict` returns.
-SCHEMA = 1
+SCHEMA = 2
 
 #: Hypotheses that the search for the best paths keeps at each step, at least.
 BEAM = 8
@@ -29,6 +29,23 @@ class Statistics:
     prompt_seconds: float = 0.0
     generation_seconds: float = 0.0
     peak_memory_gb: float = 0.0
+
+
+@dataclass(frozen=True)
+class _End:
+    """Where a text of the run ends.
+
+    Args:
+        slot: of its last token; None where it has none.
+        logprob: of the text, an end token included, in nats.
+        length: tokens, an end token left out.
+        ended: whether an end token followed.
+    """
+
+    slot: int | None
+    logprob: float
+    length: int
+    ended: bool
 
 
 @dataclass
@@ -58,13 +75,28 @@ class GenerationResult:
 
     @property
     def text(self) -> str:
-        """The best path through the lattice, rescored exactly; see :meth:`paths`."""
+        """The best path through the lattice, rescored exactly; see :meth:`paths`.
+
+        It ends before the first stop text, and holds whole characters only: one that the last
+        tokens have begun is left out.
+        """
+        ids = self.known_best()
+        return self.paths(1)[0].text if ids is None else self._spelled(ids)
+
+    def known_best(self) -> list[int] | None:
+        """Ids of the best path where the run knows it without another search."""
         if self.settings.has_parents:
-            return self.paths(1)[0].text
+            return self._own_path(self._own_ends()[0]).tokens
         sets = self.lattice.sets
-        if all(len(tokens) == 1 for tokens in sets):
-            return self.vocabulary.decode([tokens[0].id for tokens in sets])
-        return self.paths(1)[0].text
+        return [t[0].id for t in sets] if all(len(tokens) == 1 for tokens in sets) else None
+
+    def stops(self, ids: Sequence[int]) -> bool:
+        """Whether the text of these tokens contains a stop text."""
+        text = self.vocabulary.decode(ids)
+        return cut_at_stop(text, self.settings.stop) != text
+
+    def _spelled(self, ids: Sequence[int]) -> str:
+        return cut_at_stop(self.vocabulary.decode(ids), self.settings.stop)
 
     def paths(self, k: int = 1, beam: int = BEAM) -> list[Path]:
         """The k best paths through the lattice's sets, best first.
@@ -91,30 +123,34 @@ class GenerationResult:
         if beam < 1:
             raise TempoError(f"beam must be at least 1, got {beam}")
         if self.settings.has_parents:
-            return self._own_paths()[:k]
+            return [self._own_path(end) for end in self._own_ends()[:k]]
         find_paths([self], max(k, beam))
         assert self._paths is not None
         return self._paths[1][:k]
 
-    def _own_paths(self) -> list[Path]:
-        """The texts that the run scored itself, best first by log-probability per token."""
-        lattice = self.lattice
-        sets = [step.tokens for step in lattice.steps if step.tokens]
-        last = sets[-1] if sets else []
-        ends: list[tuple[float | None, int | None, bool]] = [
-            (token.logprob, token.slot, False) for token in last
-        ]
+    def _own_ends(self) -> list["_End"]:
+        """Where the texts that the run scored itself end, best first by log-probability per token;
+        at least one."""
+        steps = self.lattice.steps
+        sets = [step for step in steps if step.tokens]
+        ends = []
         if self.settings.branches:
             # A branch that went on has its end in the last set; one that did not, ended before.
-            if lattice.steps and not lattice.steps[-1].tokens:
-                ends = []
-            ends += [(e.logprob, e.parent, True) for step in lattice.steps for e in step.endings]
-        paths = []
-        for logprob, slot, ended in ends:
-            ids = [token.id for token in lattice.tokens_to(slot)]
-            paths.append(Path(self.vocabulary.decode(ids), ids, logprob or 0.0, ended))
-        paths.sort(key=lambda path: -path.logprob / (len(path.tokens) + path.ended))
-        return paths or [Path("", [], 0.0)]
+            ends = [
+                _End(e.parent, e.logprob or 0.0, step.step, True)
+                for step in steps
+                for e in step.endings
+            ]
+        if sets and (sets[-1] is steps[-1] or not self.settings.branches):
+            length = sets[-1].step + 1
+            last = [_End(t.slot, t.logprob or 0.0, length, False) for t in sets[-1].tokens]
+            ends = last + ends
+        ends.sort(key=lambda end: -end.logprob / max(1, end.length + end.ended))
+        return ends or [_End(None, 0.0, 0, False)]
+
+    def _own_path(self, end: "_End") -> Path:
+        ids = [token.id for token in self.lattice.tokens_to(end.slot)]
+        return Path(self._spelled(ids), ids, end.logprob, end.ended)
 
     def received_attention(self) -> dict[int, np.ndarray]:
         """Attention that each step's rows paid to each slot, [S], by one more pass.
@@ -153,10 +189,10 @@ class GenerationResult:
         indices, logprob = viterbi(initial, transitions)
         pairs = zip(steps, live, indices, strict=True)
         ids = [step.tokens[tokens[i]].id for step, tokens, i in pairs]
-        return Path(self.vocabulary.decode(ids), ids, logprob)
+        return Path(self._spelled(ids), ids, logprob)
 
     def to_dict(self, n_paths: int = 5) -> dict[str, Any]:
-        """The result as JSON-ready data, schema version 1; rescores ``n_paths`` paths."""
+        """The result as JSON-ready data, schema version 2; rescores ``n_paths`` paths."""
         data: dict[str, Any] = {
             "schema": SCHEMA,
             "model": self.model_name,
@@ -219,5 +255,7 @@ def find_paths(
     model = new[0].model
     assert isinstance(model, PositionedModel)
     for result, found in zip(new, best_paths(model, problems, beam, cache), strict=True):
-        paths = [Path(result.vocabulary.decode(ids), ids, logprob) for ids, logprob in found]
+        paths = [Path(result._spelled(ids), ids, logprob) for ids, logprob in found]
         result._paths = made(result), paths
+        if result.finish_reason is not None and result.stops(paths[0].tokens):
+            result.finish_reason = "stop"

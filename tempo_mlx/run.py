@@ -16,6 +16,7 @@ from .schedules import interpolate
 from .selection import Candidates, Offers, Selected, keep, noise_key
 from .sequences import SequenceState
 from .settings import Settings
+from .stopping import StopWatch
 from .verification import require_known
 from .visibility import may_attend
 
@@ -67,6 +68,8 @@ class Run:
         self.hindsight: Hindsight | None = None
         if settings.looks_back:
             self.hindsight = Hindsight(self.lattice, settings, model.n_layers)
+        #: ends the run at a stop text
+        self.stop_watch = StopWatch(result) if settings.stop else None
         self.length = length = len(self.lattice.prompt_tokens)
         room = (model.context_length or length + settings.max_tokens) - length
         #: steps at most
@@ -246,7 +249,13 @@ class Run:
         queries = self.pending if ahead else self.reserve(len(kept.ids))
         vocabulary, stats = self.result.vocabulary, self.result.stats
         tokens = [
-            Token(int(id), vocabulary.text(int(id)), float(p), int(slot))
+            Token(
+                int(id),
+                vocabulary.text(int(id)),
+                float(p),
+                int(slot),
+                raw=vocabulary.bytes_of(int(id)),
+            )
             for id, p, slot in zip(kept.ids, kept.probabilities, queries.index, strict=False)
         ]
         if kept.parents is not None and kept.logprobs is not None:
@@ -261,7 +270,7 @@ class Run:
             self.hindsight.weigh()
         stats.generation_seconds = time.perf_counter() - self._started
         stats.peak_memory_gb = mx.get_peak_memory() / 1e9
-        if not tokens or self._is_complete() or self._has_stop_text():
+        if not tokens or self._is_complete() or self._stops():
             self.result.finish_reason = "stop"
         elif last:
             full = self.limit < self.settings.max_tokens
@@ -270,15 +279,8 @@ class Run:
             self.observer.observe(self.observation())
         return record
 
-    def _has_stop_text(self) -> bool:
-        if not self.settings.stop:
-            return False
-        if self.settings.has_parents:
-            best = self.lattice.tokens_to(self._last[int(self._scores.argmax())])
-        else:
-            best = [step.tokens[0] for step in self.lattice.steps if step.tokens]
-        text = "".join(token.text for token in best)
-        return any(stop in text for stop in self.settings.stop)
+    def _stops(self) -> bool:
+        return self.stop_watch is not None and self.stop_watch.reached()
 
     def _is_complete(self) -> bool:
         """Whether no branch can become as good a path as the ``max_leaves`` that have ended.

@@ -1,13 +1,24 @@
 """Between text and token ids."""
 
 import copy
+import functools
 import operator
+import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+from tokenizers.pre_tokenizers import ByteLevel
 
 from .arguments import check_text, shown
 from .chat import encode_chat
 from .errors import TempoError
+from .printable import spelled, unfinished
+
+#: What tokenizers decode bytes to that are only a part of a character.
+REPLACEMENT = "\ufffd"
+
+#: A byte as SentencePiece vocabularies have it.
+_BYTE_FALLBACK = re.compile("<0x([0-9A-Fa-f]{2})>")
 
 if TYPE_CHECKING:
     from .models import PlainModel, PositionedModel
@@ -25,28 +36,77 @@ class Vocabulary:
 
     def __init__(self, tokenizer: Any):
         self._tokenizer = tokenizer
-        self._texts: dict[int, str] = {}
+        self._bytes: dict[int, bytes] = {}
         self.end_tokens: frozenset[int] = frozenset(tokenizer.eos_token_ids)
         # Decoded behind an anchor, a token keeps the space that it begins with.
         self._anchor: list[int] = tokenizer.encode("a", add_special_tokens=False)[-1:]
         self._anchor_text: str = tokenizer.decode(self._anchor)
 
+    def bytes_of(self, id: int) -> bytes:
+        """UTF-8 of the token inside a sentence, its leading space included."""
+        if id not in self._bytes:
+            text = self._decoded([id])
+            raw = self._raw(id) if REPLACEMENT in text else None
+            self._bytes[id] = text.encode() if raw is None else raw
+        return self._bytes[id]
+
     def text(self, id: int) -> str:
-        """The token's text as it stands inside a sentence, its leading space included."""
-        if id not in self._texts:
-            self._texts[id] = self.decode([id])
-        return self._texts[id]
+        """The token as it is shown; bytes of a part of a character as ``⟨e4 bb⟩``."""
+        return spelled(self.bytes_of(id))
 
     def beginning(self, texts: tuple[str, ...]) -> set[int]:
         """The tokens whose text begins with one of these."""
-        return {id for id in range(len(self._tokenizer)) if self.text(id).startswith(texts)}
+        starts = tuple(text.encode() for text in texts)
+        return {id for id in range(len(self._tokenizer)) if self.bytes_of(id).startswith(starts)}
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of consecutive tokens inside a sentence, the leading space included."""
+        """Text of consecutive tokens inside a sentence, the leading space included.
+
+        Whole characters only: one that the last tokens have begun is left out.
+        """
+        # An unfinished character has at most 3 bytes, so that 4 decide.
+        last, n = b"", 0
+        while n < len(ids) and len(last) < 4:
+            n += 1
+            last = self.bytes_of(ids[-n]) + last
+        cut = unfinished(last)
+        if not cut:
+            return self._decoded(ids)
+        held, n = b"", 0
+        while len(held) < cut:
+            n += 1
+            held = self.bytes_of(ids[-n]) + held
+        return self._decoded(ids[:-n]) + held[:-cut].decode(errors="replace")
+
+    def _decoded(self, ids: Sequence[int]) -> str:
         text: str = self._tokenizer.decode([*self._anchor, *ids])
         if text.startswith(self._anchor_text):
             return text.removeprefix(self._anchor_text)
         return str(self._tokenizer.decode(list(ids)))
+
+    def _raw(self, id: int) -> bytes | None:
+        """The bytes that the vocabulary has for a token; None where it does not say."""
+        name = self._tokenizer.convert_ids_to_tokens(id)
+        if isinstance(name, bytes):
+            return name
+        if not name:
+            return None
+        if match := _BYTE_FALLBACK.fullmatch(name):
+            return bytes.fromhex(match[1])
+        alphabet = _byte_level()
+        return bytes(alphabet[c] for c in name) if alphabet.keys() >= set(name) else None
+
+
+@functools.cache
+def _byte_level() -> dict[str, int]:
+    """The byte of each character that a byte-level tokenizer writes for bytes (GPT-2's encoder.py).
+
+    Printable bytes stand for themselves; the others follow in order behind the first 256.
+    """
+    alphabet = sorted(ByteLevel.alphabet())
+    own = {c: ord(c) for c in alphabet if ord(c) < 256}
+    others = sorted(set(range(256)) - set(own.values()))
+    return own | dict(zip(alphabet[len(own) :], others, strict=True))
 
 
 def add_end_token(tokenizer: Any, token: str) -> None:

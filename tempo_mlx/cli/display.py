@@ -1,10 +1,14 @@
 """What a run looks like in a terminal: its steps, its verdicts, its figures."""
 
+from collections.abc import Iterable
+
 from rich.table import Table
 from rich.text import Text
 
 from ..console import Console
-from ..lattice import Step
+from ..printable import quoted
+from ..rendering import Span, StepWriter
+from ..rendering import plain as plain_text
 from ..result import GenerationResult
 
 
@@ -18,7 +22,7 @@ def verdicts(result: GenerationResult) -> Table:
             table.add_row(
                 str(judgement.step) if i == 0 else "",
                 str(judgement.set_step) if i == 0 else "",
-                repr(tokens[slot].text),
+                quoted(tokens[slot].text),
                 f"{tokens[slot].probability:.3f}",
                 f"{score:.4g}",
                 f"{judgement.threshold:.3f}" if i == 0 else "",
@@ -28,26 +32,23 @@ def verdicts(result: GenerationResult) -> Table:
     return table
 
 
-def render(step: Step, plain: bool = False) -> Text:
-    """A step as coloured text: a plain token, or `[ on/ under]` with the best one bold.
+#: Style of each kind of span.
+STYLES = {"text": "", "mark": "dim", "best": "bold green", "other": "cyan", "ending": "magenta"}
 
-    Pruned tokens are struck through; in plain text they stand between tildes.
-    """
-    endings = [Text(f"<end {ending.probability:.2f}>", style="magenta") for ending in step.endings]
-    tokens = [
-        Text(f"~{token.text}~" if plain and token.pruned_at is not None else token.text)
-        for token in step.tokens
-    ]
-    if not tokens:
-        return endings[0]
-    if len(tokens) + len(endings) == 1:
-        return tokens[0]
-    for rank, (token, text) in enumerate(zip(step.tokens, tokens, strict=True)):
-        text.stylize("bold green" if rank == 0 else "cyan")
-        if token.pruned_at is not None:
-            text.stylize("strike red")
-    inner = Text("/", style="dim").join([*tokens, *endings])
-    return Text.assemble(("[", "dim"), inner, ("]", "dim"))
+
+def coloured(spans: Iterable[Span]) -> Text:
+    """Spans as coloured text, the best token of a set bold, pruned tokens struck through."""
+    return Text.assemble(
+        *((s.text, "strike red" if s.pruned else STYLES[s.kind]) for s in spans),
+    )
+
+
+def pruned_steps(result: GenerationResult, plain: bool) -> Text:
+    """All steps as they stand; pruned tokens between tildes where there are no colours."""
+    writer = StepWriter()
+    spans = [span for step in result.lattice.steps for span in writer.write(step)]
+    spans += writer.finish()
+    return Text(plain_text(spans)) if plain else coloured(spans)
 
 
 def report(result: GenerationResult, console: Console) -> None:

@@ -7,9 +7,9 @@ from math import isfinite
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from ..checks import ATTENTION_TOLERANCE, FORMS, TOLERANCE, Check, full_precision, run_checks
 from ..console import Console
@@ -105,12 +105,11 @@ def print_findings(findings: Sequence[Finding], console: Console) -> None:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for finding in findings:
-        value = escape(finding.value)
-        table.add_row(finding.topic, f"[yellow]{value}[/yellow]" if finding.missing else value)
+        table.add_row(finding.topic, Text(finding.value, "yellow" if finding.missing else ""))
     console.print(table)
     missing = [finding for finding in findings if finding.missing]
     for finding in missing:
-        console.print(f"{finding.topic}: {finding.remedy}", style="yellow", markup=False)
+        console.print(f"{finding.topic}: {finding.remedy}", style="yellow")
     if not missing:
         console.print("Nothing is missing.", style="green")
 
@@ -127,12 +126,12 @@ def print_checks(checks: Sequence[Check], console: Console) -> None:
         found = {(check.oracle, check.form): check for check in mine}
         for oracle in dict.fromkeys(check.oracle for check in mine):
             cells = [found.get((oracle, form)) for form in forms]
-            table.add_row(escape(oracle), *(cell_of(cell) for cell in cells))
+            table.add_row(oracle, *(cell_of(cell) for cell in cells))
         if forms:
             console.print(table)
     for check in checks:
         if check.failed or check.difference is None or "differ" in check.note:
-            console.print(f"{check.model} {check.form}, {check.oracle}: {check.note}", markup=False)
+            console.print(f"{check.model} {check.form}, {check.oracle}: {check.note}")
     limits = ", ".join(f"{limit:g} in {str(dtype)[9:]}" for dtype, limit in TOLERANCE.items())
     console.print(
         f"Logits may differ by {limits}, in standard deviations of the model's logits; "
@@ -147,11 +146,13 @@ def print_checks(checks: Sequence[Check], console: Console) -> None:
         console.print(f"{n_run} checks ok", style="bold green")
 
 
-def cell_of(check: Check | None) -> str:
+def cell_of(check: Check | None) -> Text:
     if check is None:
-        return ""
+        return Text()
     if check.difference is None:
-        return "skipped"
+        return Text("skipped")
     difference = f"{check.difference:.1e}" if check.difference else "0"
-    colour = {"ok": " [green]ok[/green]", "FAIL": " [bold red]FAIL[/bold red]"}
-    return difference + colour.get(check.verdict, "")
+    cell = Text(difference)
+    if style := {"ok": "green", "FAIL": "bold red"}.get(check.verdict):
+        cell.append(f" {check.verdict}", style)
+    return cell

@@ -202,7 +202,7 @@ def run(
         f"{summary.seconds:.1f} s; {folder} holds {summary.nbytes / 1e6:.1f} MB"
     )
     for run_id, error in summary.errors.items():
-        out.print(f"failed: {run_id}: {error}", style="red", markup=False)
+        out.print(f"failed: {run_id}: {error}", style="red")
     found = summary.validation
     if found is not None:
         largest = ", ".join(f"{name} {value:.2g}" for name, value in found.differences.items())
@@ -211,7 +211,7 @@ def run(
             f"tolerance {found.tolerance:g}, {len(found.mismatches)} mismatches"
         )
         for run_id, why in found.mismatches.items():
-            out.print(f"mismatch: {run_id}: {why}", style="red", markup=False)
+            out.print(f"mismatch: {run_id}: {why}", style="red")
     if summary.errors or (found is not None and found.mismatches):
         raise typer.Exit(1)
 
@@ -261,7 +261,7 @@ def status(
         if left is not None:
             out.print(f"about {_duration(left)} left at the pace of the latest command")
     for run_id, error in failures.items():
-        out.print(f"failed: {run_id}: {error}", style="red", markup=False)
+        out.print(f"failed: {run_id}: {error}", style="red")
 
 
 @app.command("schema")

@@ -151,7 +151,7 @@ def _check_folder(folder: Path) -> None:
 
 
 def _say(text: str) -> None:
-    Console(stderr=True, highlight=False, soft_wrap=True).print(text, style="dim", markup=False)
+    Console(stderr=True, highlight=False, soft_wrap=True).print(text, style="dim")
 
 
 def _print(analysis: "Analysis") -> None:
@@ -198,4 +198,4 @@ def _print(analysis: "Analysis") -> None:
     for row in each(matches[["units", "without"]].sum()):
         console.print(f"{row.mode}: {row.without} of {row.units} {row.of} had no control")
     for note in analysis.info["notes"]:
-        console.print(note, style="yellow", markup=False)
+        console.print(note, style="yellow")

@@ -17,6 +17,7 @@ from ..generation import stream_generate
 from ..models import PositionedModel, load
 from ..needs import Need, Needs
 from ..plots import check_plot, plot_lattice, plot_mask
+from ..printable import running
 from ..prompt_cache import PromptCache
 from ..prompt_files import read_prompts
 from ..pruning import (
@@ -29,11 +30,12 @@ from ..pruning import (
     Pruning,
     parse_layers,
 )
+from ..rendering import StepWriter, plain
 from ..schedules import parse_schedule
 from ..settings import BRANCHING, SAMPLING, WEIGHTINGS, Settings
 from ..tokens import add_end_token
 from ..visibility import VISIBILITY
-from .display import render, report, verdicts
+from .display import coloured, pruned_steps, report, verdicts
 from .effects import require_effect, setting_needs
 from .options import Overwrite, output_file
 from .outputs import (
@@ -309,7 +311,7 @@ def generate(
     ] = False,
     stop: Annotated[
         list[str] | None,
-        typer.Option(help="End once the most probable tokens spell this text. Repeatable."),
+        typer.Option(help="End before this text. Repeatable."),
     ] = None,
     extra_eos_token: Annotated[
         list[str] | None,
@@ -334,7 +336,7 @@ def generate(
             "-o",
             metavar="FILE",
             parser=output_file,
-            help="Write the result as JSON (schema 1); '-' prints it instead of the text.",
+            help="Write the result as JSON (schema 2); '-' prints it instead of the text.",
         ),
     ] = None,
     overwrite: Overwrite = False,
@@ -471,6 +473,7 @@ def generate(
     arguments = {name: getattr(settings, name) for name in settings.__dataclass_fields__}
     response = None
     interrupted = False
+    writer, shown = StepWriter(), ""
     with Progress(console=notes, transient=True, disable=not notes.is_terminal) as progress:
         reading: list[Any] = []
 
@@ -498,11 +501,13 @@ def generate(
                     if response.step.step == 0:
                         progress.stop()
                         out.print(Text(response.result.prompt, style="dim"), end="")
-                    out.print(render(response.step), end="")
+                    spans = list(writer.write(response.step))
+                    shown += plain(spans)
+                    out.print(coloured(spans), end="")
         except KeyboardInterrupt:
             interrupted = True
     if not quiet:
-        out.print()
+        out.print(coloured(writer.finish()))
     if response is None:
         raise KeyboardInterrupt
     result = response.result
@@ -515,17 +520,19 @@ def generate(
         best = result.text
         ranked = result.paths(paths) if paths else []
         data = result.to_dict(paths or 5) if output is not None else None
-    if quiet:
+    if quiet and not out.is_terminal:
+        print(best)
+    elif quiet:
         out.print(Text(best))
     else:
         if any(
             token.pruned_at is not None for step in result.lattice.steps for token in step.tokens
         ):
-            pruned = [render(step, plain=not out.is_terminal) for step in result.lattice.steps]
-            out.print(Text.assemble(("pruned: ", "bold"), (result.prompt, "dim"), *pruned))
+            pruned = pruned_steps(result, plain=not out.is_terminal)
+            out.print(Text.assemble(("pruned: ", "bold"), (result.prompt, "dim"), pruned))
         if explain:
             out.print(verdicts(result))
-        if any(len(tokens) > 1 for tokens in result.lattice.sets):
+        if shown != running(best):
             out.print(Text.assemble(("best path: ", "bold"), (result.prompt, "dim"), best))
         for path in ranked:
             out.print(Text.assemble((f"{path.logprob:9.3f} nats ", "cyan"), path.text))

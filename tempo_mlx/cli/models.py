@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from ..console import Console
 from ..errors import TempoError
@@ -51,10 +51,7 @@ def list_models(
     console = Console(highlight=False)
     console.print(recipe_table(ours))
     for recipe in {model.recipe.name: model.recipe for model in ours}.values():
-        console.print(
-            f"{escape(recipe.name)}: {escape(recipe.description)}; {escape(recipe.license)}; "
-            f"{escape(recipe.homepage)}"
-        )
+        console.print(f"{recipe.name}: {recipe.description}; {recipe.license}; {recipe.homepage}")
     if cached:
         console.print(hub_table(cached))
     else:
@@ -128,10 +125,10 @@ def recipe_table(ours: list[RecipeModel]) -> Table:
     table.add_column("where", overflow="fold")
     for model in ours:
         table.add_row(
-            f"{escape(model.recipe.name)}/{model.variant}",
-            "[green]ready[/green]" if model.ready else "not fetched",
+            f"{model.recipe.name}/{model.variant}",
+            Text("ready", "green") if model.ready else Text("not fetched"),
             size(model.n_bytes) if model.ready else "",
-            escape(str(model.path)),
+            str(model.path),
         )
     return table
 
@@ -143,9 +140,9 @@ def hub_table(cached: list[HubModel]) -> Table:
     table.add_column("where", overflow="fold")
     for model in cached:
         table.add_row(
-            escape(model.repo),
+            model.repo,
             size(model.n_bytes),
-            escape(model.problem) if model.problem else "[green]yes[/green]",
-            escape(str(model.path)),
+            Text(model.problem) if model.problem else Text("yes", "green"),
+            str(model.path),
         )
     return table

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from ..console import Console
 from ..files import Stream, write_atomically
+from ..printable import quoted, visible
 from ..results_file import ResultsFile
 
 #: A line of text: context, word, score, rank, and perhaps tokens.
@@ -97,14 +98,14 @@ class Tables:
     def add(self, row: int, data: dict[str, Any]) -> None:
         if "details" in data and len(self._table.columns) == 4:
             self._table.add_column("tokens, nats")
-        context = Text(data["context"]) if data["context"] else Text("(empty)", "dim")
+        context = Text(visible(data["context"])) if data["context"] else Text("(empty)", "dim")
         ranks = data["ranks"]
         for i in sorted(range(len(ranks)), key=ranks.__getitem__):
             word = data["candidates"][i]
             cells = [
                 context,
                 Text(
-                    word if isinstance(word, str) else " / ".join(word),
+                    visible(word if isinstance(word, str) else " / ".join(word)),
                     "bold green" if ranks[i] == 1 else "",
                 ),
                 Text(f"{data['scores'][i]:.3f}"),
@@ -113,7 +114,7 @@ class Tables:
             if "details" in data:
                 tokens = data["details"][i]["tokens"]
                 cells.append(
-                    Text(", ".join(f"{each['text']!r} {each['logprob']:.2f}" for each in tokens))
+                    Text(", ".join(f"{quoted(t['text'])} {t['logprob']:.2f}" for t in tokens))
                 )
             self._table.add_row(*cells)
             context = Text()

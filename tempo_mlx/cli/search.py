@@ -16,6 +16,7 @@ from ..files import STANDARD_INPUT, write_atomically
 from ..models import load
 from ..needs import Need, Needs
 from ..plots import check_plot, plot_search
+from ..printable import quoted
 from ..search import SearchError, SearchResult, SearchSettings, stream_search
 from ..search.monte_carlo import BACKUPS, SELECTIONS
 from ..search.settings import EVALUATIONS, NEEDS
@@ -287,7 +288,7 @@ def choices(result: SearchResult) -> Table:
         for rank, child in enumerate(choice.children):
             table.add_row(
                 str(i) if rank == 0 else "",
-                Text(repr(child["text"]), "bold green" if child["action"] == choice.id else ""),
+                Text(quoted(child["text"]), "bold green" if child["action"] == choice.id else ""),
                 str(child["visits"]),
                 f"{child['value']:.4f}" if child["visits"] else "",
                 f"{child['prior']:.4f}",

@@ -5,9 +5,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from ..bench.decode_report import Report
 from ..bench.target import Target
@@ -121,9 +121,9 @@ def print_setting(model: str, setting: dict[str, Any], console: Console) -> None
         if key in setting
     ]
     console.print(
-        f"{escape(model)} ({setting['architecture']}, {setting['dtype']}) on {setting['device']}\n"
-        f"{versions}, BLAS {escape(setting['blas'])}\n"
-        f"{', '.join(sizes)}; median \\[quartiles]"
+        f"{model} ({setting['architecture']}, {setting['dtype']}) on {setting['device']}\n"
+        f"{versions}, BLAS {setting['blas']}\n"
+        f"{', '.join(sizes)}; median [quartiles]"
     )
 
 
@@ -154,7 +154,7 @@ def print_targets(wanted: Sequence[Target], console: Console) -> None:
     """Measurements beside what they should be."""
     targets = Table("target", "wanted", "found", "")
     for target in wanted:
-        verdict = "[green]met[/green]" if target.met else "[yellow]not met[/yellow]"
+        verdict = Text("met", "green") if target.met else Text("not met", "yellow")
         targets.add_row(
             target.name, f"{target.relation} {target.wanted:.2f}", f"{target.value:.3f}", verdict
         )

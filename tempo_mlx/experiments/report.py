@@ -7,6 +7,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ..files import write_atomically
+from ..printable import running
 from .analysis import Analysis
 from .pictures import plot_experiment
 from .sections import sections
@@ -46,13 +47,17 @@ def write_report(analysis: Analysis, folder: Path, measure: str = "token") -> li
 
 
 def environment(autoescape: bool) -> Environment:
-    """Where the templates are; a name that they misspell is an error."""
+    """Where the templates are; a name that they misspell is an error.
+
+    Control characters of texts are shown as symbols, so that none reorders what stands beside it.
+    """
     found = Environment(
         loader=PackageLoader("tempo_mlx.experiments"),
         autoescape=autoescape,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        finalize=lambda value: running(value) if type(value) is str else value,
     )
     found.filters["cell"] = markdown_cell
     return found

@@ -51,11 +51,13 @@ BEGINNINGS = (*string.whitespace, *CLOSING)
 
 @dataclass(frozen=True)
 class TokenScore:
-    """A token of a word: its id, its text, and its log-probability in nats."""
+    """A token of a word: its id, its text as it is shown, its log-probability in nats, and its
+    UTF-8 as integers."""
 
     id: int
     text: str
     logprob: float
+    bytes: list[int]
 
 
 @dataclass(frozen=True)
@@ -300,9 +302,9 @@ class ContinuationScorer:
         return float(AGGREGATES[self.aggregate](logprobs))
 
     def _spelling(self, candidate: Candidate, parts: "_Parts") -> CandidateScore:
-        ids = candidate.tokens[candidate.start :]
+        ids, vocabulary = candidate.tokens[candidate.start :], self._vocabulary
         tokens = [
-            TokenScore(id, self._vocabulary.text(id), float(logprob))
+            TokenScore(id, vocabulary.text(id), float(logprob), list(vocabulary.bytes_of(id)))
             for id, logprob in zip(ids, parts.logprobs, strict=True)
         ]
         total = parts.total

@@ -14,13 +14,14 @@ from mlx_lm.generate import generation_stream, wired_limit
 from ..arguments import shown
 from ..errors import TempoError
 from ..models import PositionedModel
+from ..printable import quoted
 from ..tokens import Prompt, Vocabulary, encode_prompt
 from .environment import Batched, TextEnvironment, Value
 from .monte_carlo import TreeSearch
 from .settings import SearchSettings
 from .tree import ROOT, Tree
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True)
@@ -29,14 +30,17 @@ class Choice:
 
     Args:
         id: of the token.
-        text: of the token.
+        text: of the token, as it is shown.
+        bytes: of the token's UTF-8, as integers.
         probability: of the token after the text so far.
         simulations: that were added for it.
-        children: of the root, most visited first: "action", "text", "visits", "value", "prior".
+        children: of the root, most visited first: "action", "text", "bytes", "visits", "value",
+            "prior".
     """
 
     id: int
     text: str
+    bytes: list[int]
     probability: float
     simulations: int
     children: list[dict[str, Any]]
@@ -95,10 +99,10 @@ class SearchResult:
         tree = self.tree
         action = int(tree.action[node])
         text = self.vocabulary.text(action) if action >= 0 else ""
-        return f"{text!r} {int(tree.visits[node])} x {tree.value[node]:.3f}"
+        return f"{quoted(text)} {int(tree.visits[node])} x {tree.value[node]:.3f}"
 
     def to_dict(self) -> dict[str, Any]:
-        """The search as JSON-ready data, schema version 1."""
+        """The search as JSON-ready data, schema version 2."""
         return {
             "schema": SCHEMA,
             "model": self.model,
@@ -246,9 +250,17 @@ def stream_search(
 def _commit(environment: TextEnvironment, result: SearchResult, simulations: int) -> None:
     tree, vocabulary = environment.tree, environment.vocabulary
     child = tree.best_child()
-    children = [{**row, "text": vocabulary.text(row["action"])} for row in tree.root_table()]
+    children = [
+        {
+            **row,
+            "text": vocabulary.text(row["action"]),
+            "bytes": list(vocabulary.bytes_of(row["action"])),
+        }
+        for row in tree.root_table()
+    ]
     id = int(tree.action[child])
     chance = float(tree.prior[child])
-    result.choices.append(Choice(id, vocabulary.text(id), chance, simulations, children))
+    raw = list(vocabulary.bytes_of(id))
+    result.choices.append(Choice(id, vocabulary.text(id), raw, chance, simulations, children))
     result.tree = copy.deepcopy(tree)
     environment.commit(child)

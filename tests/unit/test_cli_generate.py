@@ -32,7 +32,7 @@ def test_output_is_the_result_and_quiet_prints_only_the_text(run, folder, tmp_pa
         "generate", "hello", "--model", folder, "--threshold", 0.02, "-m", 6, "-q", "-o", target
     )
     data = json.loads(target.read_text())
-    assert (code, err) == (0, "") and data["schema"] == 1
+    assert (code, err) == (0, "") and data["schema"] == 2
     assert out.rstrip("\n") == data["text"].rstrip("\n")
     assert len(data["steps"]) == 6 and data["settings"]["max_tokens"] == 6
     assert [p.name for p in tmp_path.iterdir()] == ["out.json"]

@@ -34,6 +34,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from typer.testing import CliRunner
 
 MARKUP = 'a <b>bold</b> | pipe & "quotes" $x$ [link](x)'
+REORDERING = "user \u202etxt.exe\u2066 \x1b[2J"
 SUITE = Planted(effect=0.006, mode_effect=0.004, prompt_sd=0.002, layers=3, heads=2)
 
 
@@ -42,6 +43,7 @@ def tables():
     tables = SUITE.tables(1)
     runs = tables.runs.copy()
     runs.loc[runs["prompt_id"] == "narrative-1", "prompt"] = MARKUP
+    runs.loc[runs["prompt_id"] == "narrative-2", "prompt"] = REORDERING
     return replace(tables, runs=runs)
 
 
@@ -129,6 +131,13 @@ def test_texts_of_prompts_are_no_markup(folder):
     assert "<b>" not in html and MARKUP in "".join(Page(html).text)
     assert markdown_cell(MARKUP) in markdown and "<b>" not in markdown
     assert markdown_cell("a|b\n*c* <d>") == r"a\|b \*c\* \<d\>"
+
+
+def test_no_text_reorders_what_stands_beside_it(folder):
+    html, markdown = ((folder / name).read_text() for name in ("report.html", "report.md"))
+    for text in (html, markdown):
+        assert not set(text) & set("\u202e\u2066\x1b")
+    assert "<td><bdi>user ⟨U+202E⟩txt.exe⟨U+2066⟩ ␛[2J</bdi></td>" in html
 
 
 def test_pictures_of_the_markdown_are_beside_it(folder):

@@ -296,17 +296,17 @@ def test_one_forward_pass_a_step(model, tokenizer, monkeypatch):
     assert calls == [(1, len(PROMPT) - 1), (1, 1)] + [(1, n) for n in sizes[:-1]]
 
 
-def test_dictionary_is_json_of_schema_one(model, tokenizer):
+def test_dictionary_is_json_of_schema_two(model, tokenizer):
     result = generate(model, tokenizer, PROMPT, threshold=0.05, max_tokens=6, verify=True)
     data = json.loads(json.dumps(result.to_dict()))
-    assert data["schema"] == 1
+    assert data["schema"] == 2
     assert data["prompt_tokens"] == PROMPT
     assert data["settings"]["threshold"] == 0.05
     slots = [token["slot"] for step in data["steps"] for token in step["tokens"]]
     assert slots == list(range(len(PROMPT), len(PROMPT) + len(slots)))
     assert [step["position"] for step in data["steps"]] == list(range(13, 19))
     assert set(data["steps"][0]["tokens"][0]) == {
-        "id", "text", "probability", "slot", "parent", "logprob",
+        "id", "text", "bytes", "probability", "slot", "parent", "logprob",
         "pruned_at", "pruned_by", "score",
     }  # fmt: skip
     assert data["text"] == data["paths"][0]["text"]
