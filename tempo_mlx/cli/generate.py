@@ -473,7 +473,7 @@ def generate(
     arguments = {name: getattr(settings, name) for name in settings.__dataclass_fields__}
     response = None
     interrupted = False
-    writer, shown = StepWriter(), ""
+    writer, streamed = StepWriter(), ""
     with Progress(console=notes, transient=True, disable=not notes.is_terminal) as progress:
         reading: list[Any] = []
 
@@ -502,7 +502,7 @@ def generate(
                         progress.stop()
                         out.print(Text(response.result.prompt, style="dim"), end="")
                     spans = list(writer.write(response.step))
-                    shown += plain(spans)
+                    streamed += plain(spans)
                     out.print(coloured(spans), end="")
         except KeyboardInterrupt:
             interrupted = True
@@ -532,7 +532,7 @@ def generate(
             out.print(Text.assemble(("pruned: ", "bold"), (result.prompt, "dim"), pruned))
         if explain:
             out.print(verdicts(result))
-        if shown != running(best):
+        if streamed != running(best):
             out.print(Text.assemble(("best path: ", "bold"), (result.prompt, "dim"), best))
         for path in ranked:
             out.print(Text.assemble((f"{path.logprob:9.3f} nats ", "cyan"), path.text))
