@@ -174,8 +174,7 @@ def encode_prompt(
         if not prompt:
             raise TempoError("prompt is empty; give at least one character")
         check_text("prompt", prompt)
-        bos = tokenizer.bos_token
-        ids = tokenizer.encode(prompt, add_special_tokens=bos is None or not prompt.startswith(bos))
+        ids = encode_text(tokenizer, prompt)
     else:
         items = _items(prompt)
         chat = bool(items) and isinstance(items[0], Mapping)
@@ -194,6 +193,20 @@ def encode_prompt(
             "needs one for an answer; shorten the prompt"
         )
     return list(ids)
+
+
+def encode_text(tokenizer: Any, text: str) -> list[int]:
+    """Ids of a text. What the tokenizer puts before every text stands there once, typed or not."""
+    before = begin_tokens(tokenizer)
+    bare = list(tokenizer.encode(text, add_special_tokens=False)) if before else []
+    return bare if before and bare[: len(before)] == before else list(tokenizer.encode(text))
+
+
+def begin_tokens(tokenizer: Any) -> list[int]:
+    """Ids of what the tokenizer puts before every text, such as a BOS token."""
+    whole, bare = (list(tokenizer.encode("a", add_special_tokens=on)) for on in (True, False))
+    ends = (n for n in range(len(whole)) if whole[n : n + len(bare)] == bare)
+    return whole[: next(ends, 0)]
 
 
 def _items(prompt: Any) -> list[Any]:

@@ -16,6 +16,7 @@ from ..combining import log_softmax_at
 from ..errors import TempoError
 from ..models import PositionedModel
 from ..scoring import ContinuationScorer
+from ..tokens import encode_text
 from .setting import describe
 from .target import Target
 from .timing import Spread, alternate, ratio
@@ -91,8 +92,8 @@ class Plain:
         self.model, self.tokenizer = model, tokenizer
 
     def _ids(self, context: str, word: str) -> tuple[list[int], list[int]]:
-        before = self.tokenizer.encode(context, add_special_tokens=False)
-        both = self.tokenizer.encode(f"{context} {word}", add_special_tokens=False)
+        before = encode_text(self.tokenizer, context)
+        both = encode_text(self.tokenizer, f"{context} {word}")
         return before, both[len(before) :]
 
     def alone(self, contexts: Sequence[str], candidates: Sequence[Sequence[str]]) -> Scores:
@@ -138,7 +139,7 @@ class Plain:
 
     def _read(self, context: str) -> tuple[list[Any], mx.array]:
         cache = make_prompt_cache(self.model)
-        ids = self.tokenizer.encode(context, add_special_tokens=False)
+        ids = encode_text(self.tokenizer, context)
         last = self.model(mx.array([ids]), cache=cache)[0, -1:]
         mx.eval(last, [each.state for each in cache])
         return cache, last

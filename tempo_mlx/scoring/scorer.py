@@ -119,7 +119,7 @@ class ContinuationScorer:
             next token. (Oh and Schuler 2024, "Leading Whitespaces of Language Models' Subword
             Vocabulary Pose a Confound for Calculating Word Probabilities".)
         aggregate: "max" or "logsumexp", of the homophones' log-probabilities where a candidate is
-            a list of spellings.
+            a list of spellings; those that come to the same tokens count once.
         max_kv_bytes: bytes that may be held; what was used longest ago makes room. None is half
             of the memory that is left.
         chunk_size: tokens of a forward pass, at least 1.
@@ -198,7 +198,7 @@ class ContinuationScorer:
         nested = self._candidates(contexts, candidate_words)
         logprobs = {c: parts.total for c, parts in self._read(nested).items()}
         return [
-            [self._score(self._aggregated([logprobs[c] for c in word])) for word in words]
+            [self._score(self._aggregated(word, [logprobs[c] for c in word])) for word in words]
             for words in nested
         ]
 
@@ -210,7 +210,7 @@ class ContinuationScorer:
         parts = self._read(nested)
         return [
             [
-                self._detail(word, [self._spelling(c, parts[c]) for c in own])
+                self._detail(word, own, [self._spelling(c, parts[c]) for c in own])
                 for word, own in zip(words, each, strict=True)
             ]
             for words, each in zip(candidate_words, nested, strict=True)
@@ -298,8 +298,10 @@ class ContinuationScorer:
     def _score(self, logprob: float) -> float:
         return self.weight * logprob + self.word_insertion_bonus
 
-    def _aggregated(self, logprobs: list[float]) -> float:
-        return float(AGGREGATES[self.aggregate](logprobs))
+    def _aggregated(self, spellings: list[Candidate], logprobs: list[float]) -> float:
+        """The log-probability of a word; spellings of the same tokens are one event."""
+        distinct = dict(zip(((c.tokens, c.start) for c in spellings), logprobs, strict=True))
+        return float(AGGREGATES[self.aggregate](list(distinct.values())))
 
     def _spelling(self, candidate: Candidate, parts: "_Parts") -> CandidateScore:
         ids, vocabulary = candidate.tokens[candidate.start :], self._vocabulary
@@ -312,11 +314,13 @@ class ContinuationScorer:
             candidate.word, self._score(total), total, candidate.context, tokens, parts.boundary
         )
 
-    def _detail(self, word: Word, spellings: list[CandidateScore]) -> CandidateScore:
+    def _detail(
+        self, word: Word, candidates: list[Candidate], spellings: list[CandidateScore]
+    ) -> CandidateScore:
         if isinstance(word, str):
             return spellings[0]
         best = max(spellings, key=lambda each: each.logprob)
-        total = self._aggregated([each.logprob for each in spellings])
+        total = self._aggregated(candidates, [each.logprob for each in spellings])
         return replace(best, score=self._score(total), logprob=total, variants=spellings)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..arguments import shown
 from ..errors import TempoError
+from ..tokens import begin_tokens
 from .trie import shared
 
 #: What stands behind a word without a space.
@@ -48,8 +49,8 @@ class Texts:
         tokenizer: mlx-lm's tokenizer wrapper.
         truecase: text -> the same text, other letters in capitals; None changes nothing.
         max_context_tokens: tokens before the first scored one that are kept, the last ones; a
-            token that the tokenizer puts before every text is kept, too, and counts. None keeps
-            all.
+            token that the tokenizer puts before every text is always kept, and counts. None
+            keeps all.
         context_length: positions that the model was made for; None where that is not known.
         vocabulary_size: token ids that the model has, [0, vocabulary_size); None if all are good.
     """
@@ -67,15 +68,12 @@ class Texts:
         self._vocabulary_size = vocabulary_size
         self._encode = functools.lru_cache(maxsize=KNOWN_TEXTS)(self._encoded)
         self._truecase = functools.lru_cache(maxsize=KNOWN_TEXTS)(truecase) if truecase else None
-        first = _id(tokenizer, "bos_token_id")
         #: what the tokenizer puts before every text
-        self.prefix: tuple[int, ...] = ()
-        if first is not None and list(tokenizer.encode("a"))[:1] == [first]:
-            self.prefix = (first,)
-        ends = (_id(tokenizer, "eos_token_id"), *sorted(getattr(tokenizer, "eos_token_ids", ())))
-        starts = [id for id in (first, *ends) if id is not None]
+        self.prefix = tuple(begin_tokens(tokenizer))
+        names = ("bos_token_id", "eos_token_id")
+        ids = *(_id(tokenizer, name) for name in names), *sorted(tokenizer.eos_token_ids)
         #: what stands for an empty context
-        self.nothing: tuple[int, ...] = tuple(starts[:1])
+        self.nothing = self.prefix or tuple(id for id in ids if id is not None)[:1]
 
     def context(self, text: str) -> tuple[int, ...]:
         """Tokens of a context as it stands, at least 1.
@@ -97,7 +95,7 @@ class Texts:
         cased = self._cased(text)
         context, word = cased[: len(context)], cased[len(text) - len(word) :]
         before = self._tokens(context)
-        tokens = (self.prefix if context else before) + self._encode(cased)
+        tokens = self._begun(cased) if context or self.prefix else before + self._encode(cased)
         start = shared(before, tokens)
         if start == 0:
             # Not even the context's first token stays: what stands before it is nothing.
@@ -112,7 +110,7 @@ class Texts:
 
     def _tokens(self, context: str) -> tuple[int, ...]:
         if context:
-            return self.prefix + self._encode(context)
+            return self._begun(context)
         if not self.nothing:
             raise TempoError(
                 "a context is empty, and the tokenizer has no token that begins or ends a text; "
@@ -120,11 +118,16 @@ class Texts:
             )
         return self.nothing
 
+    def _begun(self, text: str) -> tuple[int, ...]:
+        """Tokens of a text behind the prefix, which it may begin with itself."""
+        ids = self._encode(text)
+        return ids if ids[: len(self.prefix)] == self.prefix else self.prefix + ids
+
     def _kept(self, tokens: tuple[int, ...], start: int) -> tuple[int, ...]:
         """The tokens, of those before ``start`` only the last ones that may be kept."""
         n = self._max_context_tokens
         if n is not None and start > n:
-            own = n - len(self.prefix)
+            own = max(0, n - len(self.prefix))
             tokens = self.prefix + tokens[start - own :]
         if self._context_length is not None and len(tokens) > self._context_length:
             raise TempoError(

@@ -2,10 +2,12 @@
 
 import itertools
 import random
+import re
 
 from tempo_mlx import ContinuationScorer, PositionedModel, UnsupportedModelError
 from tempo_mlx.decoder import CacheBudgetError
 from tempo_mlx.selection import NonFiniteLogitsError
+from tempo_mlx.tokens import encode_prompt
 from tests.brute_scorer import BruteScorer
 from tests.tiny_models import architectures, tiny_model
 
@@ -253,6 +255,82 @@ def test_a_token_before_every_text_is_kept(llama):
     assert abs(scorer.score_continuations(["a b c"], [["d"]])[0][0] - expected) < TOLERANCE
 
 
+class BeginningTokenizer(PieceTokenizer):
+    """Puts special tokens before every text, each of which may be typed: "<s>" and "<t>"."""
+
+    TYPED = ("<s>", "<t>")
+
+    def __init__(self, before):
+        super().__init__()
+        self.before = before
+
+    def encode(self, text, add_special_tokens=True):
+        ids = list(self.before) if add_special_tokens else []
+        for part in re.split("(<.>)", text):
+            ids += [self.TYPED.index(part)] if part in self.TYPED else super().encode(part, False)
+        return ids
+
+
+@pytest.mark.parametrize(("before", "typed"), [([0], "<s>"), ([1, 0], "<t><s>")])
+@pytest.mark.parametrize("correct", [False, True])
+def test_a_beginning_that_was_typed_is_not_put_there_again(llama, before, typed, correct):
+    tokenizer = BeginningTokenizer(before)
+    scorer = ContinuationScorer(llama, tokenizer, trailing_space_correction=correct)
+    brute = BruteScorer(llama, tokenizer)
+    contexts = ["dead ca", f"{typed}dead ca"]
+    scores = scorer.score_continuations(contexts, [["abc", "ca"]] * 2)
+    assert scores[0] == scores[1]
+    ids = [*before, *tokenizer.encode("dead ca abc", False)]
+    start = len(before) + len(tokenizer.encode("dead ca", False))
+    rows = brute.log_p(ids)
+    expected = sum(rows[i - 1, ids[i]] for i in range(start, len(ids)))
+    if correct:
+        expected += brute.ended(rows[-1]) - brute.ended(rows[start - 1])
+    assert scores[0][0] == pytest.approx(expected, abs=TOLERANCE)
+    ends = scorer.log_p_end([*contexts, "", typed])
+    assert ends[0] == ends[1] == pytest.approx(rows[start - 1, 1], abs=TOLERANCE)
+    assert ends[2] == ends[3] == pytest.approx(brute.log_p(before)[-1, 1], abs=TOLERANCE)
+    # A word behind nothing is the text's beginning.
+    assert len(set(scorer.score_continuations([""], [["ab", f"{typed}ab"]])[0])) == 1
+    # A word that only looks like one is scored.
+    (details,) = scorer.score_details(["dead"], [[f"{typed}ab"]])
+    assert len(details[0].tokens) == len(tokenizer.encode(f" {typed}ab", False))
+
+
+@pytest.mark.parametrize("kept", [1, 2, 3, 4])
+def test_little_context_behind_a_beginning(llama, kept):
+    tokenizer = BeginningTokenizer([1, 0])
+    scorer = ContinuationScorer(llama, tokenizer, max_context_tokens=kept)
+    ids = [tokenizer.pieces[piece] for piece in ("a", " b", " c", " d")]
+    before = ids[:3][3 - max(0, kept - 2) :]
+    expected = BruteScorer(llama, tokenizer).log_p([1, 0, *before])[-1, ids[3]]
+    for context in ("a b c", "<t><s>a b c"):
+        found = scorer.score_continuations([context], [["d"]])[0][0]
+        assert found == pytest.approx(expected, abs=TOLERANCE)
+
+
+def test_prompts_get_a_beginning_once(llama):
+    tokenizer = BeginningTokenizer([1, 0])
+    tokens = [1, 0, *tokenizer.encode("a b", False)]
+    for prompt in ("a b", "<t><s>a b"):
+        assert encode_prompt(tokenizer, prompt, PositionedModel.of(llama)) == tokens
+    # Half of it is no beginning.
+    assert encode_prompt(tokenizer, "<s>a b", PositionedModel.of(llama)) == [1, 0, 0, *tokens[2:]]
+
+
+@pytest.mark.parametrize("correct", [False, True])
+def test_spellings_of_the_same_tokens_count_once(llama, correct):
+    given = {"aggregate": "logsumexp", "truecase": str.lower, "trailing_space_correction": correct}
+    scorer = ContinuationScorer(llama, TOKENIZER, **given)
+    spellings = ["ab", "ca", "Ab", " ab ", "AB", "ca"]
+    ab, ca = scorer.score_continuations(["e"], [["ab", "ca"]])[0]
+    ((found, alone),) = scorer.score_continuations(["e"], [[spellings, ["ab", "AB"]]])
+    assert found == pytest.approx(np.logaddexp(ab, ca)) and alone == pytest.approx(ab)
+    ((detail, _),) = scorer.score_details(["e"], [[spellings, "ab"]])
+    assert detail.logprob == pytest.approx(found)
+    assert [each.logprob for each in detail.variants] == [ab, ca, ab, ab, ab, ca]
+
+
 def test_homophones(llama):
     words = ["ab", "ca", "dead"]
     each = ContinuationScorer(llama, TOKENIZER).score_continuations(["e"], [words])[0]
@@ -323,9 +401,9 @@ def test_what_cannot_be_scored_is_named(llama, contexts, words, message):
         ({"weight": float("nan")}, "weight must be finite"),
         ({"weight": "1"}, "weight must be a number"),
         ({"word_insertion_bonus": float("inf")}, "word_insertion_bonus must be finite"),
-        ({"max_context_tokens": 0}, "max_context_tokens must be an integer of at least 1, got 0"),
+        ({"max_context_tokens": 0}, "max_context_tokens must be at least 1, got 0"),
         ({"max_context_tokens": 2.5}, "an integer of at least 1, got 2.5"),
-        ({"chunk_size": 0}, "chunk_size must be an integer of at least 1"),
+        ({"chunk_size": 0}, "chunk_size must be at least 1"),
         ({"max_kv_bytes": 10}, "max_kv_bytes must be at least .* the bytes of one token"),
         ({"aggregate": "mean"}, "aggregate must be one of max, logsumexp"),
         ({"truecase": "german"}, 'truecase must be "english" or a function'),
