@@ -13,6 +13,7 @@ import itertools
 import math
 import pkgutil
 import sys
+from collections.abc import Callable, Iterable
 from types import ModuleType
 
 from tests.tiny_configs import GENERIC, OUTER, SPECIAL, WRAPPERS, Config
@@ -20,6 +21,7 @@ from tests.tiny_configs import GENERIC, OUTER, SPECIAL, WRAPPERS, Config
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm.models
+import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 
 MATRIX_GAIN = 1.2  # standard deviation of a matrix product whose input has standard deviation 1
@@ -119,6 +121,25 @@ def tiny_model(name: str, seed: int = 0, **overrides) -> nn.Module:
     model.eval()
     mx.eval(model.parameters())
     return model
+
+
+#: The model of seed 0, made once for all tests of a process; they must leave it as it is.
+shared_model = functools.cache(tiny_model)
+
+
+def each_architecture(names: Iterable[str]) -> Callable[[Callable], Callable]:
+    """Parametrizes a sweep over architectures by ``name``.
+
+    All sweeps test one architecture in the same process, where they share its model, and on a CPU
+    they go without mx.compile: the C++ compiler takes longer than a tiny model computes.
+    """
+    parameters = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in names]
+
+    def mark(test: Callable) -> Callable:
+        test = pytest.mark.parametrize("name", parameters)(test)
+        return pytest.mark.sweep(pytest.mark.usefixtures("uncompiled")(test))
+
+    return mark
 
 
 def window_fields(name: str) -> dict[str, int]:

@@ -2,16 +2,16 @@
 
 from tempo_mlx.models import PositionedModel
 from tempo_mlx.models.architectures import EXACT
-from tests.tiny_models import tiny_model
+from tests.tiny_models import each_architecture, shared_model
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
 
-@pytest.mark.parametrize("name", sorted(EXACT))
+@each_architecture(sorted(EXACT))
 def test_layers_and_vocabulary_layer_make_the_whole(name):
-    stock = tiny_model(name)
+    stock = shared_model(name)
     tokens = mx.array([[3, 14, 15, 9, 2, 6]])
     plain = np.array(stock(tokens).astype(mx.float32))
     model = PositionedModel(stock)
@@ -30,7 +30,7 @@ def test_layers_and_vocabulary_layer_make_the_whole(name):
 @pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3_moe"])
 @pytest.mark.parametrize("rows", [[0, 0, 1, 1], [1, 0, 1, 1]])
 def test_layers_alone_keep_the_order_of_the_tokens(name, rows):
-    model = PositionedModel(tiny_model(name))
+    model = PositionedModel(shared_model(name))
     tokens = mx.array([[5, 7, 11, 13]])
     rows = np.array(rows)
     rank = np.array([int((rows[:i] == row).sum()) for i, row in enumerate(rows)])

@@ -1,15 +1,15 @@
 """Rows of different lengths in one pass against each row alone, for every architecture."""
 
-from tempo_mlx.models import Capture, PositionedModel, UnsupportedModelError
+from tempo_mlx.models import Capture, PositionedModel
+from tempo_mlx.models.architectures import EXACT
 from tempo_mlx.models.layout import Layout
 
 import mlx.core as mx
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ..tiny_models import architectures, tiny_model
+from ..tiny_models import each_architecture, shared_model
 
 
 def causal(start: int, n: int) -> np.ndarray:
@@ -33,12 +33,9 @@ def ragged_pass(model, cache, parts, capture=None):
     return model(*args, capture, rows=rows)
 
 
-@pytest.mark.parametrize("name", architectures())
+@each_architecture(sorted(EXACT))
 def test_rows_of_different_lengths_equal_each_row_alone(name):
-    try:
-        model = PositionedModel(tiny_model(name))
-    except UnsupportedModelError:
-        pytest.skip("refused")
+    model = PositionedModel(shared_model(name))
     rng = np.random.default_rng(5)
     lengths = [7, 3, 0, 12]
     prompts = [rng.integers(1, 60, n) for n in lengths]
@@ -86,7 +83,7 @@ def test_unpacking_and_packing_is_the_identity(rows, extra):
 
 
 def test_attention_of_ragged_rows_is_reported_by_row():
-    model = PositionedModel(tiny_model("llama"))
+    model = PositionedModel(shared_model("llama"))
     rng = np.random.default_rng(1)
     cache, alone = model.make_cache(2), [model.make_cache(1) for _ in range(2)]
     prompts = [rng.integers(1, 60, 5), rng.integers(1, 60, 2)]

@@ -9,7 +9,7 @@ from tempo_mlx.decoder import CacheBudgetError
 from tempo_mlx.selection import NonFiniteLogitsError
 from tempo_mlx.tokens import encode_prompt
 from tests.brute_scorer import BruteScorer
-from tests.tiny_models import architectures, tiny_model
+from tests.tiny_models import architectures, each_architecture, shared_model, tiny_model
 
 import numpy as np
 import pytest
@@ -104,14 +104,13 @@ def test_scores_are_those_of_every_text_alone(model, calls, chunk_size, slots, k
     assert scorer.stats().bytes <= 1.1 * slots * (positioned.slot_bytes + positioned.hidden_bytes)
 
 
-#: Those that stock mlx-lm cannot run here.
+#: Those that stock mlx-lm cannot run on every device.
 BROKEN = {"bitnet", "muse_spark", "olmo", "phi3small"}
 
 
-@pytest.mark.usefixtures("uncompiled")
-@pytest.mark.parametrize("name", [name for name in architectures() if name not in BROKEN])
+@each_architecture(name for name in architectures() if name not in BROKEN)
 def test_every_architecture_is_scored_one_way_or_the_other(name):
-    model = tiny_model(name)
+    model = shared_model(name)
     contexts = ["a dead", "a dead ca", "a dead ca bb", "e e", ""]
     words = [["abc", "ca"], ["bb", "."], ["abc"], ["ab", "a"], ["dead"]]
     expected = BruteScorer(model, TOKENIZER).score_continuations(contexts, words)

@@ -1,13 +1,13 @@
 """The tiny models are stock models that run, agree with themselves and use what they have."""
 
-import functools
-
 from tests.tiny_configs import VOCAB
 from tests.tiny_models import (
     KNOWN_STOCK_FAILURES,
     STEPS_DIFFER,
     UNCACHED_DIFFERS,
     architectures,
+    each_architecture,
+    shared_model,
     tiny_config,
     tiny_model,
     window_fields,
@@ -24,14 +24,11 @@ PROMPT_LENGTH = 14
 TOLERANCE = 1e-4
 WIDE = 64  # a window that no prompt here leaves
 
-# Models are small, and building one takes as long as a forward pass.
-shared_model = functools.cache(tiny_model)
-
 RUNNING = [name for name in architectures() if name not in KNOWN_STOCK_FAILURES]
 WINDOWED = [(name, field) for name in RUNNING for field in window_fields(name)]
 
-
-pytestmark = pytest.mark.usefixtures("uncompiled")
+# What mlx-lm gives for its own tiny models changes with mlx-lm only.
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("uncompiled")]
 
 
 def text(length: int = PROMPT_LENGTH + 1) -> mx.array:
@@ -66,7 +63,7 @@ def test_architectures_are_the_modules_with_a_model():
     assert not {"base", "cache", "mla", "rope_utils", "switch_layers"} & set(names)
 
 
-@pytest.mark.parametrize("name", RUNNING)
+@each_architecture(RUNNING)
 def test_logits_are_finite_and_vary(name):
     model = shared_model(name)
     logits = logits_in_passes(model, PROMPT_LENGTH, 1)
@@ -76,7 +73,7 @@ def test_logits_are_finite_and_vary(name):
     assert logits.std(axis=0).mean() > 0.25  # over tokens
 
 
-@pytest.mark.parametrize("name", architectures())
+@each_architecture(architectures())
 def test_the_seed_decides_the_weights(name):
     def weights(model: nn.Module) -> list[np.ndarray]:
         return [np.array(value) for _, value in tree_flatten(model.parameters())]
@@ -89,12 +86,12 @@ def test_the_seed_decides_the_weights(name):
     assert any((a != b).any() for a, b in zip(first, weights(tiny_model(name, 1)), strict=True))
 
 
-@pytest.mark.parametrize("name", [name for name in RUNNING if name not in STEPS_DIFFER])
+@each_architecture([name for name in RUNNING if name not in STEPS_DIFFER])
 def test_one_pass_equals_one_token_at_a_time(name):
     assert_consistent(shared_model(name))
 
 
-@pytest.mark.parametrize("name", [name for name in RUNNING if name not in UNCACHED_DIFFERS])
+@each_architecture([name for name in RUNNING if name not in UNCACHED_DIFFERS])
 def test_one_pass_needs_no_cache(name):
     model = shared_model(name)
     uncached = np.array(model(text()[:, :PROMPT_LENGTH]))[0]
