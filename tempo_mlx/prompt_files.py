@@ -1,6 +1,5 @@
 """Files of prompts: one a line, as text or as JSON with settings of its own."""
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -8,6 +7,7 @@ from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from .errors import TempoError
+from .inputs import object_of, read_lines, shown_json, text_of
 from .pruning import Pruning, parse_layers
 from .schedules import Schedule, parse_schedule
 from .settings import Settings
@@ -55,6 +55,10 @@ class PromptRow:
     line: int
     error: str | None = None
 
+    def told(self, message: str | Exception) -> str:
+        """What is wrong with the row, with its file and line."""
+        return _at(self.path, self.line, message)
+
     def own_settings(self) -> set[str]:
         """Names of the settings that the row has; see :func:`setting_names`."""
         return setting_names(self.overrides)
@@ -83,14 +87,8 @@ def read_prompts(path: Path) -> list[PromptRow]:
     kind = path.suffix.lower()
     if kind not in FORMATS:
         raise TempoError(f"{path} must end in {' or '.join(FORMATS)}")
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise TempoError(f"{path} cannot be read: {error.strerror}") from error
     read = _read_text if kind == ".txt" else _read_object
-    # As bytes, because text also splits at characters that a prompt may hold.
-    lines = data.removeprefix(b"\xef\xbb\xbf").splitlines()
-    rows = [read(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    rows = [read(path, number, line) for number, line in read_lines(path)]
     if not rows:
         raise TempoError(f"{path} has no prompts")
     return rows
@@ -119,25 +117,24 @@ def row_settings(row: PromptRow, defaults: Settings) -> Settings:
             overrides.setdefault("visibility", "")
         return replace(defaults, **overrides)
     except TempoError as error:
-        raise TempoError(_at(row.path, row.line, error)) from error
+        raise TempoError(row.told(error)) from error
 
 
 def _read_text(path: Path, number: int, line: bytes) -> PromptRow:
     try:
-        return PromptRow(line.decode(), {}, None, path, number)
-    except UnicodeDecodeError:
-        return PromptRow(None, {}, None, path, number, _at(path, number, "not UTF-8 text"))
+        return PromptRow(text_of(line), {}, None, path, number)
+    except TempoError as error:
+        return PromptRow(None, {}, None, path, number, _at(path, number, error))
 
 
 def _read_object(path: Path, number: int, line: bytes) -> PromptRow:
     prompt = id = None
     try:
-        given = _parse(line)
+        given = object_of(line, '{"prompt": "Once upon a time"}')
         id = _checked_id(given.pop("id", None))
         prompt = _checked_prompt(given)
         return PromptRow(prompt, _typed_settings(given, Settings), id, path, number)
-    # Numbers that are too long and lists that are too deep have errors of their own.
-    except (ValueError, OverflowError, RecursionError) as error:
+    except TempoError as error:
         return PromptRow(prompt, {}, id, path, number, _at(path, number, error))
 
 
@@ -145,29 +142,9 @@ def _at(path: Path, number: int, message: str | Exception) -> str:
     return f"{path}, line {number}: {message}"
 
 
-def _parse(line: bytes) -> dict[str, Any]:
-    try:
-        text = line.decode()
-    except UnicodeDecodeError as error:
-        raise TempoError("not UTF-8 text") from error
-    try:
-        given = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise TempoError(f"not JSON: {error.msg} at column {error.colno}") from error
-    except ValueError as error:
-        raise TempoError(f"not JSON that can be read: {error}") from error
-    if not isinstance(given, dict):
-        raise TempoError('not a JSON object such as {"prompt": "Once upon a time"}')
-    try:
-        json.dumps(given, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise TempoError(r"half a surrogate pair (\ud800 to \udfff), which is no text") from error
-    return given
-
-
 def _checked_id(id: Any) -> str | int | None:
     if id is not None and type(id) not in (str, int):
-        raise TempoError(f"id must be text or an integer, got {id!r}")
+        raise TempoError(f"id must be text or an integer, got {shown_json(id)}")
     return id
 
 
@@ -221,7 +198,13 @@ def _typed(name: str, value: Any, hint: Any, prefix: str) -> Any:
         elif type(value) is kind:
             return value
         elif kind is float and type(value) is int:
-            return float(value)
+            return _as_float(name, value)
     wanted = " or ".join(KINDS.get(kind, str(kind)) for kind in kinds)
-    shown = json.dumps(value, ensure_ascii=False)
-    raise TempoError(f"{prefix}{name} must be {wanted}, got {shown}")
+    raise TempoError(f"{prefix}{name} must be {wanted}, got {shown_json(value)}")
+
+
+def _as_float(name: str, value: int) -> float:
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise TempoError(f"{name} is too large for a number") from error

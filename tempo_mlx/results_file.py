@@ -45,6 +45,8 @@ class ResultsFile:
         path = Path(os.path.realpath(path))
         #: Numbers of the rows that are stored.
         self.done: set[int] = set()
+        #: Those whose record says that they failed, and why.
+        self.failed: dict[int, str] = {}
         self._keys = list(keys)
         self._next = 0
         self._waiting: dict[int, bytes] = {}
@@ -101,6 +103,8 @@ class ResultsFile:
             self._journal.append(line)
             self._waiting[row] = line
         self.done.add(row)
+        if "error" in record:
+            self.failed[row] = str(record["error"])
         self._settle(self._output)
 
     def close(self) -> None:
@@ -162,6 +166,7 @@ class ResultsFile:
         output.clear()
         self._next = 0
         self.done.clear()
+        self.failed.clear()
         self._waiting.clear()
 
     def _check(self, path: Path, number: int, line: bytes, expected: int | None = None) -> int:
@@ -184,6 +189,8 @@ class ResultsFile:
             )
         if data.get("key") != self._keys[row]:
             raise TempoError(f"{path}, line {number} is {FOREIGN}; {ADVICE}")
+        if "error" in data:
+            self.failed[row] = str(data["error"])
         return row
 
     def _check_torn(self, path: Path, number: int, torn: bytes, rows: Iterable[int]) -> None:

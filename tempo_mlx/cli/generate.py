@@ -1,6 +1,5 @@
 """``tempo-mlx generate``: text with parallel sets, as it comes."""
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,12 +7,14 @@ import typer
 from rich.progress import Progress
 from rich.text import Text
 
+from ..arguments import check_count, check_text
 from ..batching import BATCH_SIZE
 from ..combining import COMBINE
 from ..console import Console
 from ..errors import TempoError
 from ..files import STANDARD_INPUT, replaceable
 from ..generation import stream_generate
+from ..inputs import HYPHEN
 from ..models import PositionedModel, load
 from ..needs import Need, Needs
 from ..plots import check_plot, plot_lattice, plot_mask
@@ -37,6 +38,7 @@ from ..tokens import add_end_token
 from ..visibility import VISIBILITY
 from .display import coloured, pruned_steps, report, verdicts
 from .effects import require_effect, setting_needs
+from .one_prompt import AS_IN_AN_EDITOR, read_prompt
 from .options import Overwrite, output_file
 from .outputs import (
     Output,
@@ -83,13 +85,15 @@ def register(app: typer.Typer) -> None:
 def generate(
     context: typer.Context,
     prompt: Annotated[
-        str | None, typer.Argument(help="The prompt; '-' reads it from standard input.")
+        str | None,
+        typer.Argument(help="The prompt; '-' reads it from standard input, as from --prompt-file."),
     ] = None,
     prompt_option: Annotated[
         str | None, typer.Option("--prompt", "-p", help="The prompt, as an option.")
     ] = None,
     prompt_file: Annotated[
-        Path | None, typer.Option(help="Read the prompt from this file (UTF-8).")
+        Path | None,
+        typer.Option(help=f"Read the prompt from this file (UTF-8). {AS_IN_AN_EDITOR}"),
     ] = None,
     prompts_file: Annotated[
         Path | None,
@@ -315,7 +319,9 @@ def generate(
     ] = None,
     extra_eos_token: Annotated[
         list[str] | None,
-        typer.Option(help="Treat this token as an end of text, too. Repeatable."),
+        typer.Option(
+            help="Treat this token, its text or its id, as an end of text, too. Repeatable."
+        ),
     ] = None,
     prefill_step_size: Annotated[
         int, typer.Option(help="Prompt tokens in one forward pass; smaller needs less memory.")
@@ -386,12 +392,10 @@ def generate(
         stop=tuple(stop or ()),
         prefill_step_size=prefill_step_size,
     )
-    if paths < 0:
-        raise TempoError(f"--paths must be at least 0, got {paths}")
-    given = prompt if prompt is not None else prompt_option
+    check_count("--paths", paths, 0)
     rows = None
     if prompts_file is not None:
-        if given is not None or prompt_file is not None:
+        if (prompt, prompt_option, prompt_file) != (None, None, None):
             raise TempoError("give one prompt or --prompts-file, not both")
         if prompt_cache is not None and not prompt_cache.exists():
             raise TempoError(f"--prompt-cache {prompt_cache} does not exist; make it of one prompt")
@@ -411,12 +415,14 @@ def generate(
             "--prompt-file": prompt_file,
             "--prompts-file": prompts_file,
             "--prompt-cache": prompt_cache if known_prompt else None,
-            "standard input": STANDARD_INPUT if given == "-" else None,
+            "standard input": STANDARD_INPUT if HYPHEN in (prompt, prompt_option) else None,
         },
         overwrite,
     )
     kv_bytes = parse_bytes(max_kv_bytes) if max_kv_bytes is not None else None
-    text = read_prompt(given, prompt_file) if rows is None else ""
+    text = read_prompt(prompt, prompt_option, prompt_file) if rows is None else ""
+    if system_prompt is not None:
+        check_text("--system-prompt", system_prompt)
     shown = output is not None or rows is not None
     cases = [settings] if rows is None else runnable(rows, settings) or [settings]
     needs = OPTIONS if shown else {**OPTIONS, **WITHOUT_OUTPUT}
@@ -565,23 +571,3 @@ is_result = json_where(lambda data: data.keys() >= {"schema", "prompt", "steps",
 def is_mask(picture: Path) -> bool:
     """Whether a picture shows who saw whom, and not the lattice."""
     return picture.name.startswith("mask")
-
-
-def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
-    """The prompt's text from where the user put it.
-
-    Raises:
-        ValueError: if there is none, more than one, or the file cannot be read.
-    """
-    if (prompt is None) == (prompt_file is None):
-        raise TempoError("give one prompt: as the argument, '-' for standard input, or a file")
-    if prompt_file is not None:
-        try:
-            return prompt_file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise TempoError(f"--prompt-file {prompt_file} is not UTF-8 text") from error
-        except OSError as error:
-            message = f"--prompt-file {prompt_file} cannot be read: {error.strerror}"
-            raise TempoError(message) from error
-    assert prompt is not None
-    return sys.stdin.read() if prompt == "-" else prompt

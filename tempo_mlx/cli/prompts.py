@@ -84,7 +84,11 @@ def generate_from_file(
     prompt_cache: PromptCache | None = None,
     overwrite: bool = False,
 ) -> int:
-    """Generate from every row that the output does not hold yet; returns how many failed."""
+    """Generate from every row that the output does not hold yet.
+
+    Returns:
+        how many rows failed, now or in the run that this one goes on with.
+    """
     positioned = PositionedModel.of(model)
     failed: dict[int, str] = {}
     jobs: dict[int, Job] = {}
@@ -110,7 +114,7 @@ def generate_from_file(
             if number not in sink.done:
                 sink.add(number, record(rows[number], Failure(rows[number].prompt or "", why)))
         todo = [job for number, job in jobs.items() if number not in sink.done]
-        failures, covered = len(failed), 0
+        failures, covered = {*failed, *sink.failed}, 0
         with _progress(notes) as progress:
             before = len(rows) - len(todo)
             bar = progress.add_task("", total=len(rows), completed=before, told="")
@@ -133,12 +137,13 @@ def generate_from_file(
             for i, outcome in outcomes:
                 number = todo[i].number
                 sink.add(number, record(rows[number], outcome, max(1, paths)))
-                failures += isinstance(outcome, Failure)
+                if isinstance(outcome, Failure):
+                    failures.add(number)
                 if prompt_cache is not None and isinstance(outcome, GenerationResult):
                     covered += prompt_cache.covers(outcome.lattice.prompt_tokens)
         if prompt_cache is not None and todo and not covered:
             notes.print(f"note: --prompt-cache {UNUSED}", style="yellow")
-    return failures
+    return len(failures)
 
 
 def key_of(row: PromptRow, job: Job | None, model: str) -> str:
@@ -151,8 +156,9 @@ def key_of(row: PromptRow, job: Job | None, model: str) -> str:
 def record(row: PromptRow, outcome: GenerationResult | Failure, paths: int = 1) -> dict[str, Any]:
     """The line of a result."""
     named = {} if row.id is None else {"id": row.id}
-    data = outcome.to_dict(paths) if isinstance(outcome, GenerationResult) else outcome.to_dict()
-    return {**named, **data}
+    if isinstance(outcome, GenerationResult):
+        return {**named, **outcome.to_dict(paths)}
+    return {**named, **Failure(outcome.prompt, row.told(outcome.error)).to_dict()}
 
 
 def summary(status: BatchStatus) -> str:
@@ -208,6 +214,7 @@ class RecordStream(Stream):
     def __init__(self, path: Path | None = None):
         super().__init__(path)
         self.done: set[int] = set()
+        self.failed: dict[int, str] = {}
         self._waiting: dict[int, dict[str, Any]] = {}
         self._next = 0
 

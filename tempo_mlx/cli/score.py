@@ -9,11 +9,13 @@ from typing import Annotated, Any
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ..arguments import check_count
 from ..console import Console
 from ..errors import TempoError
 from ..files import STANDARD_INPUT, replaceable
 from ..models import load
 from ..models.identity import fingerprint
+from ..results_file import ResultsFile
 from ..scoring import ContinuationScorer, ScoringStats
 from ..scoring.full_passes import FULL_PASSES
 from ..scoring.rows import Row, key_of, ranked, read_rows
@@ -21,7 +23,7 @@ from ..scoring.scorer import AGGREGATES, CHUNK_SIZE
 from .effects import typed
 from .options import Model, Overwrite, output_file
 from .outputs import Output, check_outputs, is_standard_output, say_written
-from .prompts import RESULTS, parse_bytes, results_sink
+from .prompts import RESULTS, RecordStream, parse_bytes, results_sink
 from .score_output import Tables, TextFile, TextStream, is_text
 
 #: Endings of the names of files, and the format of each.
@@ -45,7 +47,9 @@ def score(
         typer.Argument(
             metavar="INPUT",
             help='.jsonl, lines such as {"context": "He is", "candidates": ["happy", "sad"]}; or '
-            ".tsv or .txt, lines of context, tab, word. '-' reads standard input.",
+            ".tsv or .txt, lines of context, tab, word, of which those of one context are ranked "
+            "together, wherever they stand. A first line 'context', tab, 'word' is skipped. '-' "
+            "reads standard input.",
         ),
     ],
     output: Annotated[
@@ -123,9 +127,11 @@ def score(
     """Score words that may go on from contexts, and rank them.
 
     score = weight x log-probability of the word given its context + word insertion bonus
+
+    A row that cannot be scored becomes a record with its "error" in JSON, and a line on standard
+    error where the output is text; the others are scored. Exit code 1 if a row failed.
     """
-    if batch_size < 1:
-        raise TempoError(f"--batch-size must be at least 1, got {batch_size}")
+    check_count("--batch-size", batch_size)
     if truecase not in (None, "english"):
         raise TempoError(f"--truecase must be english, got {truecase!r}")
     kv_bytes = parse_bytes(max_kv_bytes) if max_kv_bytes is not None else None
@@ -163,7 +169,7 @@ def score(
         )
     name = fingerprint(language_model)
     keys = [key_of(row, {**settings, "details": details}, name) for row in rows]
-    sink: Any
+    sink: ResultsFile | RecordStream | TextFile | TextStream | Tables
     if output is None and out.is_terminal and sum(len(r.candidates) for r in rows) <= TABLE_SIZE:
         sink = Tables(out)
     elif kind_out == "jsonl":
@@ -172,7 +178,9 @@ def score(
         sink = TextFile(output, keys, overwrite)
     else:
         sink = TextStream(output)
+    failed: dict[int, str] = {}
     with sink:
+        failed.update(sink.failed)
         if sink.done:
             notes.print(f"{len(sink.done)} of {len(rows)} rows are done already", style="dim")
         todo = [number for number in range(len(rows)) if number not in sink.done]
@@ -182,40 +190,60 @@ def score(
                 results = scored(scorer, [rows[number] for number in numbers], details)
                 for number, data in zip(numbers, results, strict=True):
                     sink.add(number, data)
+                    if "error" in data:
+                        failed[number] = data["error"]
                     advance()
     if output is not None:
         say_written(output, notes)
     if stats:
         notes.print(summary(scorer.stats()), style="dim")
+    if failed:
+        records = isinstance(sink, ResultsFile | RecordStream)
+        for number in () if records else sorted(failed):
+            notes.print(f"not scored: {failed[number]}", style="yellow", markup=False)
+        where = ", see their records" if records else ""
+        notes.print(f"{len(failed)} of {len(rows)} rows failed{where}", style="yellow")
+        raise typer.Exit(1)
 
 
-def scored(scorer: ContinuationScorer, rows: list[Row], details: bool) -> Iterator[dict[str, Any]]:
-    """The record of each row.
-
-    Raises:
-        ValueError: naming file and line, for the first row that cannot be scored; the records of
-            those before it have come by then.
-    """
-    contexts, words = [row.context for row in rows], [row.candidates for row in rows]
+def scored(scorer: ContinuationScorer, rows: list[Row], details: bool) -> list[dict[str, Any]]:
+    """The record of each row; {"error": ...} beside what the row has where it cannot be scored."""
+    good = [row for row in rows if row.error is None]
     try:
-        if details:
-            found = scorer.score_details(contexts, words)
-            scores = [[each.score for each in row] for row in found]
-        else:
-            scores = scorer.score_continuations(contexts, words)
+        records = iter(_records(scorer, good, details))
+    except TempoError:
+        # One of them at least. Alone, each says for itself whether it is the one.
+        records = (_record(scorer, row, details) for row in good)
+    return [next(records) if row.error is None else failure(row, row.error) for row in rows]
+
+
+def _records(scorer: ContinuationScorer, rows: list[Row], details: bool) -> list[dict[str, Any]]:
+    contexts, words = [row.context for row in rows], [row.candidates for row in rows]
+    if not details:
+        scores = scorer.score_continuations(contexts, words)
+        return [{**row.given, **ranked(row, own)} for row, own in zip(rows, scores, strict=True)]
+    found = scorer.score_details(contexts, words)
+    return [
+        {
+            **row.given,
+            **ranked(row, [each.score for each in own]),
+            "details": [each.to_dict() for each in own],
+        }
+        for row, own in zip(rows, found, strict=True)
+    ]
+
+
+def _record(scorer: ContinuationScorer, row: Row, details: bool) -> dict[str, Any]:
+    try:
+        return _records(scorer, [row], details)[0]
     except TempoError as error:
-        if len(rows) == 1:
-            message = str(error).replace("candidate_words[0]", "candidates")
-            message = message.replace("contexts[0]", "context")
-            raise TempoError(f"{rows[0].where}: {message}") from error
-        for row in rows:
-            yield from scored(scorer, [row], details)
-        return
-    for i, row in enumerate(rows):
-        data = {**row.given, **ranked(row, scores[i])}
-        if details:
-            data["details"] = [each.to_dict() for each in found[i]]
-        yield data
+        message = str(error).replace("candidate_words[0]", "candidates")
+        return failure(row, message.replace("contexts[0]", "context"))
+
+
+def failure(row: Row, why: str) -> dict[str, Any]:
+    """The record of a row that cannot be scored."""
+    return {**row.given, "error": f"{row.where}: {why}"}
 
 
 def summary(stats: ScoringStats) -> str:

@@ -19,7 +19,12 @@ LINE = re.compile(rb"[^\t\n]*\t[^\t\n]*\t(-?\d+\.\d{6}|-?inf|nan)\t\d+(\t\[.*\])
 
 
 def text_lines(data: dict[str, Any]) -> str:
-    """A record as lines of context, word, score, rank; and the tokens in JSON if it has details."""
+    """A record as lines of context, word, score, rank; and the tokens in JSON if it has details.
+
+    A row that could not be scored has no lines.
+    """
+    if "error" in data:
+        return ""
     lines = []
     for i, word in enumerate(data["candidates"]):
         columns = [data["context"], word, f"{data['scores'][i]:.6f}", str(data["ranks"][i])]
@@ -46,6 +51,7 @@ class TextStream(Stream):
     def __init__(self, path: Path | None = None):
         super().__init__(path)
         self.done: set[int] = set()
+        self.failed: dict[int, str] = {}
 
     def add(self, row: int, data: dict[str, Any]) -> None:
         self.write(text_lines(data))
@@ -70,6 +76,10 @@ class TextFile:
     def done(self) -> set[int]:
         return self._waiting.done
 
+    @property
+    def failed(self) -> dict[int, str]:
+        return self._waiting.failed
+
     def add(self, row: int, data: dict[str, Any]) -> None:
         self._waiting.add(row, data)
 
@@ -90,12 +100,15 @@ class Tables:
 
     def __init__(self, console: Console):
         self.done: set[int] = set()
+        self.failed: dict[int, str] = {}
         self._console = console
         self._table = Table("context", "word")
         for name in ("score", "rank"):
             self._table.add_column(name, justify="right")
 
     def add(self, row: int, data: dict[str, Any]) -> None:
+        if "error" in data:
+            return
         if "details" in data and len(self._table.columns) == 4:
             self._table.add_column("tokens, nats")
         context = Text(visible(data["context"])) if data["context"] else Text("(empty)", "dim")

@@ -21,7 +21,7 @@ from ..search import SearchError, SearchResult, SearchSettings, stream_search
 from ..search.monte_carlo import BACKUPS, SELECTIONS
 from ..search.settings import EVALUATIONS, NEEDS
 from .effects import require_effect, typed
-from .generate import read_prompt
+from .one_prompt import AS_IN_AN_EDITOR, read_prompt
 from .options import Model, Overwrite, output_file
 from .outputs import (
     Output,
@@ -60,10 +60,12 @@ def register(app: typer.Typer) -> None:
 def search(
     context: typer.Context,
     prompt: Annotated[
-        str | None, typer.Argument(help="The prompt; '-' reads it from standard input.")
+        str | None,
+        typer.Argument(help="The prompt; '-' reads it from standard input, as from --prompt-file."),
     ] = None,
     prompt_file: Annotated[
-        Path | None, typer.Option(help="Read the prompt from this file (UTF-8).")
+        Path | None,
+        typer.Option(help=f"Read the prompt from this file (UTF-8). {AS_IN_AN_EDITOR}"),
     ] = None,
     model: Model = "smollm2-135m",
     max_tokens: Annotated[
@@ -204,7 +206,7 @@ def search(
         },
         overwrite,
     )
-    text = read_prompt(prompt, prompt_file)
+    text = read_prompt(prompt, None, prompt_file)
     out, notes = (Console(stderr=err, highlight=False, soft_wrap=True) for err in (False, True))
     out.quiet = is_standard_output(output) or is_standard_output(dot)
     notes.quiet = quiet

@@ -2,123 +2,143 @@
 
 import hashlib
 import json
-import sys
-from dataclasses import dataclass
-from itertools import groupby
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import TempoError
+from ..inputs import name_of, object_of, read_lines, shown_json, text_of
 
 #: What a result adds to its row.
-RESULTS = ("scores", "ranks", "best", "details")
+RESULTS = ("scores", "ranks", "best", "details", "error")
+
+#: What the first line of a text may be called, in place of a context and a word.
+HEADERS = (("context", "word"), ("context", "candidate"))
+
+EXAMPLE = '{"context": "He is", "candidates": ["happy"]}'
+
+#: Lines of one context that a message names.
+NAMED_LINES = 5
 
 
 @dataclass(frozen=True)
 class Row:
-    """A context with its candidates.
+    """A context with its candidates, or what is wrong with a line.
 
     Args:
-        where: file and line, or lines, for messages.
+        name: of the file.
+        lines: their numbers, from 1.
         context: may be empty.
         candidates: words, or lists of spellings of one.
         given: all that the row has, to be kept.
+        error: why the row cannot be scored; None if it can.
     """
 
-    where: str
-    context: str
-    candidates: list[str | list[str]]
-    given: dict[str, Any]
+    name: str
+    lines: list[int]
+    context: str = ""
+    candidates: list[str | list[str]] = field(default_factory=list)
+    given: dict[str, Any] = field(default_factory=dict)
+    error: str | None = None
+
+    @property
+    def where(self) -> str:
+        """File and lines, for messages."""
+        first, last, n = self.lines[0], self.lines[-1], len(self.lines)
+        if n == 1:
+            return f"{self.name}, line {first}"
+        if last - first == n - 1:
+            return f"{self.name}, lines {first} to {last}"
+        more = f" and {n - NAMED_LINES} more" if n > NAMED_LINES else ""
+        return f"{self.name}, lines {', '.join(map(str, self.lines[:NAMED_LINES]))}{more}"
 
 
 def read_rows(file: str, kind: str) -> list[Row]:
     """The rows of a file in UTF-8, or of standard input ("-"); blank lines are left out.
 
+    Args:
+        file: its name.
+        kind: "jsonl", an object a line; or "tsv", context, tab and word a line. The lines of one
+            context are one row, wherever they stand; a first line that names the columns is
+            skipped.
+
+    Returns:
+        in the order of their first lines. A line that cannot be read is a row with an ``error``.
+
     Raises:
-        ValueError: naming file, line and field, for the first line that is no row; or if there is
-            no row, or the file cannot be read.
+        TempoError: if the file cannot be read, is too long, or has no row.
     """
-    name = "standard input" if file == "-" else file
-    try:
-        data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
-    except OSError as error:
-        raise TempoError(f"{name} cannot be read: {error.strerror}") from error
-    # As bytes, because text also splits at characters that a context may hold.
-    lines = data.removeprefix(b"\xef\xbb\xbf").splitlines()
-    parse = _object if kind == "jsonl" else _columns
-    parsed = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                parsed.append((number, parse(line)))
-            except (ValueError, RecursionError) as error:
-                raise TempoError(f"{name}, line {number}: {error}") from error
-    if not parsed:
-        raise TempoError(f"{name} has no rows")
-    if kind == "jsonl":
-        return [_row(f"{name}, line {number}", given) for number, given in parsed]
-    rows = []
-    for context, group in groupby(parsed, key=lambda each: each[1]["context"]):
-        numbers, columns = zip(*group, strict=True)
-        where = f"{name}, line {numbers[0]}" + (f" to {numbers[-1]}" if len(numbers) > 1 else "")
-        words = [given["word"] for given in columns]
-        rows.append(_row(where, {"context": context, "candidates": words}))
+    lines = read_lines(file)
+    rows = (_objects if kind == "jsonl" else _contexts)(name_of(file), lines)
+    if not rows:
+        raise TempoError(f"{name_of(file)} has no rows")
     return rows
 
 
-def _row(where: str, given: dict[str, Any]) -> Row:
-    return Row(where, given["context"], given["candidates"], given)
+def _objects(name: str, lines: list[tuple[int, bytes]]) -> list[Row]:
+    rows = []
+    for number, line in lines:
+        given: dict[str, Any] = {}
+        try:
+            given = object_of(line, EXAMPLE)
+            _require_row(given)
+            rows.append(Row(name, [number], given["context"], given["candidates"], given))
+        except TempoError as error:
+            kept = {key: given[key] for key in given if key not in ("row", "key", *RESULTS)}
+            rows.append(Row(name, [number], given=kept, error=str(error)))
+    return rows
 
 
-def _columns(line: bytes) -> dict[str, Any]:
-    columns = _text(line).split("\t")
+def _contexts(name: str, lines: list[tuple[int, bytes]]) -> list[Row]:
+    # By context; a line that cannot be read is alone, by its number.
+    groups: dict[str | int, list[tuple[int, str]]] = {}
+    for i, (number, line) in enumerate(lines):
+        try:
+            context, word = _columns(line)
+        except TempoError as error:
+            groups[number] = [(number, str(error))]
+            continue
+        if i > 0 or (context.strip().lower(), word.strip().lower()) not in HEADERS:
+            groups.setdefault(context, []).append((number, word))
+    return [_group(name, context, group) for context, group in groups.items()]
+
+
+def _group(name: str, context: str | int, group: list[tuple[int, str]]) -> Row:
+    numbers, texts = [number for number, _ in group], [text for _, text in group]
+    if isinstance(context, int):
+        return Row(name, numbers, error=texts[0])
+    candidates: list[Any] = texts
+    return Row(name, numbers, context, candidates, {"context": context, "candidates": candidates})
+
+
+def _columns(line: bytes) -> tuple[str, str]:
+    columns = text_of(line).split("\t")
     if len(columns) != 2:
         raise TempoError(f"must be a context, a tab and a word, got {len(columns)} columns")
-    if not columns[1].strip():
+    context, word = columns
+    if not word.strip():
         raise TempoError("the word is empty")
-    return dict(zip(("context", "word"), columns, strict=True))
+    return context, word
 
 
-def _object(line: bytes) -> dict[str, Any]:
-    try:
-        given = json.loads(_text(line))
-    except json.JSONDecodeError as error:
-        raise TempoError(f"not JSON: {error.msg} at column {error.colno}") from error
-    if not isinstance(given, dict):
-        raise TempoError('not an object such as {"context": "He is", "candidates": ["happy"]}')
+def _require_row(given: dict[str, Any]) -> None:
+    """Raise TempoError unless an object is a context with candidates."""
     for name in ("context", "candidates"):
         if name not in given:
             raise TempoError(f'there is no "{name}"')
     if not isinstance(given["context"], str):
-        raise TempoError(f"context must be text, got {_shown(given['context'])}")
+        raise TempoError(f"context must be text, got {shown_json(given['context'])}")
     if not isinstance(given["candidates"], list):
-        raise TempoError(f"candidates must be a list, got {_shown(given['candidates'])}")
+        raise TempoError(f"candidates must be a list, got {shown_json(given['candidates'])}")
     for i, candidate in enumerate(given["candidates"]):
         spellings = candidate if isinstance(candidate, list) else [candidate]
         if not spellings or not all(isinstance(each, str) and each.strip() for each in spellings):
             raise TempoError(
                 f"candidates[{i}] must be a word or a list of spellings, none of them empty, "
-                f"got {_shown(candidate)}"
+                f"got {shown_json(candidate)}"
             )
     for name in ("row", "key", *RESULTS):
         if name in given:
             raise TempoError(f'"{name}" is the name of a result; rename it')
-    try:
-        json.dumps(given, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise TempoError(r"half a surrogate pair (\ud800 to \udfff), which is no text") from error
-    return given
-
-
-def _text(line: bytes) -> str:
-    try:
-        return line.decode()
-    except UnicodeDecodeError as error:
-        raise TempoError("not UTF-8 text") from error
-
-
-def _shown(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
 
 
 def ranked(row: Row, scores: list[float]) -> dict[str, Any]:
@@ -133,5 +153,6 @@ def ranked(row: Row, scores: list[float]) -> dict[str, Any]:
 
 def key_of(row: Row, settings: dict[str, Any], model: str) -> str:
     """What identifies a row's result: all that the row has, the settings, the model."""
-    text = json.dumps([row.given, settings, model], sort_keys=True)
+    wrong = [] if row.error is None else [row.error]
+    text = json.dumps([row.given, settings, model, *wrong], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -3,7 +3,7 @@
 import io
 import json
 
-from tempo_mlx.cli import score as command
+from tempo_mlx.cli import score as command_module
 from tempo_mlx.scoring import truecase
 from tests.brute_scorer import BruteScorer
 
@@ -130,15 +130,15 @@ def test_text_in_two_columns_gives_text_in_four(run, folder, columns, stock):
     assert [each[:2] for each in found] == [
         ["he is", "happy"],
         ["he is", "sad"],
-        ["", "so"],
         ["he is", "here"],
+        ["", "so"],
     ]
     scorer = BruteScorer(*stock)
     expected = [scorer.score(context, word) for context, word, _, _ in found]
     assert [float(each[2]) for each in found] == pytest.approx(expected, abs=CLOSE)
-    # Ranks are among lines of one context that follow each other.
-    first = "1" if expected[0] > expected[1] else "2"
-    assert [each[3] for each in found] == [first, {"1": "2", "2": "1"}[first], "1", "1"]
+    # Ranks are among all lines of one context, wherever they stand.
+    ranks = [1 + sum(other > score for other in expected[:3]) for score in expected[:3]]
+    assert [int(each[3]) for each in found] == [*ranks, 1]
     _, detailed, _ = run("score", columns, "--model", folder, "--details")
     for line, plain in zip(detailed.splitlines(), out.splitlines(), strict=True):
         *same, tokens = line.split("\t")
@@ -185,47 +185,104 @@ def test_a_file_has_the_same_lines_and_goes_on_where_it_was(run, folder, rows, t
     assert code == 2 and "another input" in err and output.read_bytes() == made
 
 
-def test_what_is_made_before_a_row_that_cannot_be_scored_is_kept(run, folder, tmp_path):
+LONG = {"context": "x" * 300, "candidates": ["y"], "id": 7}
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_a_row_that_cannot_be_scored_fails_alone(run, folder, tmp_path, batch_size, stock):
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    long = {"context": "x" * 300, "candidates": ["y"]}
-    write(source, [*ROWS[:3], long, ROWS[3]])
-    command = ["score", source, "--model", folder, "--batch-size", 3]
+    write(source, [*ROWS[:3], LONG, ROWS[3]])
+    command = ["score", source, "--model", folder, "--batch-size", batch_size]
     code, out, err = run(*command, "-o", output)
-    assert (code, out) == (2, "") and err.count("\n") == 1
-    assert f"{source}, line 4: candidates[0]: " in err and "256" in err
-    assert len(lines(output.read_text())) == 3
-    code, out, _ = run(*command[:-1], 64)
-    assert code == 2 and [r["row"] for r in lines(out)] == [0, 1, 2]
-    write(source, [*ROWS[:3], dict(long, context="x"), ROWS[3]])
+    assert (code, out) == (1, "") and "1 of 5 rows failed, see their records" in err
+    records = lines(output.read_text())
+    assert [record["row"] for record in records] == [0, 1, 2, 3, 4]
+    failed = records.pop(3)
+    assert failed.pop("error").startswith(f"{source}, line 4: candidates[0]: ")
+    assert failed == {"row": 3, "key": failed["key"], **LONG}
+    check([{**r, "row": i} for i, r in enumerate(records)], ROWS, BruteScorer(*stock))
+    code, out, _ = run(*command)
+    assert code == 1 and [r["row"] for r in lines(out)] == [0, 1, 2, 3, 4]
+    assert "256" in lines(out)[3]["error"]
+    # Once more, nothing is left to do, and the failure still counts.
+    made = output.read_bytes()
     code, _, err = run(*command, "-o", output)
-    assert code == 0 and "3 of 5 rows are done already" in err
-    assert [r["row"] for r in lines(output.read_text())] == [0, 1, 2, 3, 4]
+    assert code == 1 and "5 of 5 rows are done already" in err and "1 of 5 rows failed" in err
+    assert output.read_bytes() == made
 
 
-def test_a_text_file_is_whole_or_not_there_and_goes_on_where_it_was(run, folder, tmp_path):
+def test_a_text_file_is_whole_or_not_there_and_goes_on_where_it_was(
+    run, folder, tmp_path, monkeypatch
+):
     source, output = tmp_path / "in.txt", tmp_path / "out.tsv"
-    source.write_text(TEXT + "x" * 300 + "\ty\n")
-    command = ["score", source, "--model", folder, "-o", output]
-    code, _, err = run(*command)
-    assert code == 2 and f"{source}, line 6: candidates[0]: " in err
-    assert not output.exists()
-    source.write_text(TEXT + "x\ty\n")
-    code, _, err = run(*command)
-    assert code == 0 and "3 of 4 rows are done already" in err
+    source.write_text(TEXT + "x" * 300 + "\ty\n" + "x\ty\nno word\n")
+    command = ["score", source, "--model", folder, "--batch-size", 1, "-o", output]
+    scored = command_module.scored
+
+    def interrupted(scorer, rows, details):
+        if rows[0].context == "x":
+            raise KeyboardInterrupt
+        return scored(scorer, rows, details)
+
+    monkeypatch.setattr(command_module, "scored", interrupted)
+    assert run(*command)[0] == 130 and not output.exists()
+    monkeypatch.setattr(command_module, "scored", scored)
+    code, out, err = run(*command)
+    assert (code, out) == (1, "") and "3 of 5 rows are done already" in err
+    # What is not in the text is on standard error, also what failed before the interruption.
+    assert f"not scored: {source}, line 6: candidates[0]: " in err
+    assert f"not scored: {source}, line 8: must be a context, a tab and a word" in err
+    assert "2 of 5 rows failed" in err
+    code, printed, again = run(*command[:-2])
+    assert code == 1 and again.count("not scored") == 2
     made, printed = (
-        [line.split("\t") for line in text.splitlines()]
-        for text in (output.read_text(), run(*command[:-2])[1])
+        [line.split("\t") for line in text.splitlines()] for text in (output.read_text(), printed)
     )
     assert [float(each.pop(2)) for each in made] == [
         pytest.approx(float(each.pop(2)), abs=CLOSE) for each in printed
     ]
-    assert made == printed and len(made) == 5
+    assert made == printed and [each[1] for each in made] == ["happy", "sad", "here", "so", "y"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.txt", "out.tsv"]
     # Named so, the same results are JSON.
     code, _, _ = run(*command[:-1], tmp_path / "out.jsonl")
     records = lines((tmp_path / "out.jsonl").read_text())
-    assert code == 0 and [r["context"] for r in records] == ["he is", "", "he is", "x"]
-    assert records[0]["candidates"] == ["happy", "sad"]
+    assert code == 1 and [r.get("context") for r in records] == ["he is", "", "x" * 300, "x", None]
+    assert records[0]["candidates"] == ["happy", "sad", "here"]
+    assert ["error" in record for record in records] == [False, False, True, False, True]
+
+
+@pytest.mark.parametrize("header", ["context\tword", "Context\t Candidate \r"])
+def test_a_header_is_no_row(run, folder, columns, header):
+    plain = run("score", columns, "--model", folder)
+    columns.write_text(f"{header}\n{TEXT}")
+    assert run("score", columns, "--model", folder) == plain
+    # Elsewhere it is a line like any other.
+    columns.write_text(f"{TEXT}{header}\n")
+    assert len(run("score", columns, "--model", folder)[1].splitlines()) == 5
+
+
+def test_lines_of_many_contexts_are_named(run, folder, tmp_path):
+    source = tmp_path / "in.tsv"
+    long, other = "x" * 300, "z" * 300
+    source.write_text("".join(f"{long}\t{i}\na\t{i}\n" for i in range(9)) + f"{other}\ty\n" * 2)
+    code, out, err = run("score", source, "--model", folder)
+    assert code == 1 and len(out.splitlines()) == 9
+    assert f"{source}, lines 1, 3, 5, 7, 9 and 4 more: candidates[0]" in err
+    assert f"{source}, lines 19 to 20: candidates[0]" in err and "2 of 3 rows failed" in err
+
+
+def test_a_file_without_one_good_row_has_a_record_for_each(run, folder, tmp_path):
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"context": "a"}\n\nnothing\n')
+    code, _, err = run("score", source, "--model", folder, "-o", output)
+    records = lines(output.read_text())
+    assert code == 1 and "2 of 2 rows failed" in err
+    assert [record["row"] for record in records] == [0, 1] and records[0]["context"] == "a"
+    assert f"{source}, line 1: " in records[0]["error"]
+    assert f"{source}, line 3: not JSON" in records[1]["error"]
+    (tmp_path / "in.txt").write_text("nothing\n")
+    code, out, err = run("score", tmp_path / "in.txt", "--model", folder)
+    assert (code, out) == (1, "") and "in.txt, line 1: " in err and "1 of 1 rows failed" in err
 
 
 def test_a_terminal_gets_a_table_unless_it_is_long(run, folder, rows, columns, monkeypatch):
@@ -240,7 +297,7 @@ def test_a_terminal_gets_a_table_unless_it_is_long(run, folder, rows, columns, m
     assert "tokens, nats" in out and "'h' -" in out
     _, out, _ = run("score", columns, "--model", folder)
     assert "happy" in out and "\t" not in out
-    monkeypatch.setattr(command, "TABLE_SIZE", 3)
+    monkeypatch.setattr(command_module, "TABLE_SIZE", 3)
     _, out, _ = run("score", rows, "--model", folder)
     assert len(lines(out)) == 4
 
@@ -264,9 +321,9 @@ def test_a_progress_bar_shows_only_where_work_takes_long(monkeypatch):
 
             join = cancel
 
-        monkeypatch.setattr(command, "Timer", Timer)
+        monkeypatch.setattr(command_module, "Timer", Timer)
         console = Console(file=io.StringIO(), force_terminal=terminal, width=80)
-        with command.patient_progress(console, 3, 1) as advance:
+        with command_module.patient_progress(console, 3, 1) as advance:
             advance()
         return console.file.getvalue()
 
@@ -278,40 +335,65 @@ def test_a_progress_bar_shows_only_where_work_takes_long(monkeypatch):
     ("line", "words"),
     [
         ('{"context": "a"', ["not JSON"]),
-        ('["a"]', ["not an object"]),
+        ('["a"]', ["not a JSON object"]),
+        ("null", ["not a JSON object"]),
         ('{"candidates": ["a"]}', ['there is no "context"']),
         ('{"context": "a"}', ['there is no "candidates"']),
         ('{"context": 3, "candidates": []}', ["context must be text, got 3"]),
         ('{"context": "a", "candidates": "b"}', ['candidates must be a list, got "b"']),
         ('{"context": "a", "candidates": ["b", " "]}', ["candidates[1]", 'got " "']),
+        ('{"context": "a", "candidates": [""]}', ["candidates[0]", 'got ""']),
         ('{"context": "a", "candidates": ["b", ["c", 1]]}', ["candidates[1]", 'got ["c", 1]']),
         ('{"context": "a", "candidates": [[]]}', ["candidates[0]", "got []"]),
         ('{"context": "a", "candidates": [null]}', ["candidates[0]", "got null"]),
         ('{"context": "a", "candidates": ["b"], "scores": 1}', ['"scores"', "rename"]),
         ('{"context": "a", "candidates": ["b"], "row": 1}', ['"row"', "rename"]),
+        ('{"context": "a", "candidates": ["b"], "error": 1}', ['"error"', "rename"]),
+        ('{"context": "a", "context": "b", "candidates": []}', ['key "context"', "twice"]),
+        ('{"context": "a", "candidates": [], "n": {"m": 1, "m": 1}}', ['key "m"', "twice"]),
+        ('{"context": "a", "candidates": [], "n": NaN}', ["NaN is no number in JSON"]),
+        ('{"context": "a", "candidates": [], "n": -Infinity}', ["-Infinity is no number"]),
+        ('{"context": "a", "candidates": [], "n": [1e999]}', ["1e999 is too large"]),
+        ('{"context": "a", "candidates": [], "n": ' + "1" * 5000 + "}", ["not JSON"]),
+        ('{"context": "a", "candidates": [], "n": ' + "[" * 500 + "]" * 500 + "}", ["levels"]),
+        ("[" * 100_000, ["recursion"]),
         ('{"context": "\\ud800", "candidates": []}', ["surrogate"]),
         (b'{"context": "\xff", "candidates": []}', ["UTF-8"]),
+        (b"\x00" * 100, ["not JSON"]),
     ],
 )
-def test_a_bad_line_is_named_before_anything_is_made(run, folder, rows, tmp_path, line, words):
+def test_a_bad_line_is_an_error_of_its_own(run, folder, rows, tmp_path, line, words):
     line = line if isinstance(line, bytes) else line.encode()
-    rows.write_bytes(rows.read_bytes() + b"\n" + line + b"\n")
+    good = rows.read_bytes()
+    rows.write_bytes(line + b"\n" + good + line + b"\n")
     output = tmp_path / "out.jsonl"
     code, out, err = run("score", rows, "--model", folder, "-o", output)
-    assert (code, out) == (2, "") and err.count("\n") == 1 and not output.exists()
-    for word in (f"{rows}, line 6: ", *words):
-        assert word in err
+    assert (code, out) == (1, "") and "2 of 6 rows failed" in err and "Traceback" not in err
+    first, *others, last = lines(output.read_text())
+    assert all("scores" in record for record in others) and len(others) == 4
+    for number, record in ((1, first), (6, last)):
+        for word in (f"{rows}, line {number}: ", *words):
+            assert word in record["error"]
+        assert "scores" not in record and record.keys() >= {"row", "key", "error"}
 
 
 @pytest.mark.parametrize(
     ("line", "word"),
-    [("alone", "got 1 columns"), ("a\tb\tc", "got 3 columns"), ("a\t ", "the word is empty")],
+    [
+        (b"alone", "got 1 columns"),
+        (b"a\tb\tc", "got 3 columns"),
+        (b"a\t ", "the word is empty"),
+        (b"caf\xe9\tb", "not UTF-8 text"),
+    ],
 )
-def test_a_bad_line_of_text_is_named(run, folder, columns, line, word):
-    columns.write_text(TEXT + line + "\n")
+def test_a_bad_line_of_text_is_named_and_the_others_stand(run, folder, columns, line, word):
+    _, good, _ = run("score", columns, "--model", folder)
+    columns.write_bytes(line + b"\n" + TEXT.encode() + line + b"\n")
     code, out, err = run("score", columns, "--model", folder)
-    assert (code, out) == (2, "") and err.count("\n") == 1
-    assert f"{columns}, line 6: " in err and word in err
+    assert (code, out) == (1, good) and "2 of 4 rows failed" in err
+    for number in (1, 7):
+        assert f"not scored: {columns}, line {number}: " in err
+    assert err.count(word) == 2
 
 
 @pytest.mark.parametrize(
