@@ -10,16 +10,19 @@ LOCK := requirements-dev.lock
 WITHOUT_DEPENDENCIES := pyctcdecode==0.5.0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint lock cuda clean
+.PHONY: help setup demo check test test-all lint docs lock cuda clean
 
 help:
-	@echo "make demo    set up, then generate text from the embedded model"
-	@echo "make test    set up, then lint, type-check and test"
-	@echo "make setup   set up .venv alone"
-	@echo "make lint    set up, then lint and type-check"
-	@echo "make lock    resolve $(LOCK) anew (needs uv)"
-	@echo "make cuda    replace mlx's CPU backend in .venv by the one for CUDA 12"
-	@echo "make clean   remove .venv and caches; fetched models stay"
+	@echo "make demo      set up, then generate text from the embedded model"
+	@echo "make test      set up, then lint, type-check and test, as continuous integration does"
+	@echo "make check     the same in under a minute: no sweep over architectures, no real model"
+	@echo "make test-all  the same with the tests that only mlx-lm or chance can break"
+	@echo "make setup     set up .venv alone"
+	@echo "make lint      set up, then lint and type-check"
+	@echo "make docs      compare every architecture with mlx-lm and write docs/architectures.md"
+	@echo "make lock      resolve $(LOCK) again (needs uv)"
+	@echo "make cuda      replace mlx's CPU backend in .venv by the one for CUDA 12"
+	@echo "make clean     remove .venv and caches; fetched models stay"
 
 setup: $(STAMP)
 	@:
@@ -67,8 +70,20 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# A group of tests is what one architecture is tested for; its tiny model is made once.
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist loadgroup
+
+check: lint
+	$(PYTEST) -m "not slow and not sweep" tests/unit
+
 test: lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
+
+test-all: lint
+	$(PYTEST)
+
+docs: setup
+	$(BIN)/python -m tests.architectures
 
 lock:
 	@command -v uv >/dev/null 2>&1 || { echo "make: lock needs uv (pip install uv)" >&2; exit 1; }

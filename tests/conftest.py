@@ -8,10 +8,18 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # On a GPU, mlx may round the factors of fp32 products to TF32, with errors of about 1e-3. The tests
 # compare at 1e-4.
 os.environ.setdefault("MLX_ENABLE_TF32", "0")
+# What makes rich and typer see a terminal where there is none, or another one; continuous
+# integration sets some of these. The last turns errors into tracebacks.
+TERMINAL = ["TTY_COMPATIBLE", "TTY_INTERACTIVE", "FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS"]
+LOOK = ["COLUMNS", "LINES", "TERMINAL_WIDTH", "NO_COLOR", "COLORTERM"]
+for name in [*TERMINAL, *LOOK, "TEMPO_MLX_DEBUG"]:
+    os.environ.pop(name, None)
+os.environ["TERM"] = "xterm"
 
 from tempo_mlx.models.loading import load  # noqa: E402
 
 import mlx.core as mx  # noqa: E402
+import psutil  # noqa: E402
 import pytest  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
 
@@ -34,3 +42,9 @@ def uncompiled():
 def embedded():
     """(model, tokenizer) of the embedded model, fetched once into the checkout's models/."""
     return load("smollm2-135m")
+
+
+def pytest_xdist_auto_num_workers(config):
+    """One for each processor this process may use, and for each 2 GB of memory that are free."""
+    processors = len(getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0))
+    return max(1, min(processors, int(psutil.virtual_memory().available // 2e9)))
