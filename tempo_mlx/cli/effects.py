@@ -7,9 +7,13 @@ from typing import Any
 import typer
 
 from ..errors import TempoError
+from ..files import STANDARD_OUTPUT
 from ..needs import NEEDS, Need, Needs, told, unmet
 from ..pruning import Pruning
 from .options import flag_of
+
+#: What a report on the screen needs: neither the text alone nor the result as JSON in its place.
+PRINTED = (Need("quiet", absent=True), Need("output", (STANDARD_OUTPUT,), absent=True))
 
 
 def typed(context: typer.Context) -> dict[str, str]:

@@ -7,7 +7,7 @@ import typer
 from rich.progress import Progress
 from rich.text import Text
 
-from ..arguments import check_count, check_text
+from ..arguments import check_text
 from ..batching import BATCH_SIZE
 from ..combining import COMBINE
 from ..console import Console
@@ -37,9 +37,9 @@ from ..settings import BRANCHING, SAMPLING, WEIGHTINGS, Settings
 from ..tokens import add_end_token
 from ..visibility import VISIBILITY
 from .display import coloured, pruned_steps, report, verdicts
-from .effects import require_effect, setting_needs
+from .effects import PRINTED, require_effect, setting_needs
 from .one_prompt import AS_IN_AN_EDITOR, read_prompt
-from .options import Overwrite, output_file
+from .options import Overwrite, at_least, output_file
 from .outputs import (
     Output,
     Written,
@@ -60,7 +60,6 @@ PRUNING = Pruning()
 
 _ONE_PROMPT = Need("prompts_file", absent=True)
 _SHARED = Need("branching", ("replicate",), absent=True)
-_PRINTED = Need("quiet", absent=True)
 
 #: What options need to have an effect.
 OPTIONS: Needs = setting_needs() | {
@@ -68,14 +67,14 @@ OPTIONS: Needs = setting_needs() | {
     "max_kv_bytes": (Need("prompts_file"),),
     "prompt_cache": (_SHARED,),
     "system_prompt": (Need("chat"),),
-    "explain": (Need("prune"), _ONE_PROMPT, _PRINTED),
+    "explain": (Need("prune"), _ONE_PROMPT, *PRINTED),
     "plot": (_ONE_PROMPT,),
     "plot_attention": (Need("plot"), _SHARED),
     "verify": (_SHARED,),
 }
 
 #: The same, where the text is all that a command may show.
-WITHOUT_OUTPUT: Needs = {"paths": (_PRINTED,), "verify": (_SHARED, _PRINTED)}
+WITHOUT_OUTPUT: Needs = {"paths": PRINTED, "verify": (_SHARED, *PRINTED)}
 
 
 def register(app: typer.Typer) -> None:
@@ -104,7 +103,11 @@ def generate(
         ),
     ] = None,
     batch_size: Annotated[
-        int, typer.Option(help="Prompts of --prompts-file that generate at the same time.")
+        int,
+        typer.Option(
+            callback=at_least(1),
+            help="Prompts of --prompts-file that generate at the same time, at least 1.",
+        ),
     ] = BATCH_SIZE,
     max_kv_bytes: Annotated[
         str | None,
@@ -327,7 +330,12 @@ def generate(
         int, typer.Option(help="Prompt tokens in one forward pass; smaller needs less memory.")
     ] = DEFAULTS.prefill_step_size,
     paths: Annotated[
-        int, typer.Option(help="Print this many of the best paths with their log-probability.")
+        int,
+        typer.Option(
+            callback=at_least(0),
+            help="Print this many of the best paths with their log-probability, or write them with "
+            "--output, where 5 are written unless another number is given.",
+        ),
     ] = 0,
     verify: Annotated[
         bool,
@@ -392,7 +400,6 @@ def generate(
         stop=tuple(stop or ()),
         prefill_step_size=prefill_step_size,
     )
-    check_count("--paths", paths, 0)
     rows = None
     if prompts_file is not None:
         if (prompt, prompt_option, prompt_file) != (None, None, None):

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..errors import TempoError
+from ..arguments import check_count
 from ..files import STANDARD_OUTPUT
 
 
@@ -24,8 +24,7 @@ def at_least(least: int) -> Callable[[typer.CallbackParam, int], int]:
     """A check of an option's number, made before the command begins."""
 
     def check(parameter: typer.CallbackParam, value: int) -> int:
-        if value < least:
-            raise TempoError(f"{flag_of(parameter)} must be at least {least}, got {value}")
+        check_count(flag_of(parameter), value, least)
         return value
 
     return check

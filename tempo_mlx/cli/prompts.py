@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ..arguments import MOST_BYTES
 from ..batching import BatchStatus, Failure, stream_batch_generate
 from ..console import Console
 from ..errors import TempoError
@@ -187,9 +188,9 @@ def parse_bytes(text: str, argument: str = "--max-kv-bytes") -> int:
     unit = number.lstrip("0123456789.")
     try:
         size = int(float(number.removesuffix(unit)) * UNITS[unit])
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, OverflowError):
         size = 0
-    if size < 1:
+    if not 1 <= size <= MOST_BYTES:
         raise TempoError(f"{argument} must be a size such as 800MB or 2GiB, got {text!r}")
     return size
 

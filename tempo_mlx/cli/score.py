@@ -9,7 +9,6 @@ from typing import Annotated, Any
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..arguments import check_count
 from ..console import Console
 from ..errors import TempoError
 from ..files import STANDARD_INPUT, replaceable
@@ -19,9 +18,9 @@ from ..results_file import ResultsFile
 from ..scoring import ContinuationScorer, ScoringStats
 from ..scoring.full_passes import FULL_PASSES
 from ..scoring.rows import Row, key_of, ranked, read_rows
-from ..scoring.scorer import AGGREGATES, CHUNK_SIZE
+from ..scoring.scorer import AGGREGATES, CHUNK_SIZE, check_options
 from .effects import typed
-from .options import Model, Overwrite, output_file
+from .options import Model, Overwrite, at_least, output_file
 from .outputs import Output, check_outputs, is_standard_output, say_written
 from .prompts import RESULTS, RecordStream, parse_bytes, results_sink
 from .score_output import Tables, TextFile, TextStream, is_text
@@ -115,7 +114,10 @@ def score(
         int, typer.Option(help="Tokens in one forward pass; smaller needs less memory.")
     ] = CHUNK_SIZE,
     batch_size: Annotated[
-        int, typer.Option(help="Rows of the input that are scored at once, at least 1.")
+        int,
+        typer.Option(
+            callback=at_least(1), help="Rows of the input that are scored at once, at least 1."
+        ),
     ] = 64,
     details: Annotated[
         bool, typer.Option("--details", help="Add what each score is made of, token by token.")
@@ -131,7 +133,6 @@ def score(
     A row that cannot be scored becomes a record with its "error" in JSON, and a line on standard
     error where the output is text; the others are scored. Exit code 1 if a row failed.
     """
-    check_count("--batch-size", batch_size)
     if truecase not in (None, "english"):
         raise TempoError(f"--truecase must be english, got {truecase!r}")
     kv_bytes = parse_bytes(max_kv_bytes) if max_kv_bytes is not None else None
@@ -146,10 +147,6 @@ def score(
         output = None
     rows = read_rows(file, kind)
     out, notes = Console(highlight=False), Console(stderr=True, highlight=False, soft_wrap=True)
-    spellings = any(isinstance(each, list) for row in rows for each in row.candidates)
-    if "aggregate" in typed(context) and not spellings:
-        notes.print("note: --aggregate has no effect: no candidate is a list", style="yellow")
-    language_model, tokenizer = load(model)
     settings: dict[str, Any] = {
         "weight": weight,
         "word_insertion_bonus": word_insertion_bonus,
@@ -158,9 +155,13 @@ def score(
         "trailing_space_correction": trailing_space_correction,
         "aggregate": aggregate,
     }
-    scorer = ContinuationScorer(
-        language_model, tokenizer, **settings, max_kv_bytes=kv_bytes, chunk_size=chunk_size
-    )
+    sizes: dict[str, Any] = {"max_kv_bytes": kv_bytes, "chunk_size": chunk_size}
+    check_options(**settings, **sizes)
+    spellings = any(isinstance(each, list) for row in rows for each in row.candidates)
+    if "aggregate" in typed(context) and not spellings:
+        notes.print("note: --aggregate has no effect: no candidate is a list", style="yellow")
+    language_model, tokenizer = load(model)
+    scorer = ContinuationScorer(language_model, tokenizer, **settings, **sizes)
     if max_kv_bytes is not None and scorer.stats().method == FULL_PASSES:
         notes.print(
             "note: --max-kv-bytes has no effect: this model is read in full passes, and nothing is "

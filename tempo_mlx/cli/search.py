@@ -20,7 +20,7 @@ from ..printable import quoted
 from ..search import SearchError, SearchResult, SearchSettings, stream_search
 from ..search.monte_carlo import BACKUPS, SELECTIONS
 from ..search.settings import EVALUATIONS, NEEDS
-from .effects import require_effect, typed
+from .effects import PRINTED, require_effect, typed
 from .one_prompt import AS_IN_AN_EDITOR, read_prompt
 from .options import Model, Overwrite, output_file
 from .outputs import (
@@ -41,7 +41,7 @@ DEFAULTS = SearchSettings()
 OPTIONS: Needs = {
     **NEEDS,
     "evaluation": (Need("value", absent=True),),
-    "explain": (Need("quiet", absent=True),),
+    "explain": PRINTED,
 }
 #: Recognise a result of this command, or of a search that failed; and its tree.
 is_result = json_where(

@@ -119,7 +119,7 @@ def load_tables(folder: Path) -> Tables:
         frame = table.to_pandas()
         frame.insert(0, "prompt_id", first["prompt_id"])
         frame.insert(1, "category", first["category"])
-        frame.insert(2, "seed", first["settings"]["seed"])
+        frame.insert(2, "seed", _integers([first["settings"]["seed"]] * len(frame)))
         frame.insert(4, "mode_a", first["mode"])
         frame.insert(5, "mode_b", second["mode"])
         pairs.append(frame)
@@ -127,7 +127,7 @@ def load_tables(folder: Path) -> Tables:
     kl = pd.concat(pairs, ignore_index=True) if pairs else pd.DataFrame(columns=list(names))
     frame = pd.DataFrame(runs)
     return Tables(
-        runs=frame.assign(seed=frame["seed"].astype("Int64")),
+        runs=frame.assign(seed=_integers([run["seed"] for run in runs])),
         tokens=tokens,
         entries=entries,
         received=np.concatenate(received) if received else np.zeros((0, 0, 0), np.float32),
@@ -137,6 +137,13 @@ def load_tables(folder: Path) -> Tables:
         suite=read_suite_file(folder),
         manifest=read_manifest(folder),
     )
+
+
+def _integers(values: list[int | None]) -> Any:
+    """A column of integers, exact beyond 2^53, where some are missing."""
+    import pandas as pd
+
+    return pd.array(values, dtype="Int64")
 
 
 def _cell(value: Any) -> Any:

@@ -142,21 +142,16 @@ class ContinuationScorer:
         max_kv_bytes: int | None = None,
         chunk_size: int = CHUNK_SIZE,
     ):
-        for name, number in (("weight", weight), ("word_insertion_bonus", word_insertion_bonus)):
-            given = number.item() if isinstance(number, np.number) else number
-            check_range(name, given, -MOST_WEIGHT, MOST_WEIGHT, words="finite, ")
-        check_count("chunk_size", chunk_size)
-        if max_context_tokens is not None:
-            check_count("max_context_tokens", max_context_tokens)
-        if max_kv_bytes is not None:
-            check_count("max_kv_bytes", max_kv_bytes, most=MOST_BYTES)
-        check_choice("aggregate", aggregate, AGGREGATES)
-        if truecase == "english":
-            from .truecase import english
-
-            truecase = english()
-        if truecase is not None and not callable(truecase):
-            raise TempoError(f'truecase must be "english" or a function, got {shown(truecase)}')
+        case = check_options(
+            weight,
+            word_insertion_bonus,
+            truecase,
+            max_context_tokens,
+            trailing_space_correction=trailing_space_correction,
+            aggregate=aggregate,
+            max_kv_bytes=max_kv_bytes,
+            chunk_size=chunk_size,
+        )
         plain = PlainModel(model)
         require_tokenizer(tokenizer)
         self.weight, self.word_insertion_bonus = float(weight), float(word_insertion_bonus)
@@ -165,7 +160,7 @@ class ContinuationScorer:
         self._plain = plain.model
         self._vocabulary = Vocabulary(tokenizer)
         self._texts = Texts(
-            tokenizer, truecase, max_context_tokens, plain.context_length, plain.vocabulary_size
+            tokenizer, case, max_context_tokens, plain.context_length, plain.vocabulary_size
         )
         ends = self._vocabulary.end_tokens
         begins = self._vocabulary.beginning(BEGINNINGS) if trailing_space_correction else set()
@@ -322,6 +317,45 @@ class ContinuationScorer:
         best = max(spellings, key=lambda each: each.logprob)
         total = self._aggregated(candidates, [each.logprob for each in spellings])
         return replace(best, score=self._score(total), logprob=total, variants=spellings)
+
+
+def check_options(
+    weight: float = 1.0,
+    word_insertion_bonus: float = 0.0,
+    truecase: str | Callable[[str], str] | None = None,
+    max_context_tokens: int | None = None,
+    *,
+    trailing_space_correction: bool = False,
+    aggregate: str = "max",
+    max_kv_bytes: int | None = None,
+    chunk_size: int = CHUNK_SIZE,
+) -> Callable[[str], str] | None:
+    """Check the options of a :class:`ContinuationScorer`; returns what truecases, or None.
+
+    Raises:
+        TempoError: for an argument out of range, or if the package that truecases is missing.
+    """
+    for name, number in (("weight", weight), ("word_insertion_bonus", word_insertion_bonus)):
+        given = number.item() if isinstance(number, np.number) else number
+        check_range(name, given, -MOST_WEIGHT, MOST_WEIGHT, words="finite, ")
+    check_count("chunk_size", chunk_size)
+    if max_context_tokens is not None:
+        check_count("max_context_tokens", max_context_tokens)
+    if max_kv_bytes is not None:
+        check_count("max_kv_bytes", max_kv_bytes, most=MOST_BYTES)
+    check_choice("aggregate", aggregate, AGGREGATES)
+    if not isinstance(trailing_space_correction, bool):
+        raise TempoError(
+            f"trailing_space_correction must be True or False, got "
+            f"{shown(trailing_space_correction)}"
+        )
+    if truecase == "english":
+        from .truecase import english
+
+        return english()
+    if truecase is not None and (isinstance(truecase, str) or not callable(truecase)):
+        raise TempoError(f'truecase must be "english" or a function, got {shown(truecase)}')
+    return truecase
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ GENERATE = [
     (["--prune-repair", "none"], "--prune"),
     (["--explain"], "--prune"),
     (["--explain", "--prune", "random", "--quiet"], "--quiet"),
+    (["--explain", "--prune", "random", "-o", "-"], "--output"),
     (["--prune", "posterior", "--prune-steepness", 3], "--prune-decision sigmoid"),
     (
         ["--prune", "posterior", "--prune-decision", "sigmoid", "--prune-steepness", 3],
@@ -84,6 +85,7 @@ OTHERS = [
         ["--evaluation", "--value"],
     ),
     (["search", "hello", "--explain", "-q"], ["--explain", "--quiet"]),
+    (["search", "hello", "--explain", "-o", "-"], ["--explain", "--output"]),
     (["schedule", "relu(0.5)", "--values", "--json"], ["--values", "--json"]),
     (["doctor", "--all"], ["--all", "--check"]),
     (["models", "--json", "fetch", "smollm2-135m"], ["--json", "fetch"]),
@@ -178,6 +180,26 @@ def test_memory_for_a_model_that_holds_nothing_is_noted(run, folder, tmp_path, m
     monkeypatch.setattr("tempo_mlx.scoring.scorer.TreeReader", unsupported)
     code, _, err = run("score", rows, "--model", folder, *options)
     assert code == 0 and "--max-kv-bytes has no effect" in err and "full passes" in err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--weight", "nan"], ["weight", "nan"]),
+        (["--word-insertion-bonus", "inf"], ["word_insertion_bonus", "inf"]),
+        (["--chunk-size", 0], ["chunk_size", "at least 1", "0"]),
+        (["--max-context-tokens", -3], ["max_context_tokens", "at least 1", "-3"]),
+        (["--aggregate", "mean"], ["aggregate", "logsumexp", "mean"]),
+        (["--batch-size", 0], ["--batch-size", "at least 1", "0"]),
+        (["--max-kv-bytes", "9" * 400], ["--max-kv-bytes"]),
+        (["--max-kv-bytes", "0.1"], ["--max-kv-bytes", "0.1"]),
+    ],
+)
+def test_options_of_score_are_checked_before_a_model_is_loaded(refused, tmp_path, options, words):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"context": "a", "candidates": ["b"]}\n')
+    message = refused("score", rows, "--model", "no-such-model", *options)
+    assert all(word in message for word in words), message
 
 
 @pytest.mark.parametrize("command", ["decode", "pruning", "batch", "tree", "search", "score"])

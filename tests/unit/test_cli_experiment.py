@@ -76,6 +76,21 @@ def test_what_seeds_do_is_said(run, tmp_path, folder):
     assert note in err and note in json.dumps(load_tables(tmp_path / "out").manifest["notes"])
 
 
+def test_the_largest_seed_is_run_stored_and_analysed(run, tmp_path, folder):
+    seeds = [0, 2**53 + 1, 2**63 - 1]
+    grid = {"visibility": ["isolated", "visible"], "sampling": ["deterministic", "gumbel"]}
+    given = {"prompts": {"a": ["hello", "a b c"], "b": ["x"]}, "seeds": seeds, "grid": grid}
+    suite, where = save_suite(tmp_path / "s.yaml", folder, **given), tmp_path / "out"
+    code, out, err = run("experiment", "run", suite, "-o", where)
+    assert code == 0, err
+    tables = load_tables(where)
+    for table in (tables.runs, tables.kl):
+        found = table["seed"]
+        assert set(found.dropna()) == set(seeds) and found.isna().any()
+    code, _, err = run("experiment", "analyze", where, "--resamples", 20, "--seed", 2**63 - 1)
+    assert code == 0, err
+
+
 def test_failed_runs_are_named(run, suite, tmp_path, monkeypatch):
     from tempo_mlx.experiments.session import Session
 

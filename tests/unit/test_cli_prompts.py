@@ -128,7 +128,7 @@ def test_a_prompt_cache_is_made_once_and_used(run, folder, prompts, tmp_path):
         (["--prompts-file", "{folder}/none.jsonl"], ["none.jsonl", "cannot be read"]),
         (["--prompts-file", "{folder}/config.json"], [".txt", ".jsonl"]),
         (["--prompts-file", "{prompts}", "--max-kv-bytes", "lots"], ["--max-kv-bytes", "lots"]),
-        (["--prompts-file", "{prompts}", "--batch-size", "0"], ["batch_size", "at least 1"]),
+        (["--prompts-file", "{prompts}", "--batch-size", "0"], ["--batch-size", "at least 1"]),
         (["--prompts-file", "{prompts}", "--prompt-cache", "gone"], ["gone", "does not exist"]),
         (["hi", "--prompt-cache", "{folder}/model.safetensors"], ["no prompt cache"]),
     ],
