@@ -5,6 +5,7 @@ A regular file is written under a temporary name beside it, which then takes its
 
 import errno
 import fcntl
+import glob
 import os
 import secrets
 import stat
@@ -146,6 +147,11 @@ class Stream:
     def __exit__(self, *exception: object) -> None:
         with naming(self._path):
             self._open.close()
+
+
+def leftovers(path: Path) -> Iterator[Path]:
+    """The temporary files of processes that died while they wrote a file in a folder."""
+    return path.parent.glob(f".{glob.escape(path.name[:_NAME])}.{'[0-9a-f]' * 16}.tmp")
 
 
 def replaceable(path: Path) -> bool:

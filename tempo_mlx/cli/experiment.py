@@ -130,7 +130,7 @@ def run(
     """
     require_extra()
     from ..experiments.session import RUNNERS, Options, Session, Status
-    from ..experiments.store import free_bytes
+    from ..experiments.store import check_folder, free_bytes
     from ..experiments.suite import CAPTURES
     from ..experiments.suite_files import read_suite
 
@@ -156,7 +156,10 @@ def run(
         update={name: value for name, value in given.items() if value is not None}
     )
     require_effect(context, RUN_OPTIONS, {"capture": wanted.captures})
+    if output == Path("-"):
+        raise TempoError("--output - is standard output; name a folder")
     folder = output if output is not None else RUNS / wanted.name
+    check_folder(folder)
     notes = Console(stderr=True, highlight=False, soft_wrap=True)
     plan = wanted.expand()
     for note in plan.notes:

@@ -1,6 +1,6 @@
 """``tempo-mlx experiment analyze``, ``plot`` and ``report``: what a suite's runs say."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,6 +10,8 @@ from rich.table import Table
 
 from ..console import Console
 from ..errors import MissingExtraError, TempoError
+from .options import Overwrite
+from .outputs import Output, check_outputs, ending_with, json_where, picture
 from .tables import wide_console
 
 if TYPE_CHECKING:
@@ -57,6 +59,7 @@ def analyze(
     ] = "linear",
     resamples: Annotated[int, typer.Option(help="Samples of each bootstrap, at least 1.")] = 9999,
     seed: Annotated[int, typer.Option(help="Seed of the bootstraps, at least 0.")] = 0,
+    overwrite: Overwrite = False,
 ) -> None:
     """Compare siblings with matched single tokens, and modes with each other.
 
@@ -64,7 +67,7 @@ def analyze(
     """
     with _packages():
         from ..experiments.analysis import analyze as analyze_tables
-        from ..experiments.analysis import save
+        from ..experiments.analysis import files_of, save
         from ..experiments.matching import Rules
         from ..experiments.tables import load_tables
     rules = Rules(_limit("--caliper", caliper, float), _limit("--window", window, int), adjustment)
@@ -73,6 +76,10 @@ def analyze(
     if seed < 0:
         raise TempoError(f"--seed must be at least 0, got {seed}")
     _check_folder(folder)
+    files = files_of(folder)
+    # A table has no mark; what is whole when all tables are says whose they are.
+    whole = files[-1].is_file() and is_analysis(files[-1])
+    _check_files(files, lambda path: whole, overwrite)
     with _working("Analysing"):
         analysis = analyze_tables(load_tables(folder), rules, resamples, seed)
         target = save(analysis, folder)
@@ -86,29 +93,34 @@ def plot(
     ending: Annotated[
         str, typer.Option("--format", metavar="FORMAT", help="svg, png or pdf.")
     ] = "svg",
+    overwrite: Overwrite = False,
 ) -> None:
     """Draw the analysis into FOLDER/plots: layers and heads, prompts, categories, distances, KL."""
     if f".{ending}" not in (".svg", ".png", ".pdf"):
         raise TempoError(f"--format must be svg, png or pdf, got {ending!r}")
     with _packages():
         from ..experiments.analysis import load_analysis
-        from ..experiments.pictures import plot_experiment
+        from ..experiments.pictures import KIND, files_of, plot_experiment
         from ..experiments.report import PLOTS
     _check_folder(folder)
     analysis = load_analysis(folder)
+    _check_files(files_of(folder / PLOTS, f".{ending}"), picture(KIND), overwrite)
     with _working("Drawing"):
         written = plot_experiment(analysis, folder / PLOTS, measure, f".{ending}")
     for path in written:
         _say(f"drawn: {path}")
 
 
-def report(folder: Folder, measure: Measure = "token") -> None:
+def report(folder: Folder, measure: Measure = "token", overwrite: Overwrite = False) -> None:
     """Write FOLDER/report.html, one file with its pictures inside, and FOLDER/report.md."""
     with _packages():
         from ..experiments.analysis import load_analysis
-        from ..experiments.report import write_report
+        from ..experiments.pictures import KIND, files_of
+        from ..experiments.report import HTML, MARK, MARKDOWN, PLOTS, write_report
     _check_folder(folder)
     analysis = load_analysis(folder)
+    _check_files(files_of(folder / PLOTS), picture(KIND), overwrite)
+    _check_files([folder / HTML, folder / MARKDOWN], ending_with(MARK), overwrite)
     with _working("Writing"):
         written = write_report(analysis, folder, measure)
     for path in written:
@@ -148,6 +160,16 @@ def _limit(name: str, text: str, kind: type) -> Any:
 def _check_folder(folder: Path) -> None:
     if not folder.is_dir():
         raise TempoError(f"FOLDER must be the folder of a suite's run, {folder} is none")
+
+
+#: Recognises what :func:`analyze` writes last.
+is_analysis = json_where(lambda data: data.keys() >= {"schema", "suite", "manifest", "tables"})
+
+
+def _check_files(paths: list[Path], ours: Callable[[Path], bool], overwrite: bool) -> None:
+    """Make the folder of the files, and refuse to replace those of someone else in it."""
+    paths[0].parent.mkdir(exist_ok=True)
+    check_outputs([Output("FOLDER", path, ours) for path in paths], {}, overwrite)
 
 
 def _say(text: str) -> None:

@@ -117,6 +117,11 @@ def beginning(*starts: bytes) -> Callable[[Path], bool]:
     return ours
 
 
+def ending_with(mark: str) -> Callable[[Path], bool]:
+    """Recognises files by their last characters."""
+    return lambda path: path.read_bytes().endswith(mark.encode())
+
+
 def picture(*kinds: str) -> Callable[[Path], bool]:
     """Recognises pictures of these kinds."""
     return lambda path: drawn(path.read_bytes(), kinds)

@@ -38,6 +38,7 @@ SCHEMA = 1
 
 #: Where the files are, in the folder of a suite's run.
 FOLDER, INFO = "analysis", "analysis.json"
+CSV, PARQUET = ".csv", ".parquet"
 #: The tables, each with what it holds; in a cell, no set size or layer means all of them.
 CONTENTS = {
     "runs": "the runs that were analysed",
@@ -373,13 +374,19 @@ def save(analysis: Analysis, folder: Path) -> Path:
     target = folder / FOLDER
     target.mkdir(exist_ok=True)
     for name, table in analysis.tables.items():
-        write_atomically(target / f"{name}.csv", table.to_csv(index=False))
-        write_atomically(target / f"{name}.parquet", table.to_parquet(index=False))
+        write_atomically(target / f"{name}{CSV}", table.to_csv(index=False))
+        write_atomically(target / f"{name}{PARQUET}", table.to_parquet(index=False))
     text = json.dumps(
         analysis.to_dict(), ensure_ascii=False, indent=1, allow_nan=False, default=_plain
     )
     write_atomically(target / INFO, text + "\n")
     return target
+
+
+def files_of(folder: Path) -> list[Path]:
+    """The files that :func:`save` writes; the last one is whole when all are."""
+    tables = [folder / FOLDER / f"{name}{end}" for name in CONTENTS for end in (CSV, PARQUET)]
+    return [*tables, folder / FOLDER / INFO]
 
 
 def load_analysis(folder: Path) -> Analysis:
@@ -395,7 +402,7 @@ def load_analysis(folder: Path) -> Analysis:
     if info.get("schema") != SCHEMA:
         raise TempoError(f"{path} is of version {info.get('schema')}, this program reads {SCHEMA}")
     del info["tables"]
-    tables = {name: pd.read_parquet(path.with_name(f"{name}.parquet")) for name in CONTENTS}
+    tables = {name: pd.read_parquet(path.with_name(f"{name}{PARQUET}")) for name in CONTENTS}
     if (folder / LEDGER).is_file():
         with closing(read_ledger(folder)) as ledger:
             done = {entry.run_id for entry in ledger.entries() if entry.state == DONE}

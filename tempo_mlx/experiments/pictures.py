@@ -79,8 +79,7 @@ def plot_experiment(
         raise TempoError(f"measure must be one of {known}, got {measure!r}")
     folder.mkdir(exist_ok=True)
     written = []
-    for name, draw in PICTURES.items():
-        path = folder / f"{name}{ending}"
+    for path, draw in zip(files_of(folder, ending), PICTURES.values(), strict=True):
         check_plot(path, "picture")
         with look():
             figure = draw(analysis, measure)
@@ -88,6 +87,11 @@ def plot_experiment(
                 save(figure, path, KIND)
                 written.append(path)
     return written
+
+
+def files_of(folder: Path, ending: str = ".svg") -> list[Path]:
+    """The file of each picture, in the order of :data:`PICTURES`."""
+    return [folder / f"{name}{ending}" for name in PICTURES]
 
 
 def heads_figure(analysis: "Analysis", measure: str) -> "Figure | None":

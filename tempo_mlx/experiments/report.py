@@ -15,6 +15,9 @@ from .sections import sections
 HTML, MARKDOWN = "report.html", "report.md"
 PLOTS = "plots"
 
+#: Last line of both files, a comment in either language, by which a report is recognised.
+MARK = "<!-- tempo-mlx experiment report -->\n"
+
 
 def write_report(analysis: Analysis, folder: Path, measure: str = "token") -> list[Path]:
     """Draw the pictures and write both files.
@@ -41,7 +44,7 @@ def write_report(analysis: Analysis, folder: Path, measure: str = "token") -> li
         template = environment(autoescape).get_template(f"{name}.j2")
         text = template.render(title=title, sections=described, pictures=pictures)
         path = folder / name
-        write_atomically(path, text.rstrip() + "\n")
+        write_atomically(path, f"{text.rstrip()}\n\n{MARK}")
         written.append(path)
     return written
 

@@ -23,7 +23,7 @@ from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
 
 from ..errors import TempoError
-from ..files import write_atomically
+from ..files import leftovers, write_atomically
 from .capture import AXES, MATRIX_AXES, Pair
 from .ledger import DONE, DiskFullError, Ledger, Lock
 from .running import Outcome, Record
@@ -71,8 +71,8 @@ class Store:
         runs: of the suite.
 
     Raises:
-        ValueError: if another command works on the folder, it holds another suite or another
-            model's runs, or it cannot be written.
+        ValueError: if another command works on the folder, it holds another suite, another
+            model's runs or files of someone else with names of ours, or it cannot be written.
         DiskFullError: if the disk is full, from every method that writes.
     """
 
@@ -80,6 +80,8 @@ class Store:
         self.folder = folder
         self.fingerprint = fingerprint
         self.runs = {run.id(fingerprint): run for run in runs}
+        # Before anything is made there, and again when nobody else works on it.
+        self._check(suite)
         try:
             for name in FOLDERS:
                 (folder / name).mkdir(parents=True, exist_ok=True)
@@ -88,9 +90,10 @@ class Store:
             raise TempoError(f"--output {folder} cannot be written: {error.strerror}") from error
         try:
             self._check(suite)
-            with self._full_disk("the suite"):
-                text = yaml.safe_dump(suite.to_dict(), sort_keys=False, allow_unicode=True)
-                write_atomically(folder / SUITE, text)
+            if not (folder / SUITE).exists():
+                with self._full_disk("the suite"):
+                    text = yaml.safe_dump(suite.to_dict(), sort_keys=False, allow_unicode=True)
+                    write_atomically(folder / SUITE, text)
             self.ledger = Ledger(folder / LEDGER)
             if not self.runs.keys() >= {entry.run_id for entry in self.ledger.entries()}:
                 raise TempoError(
@@ -106,7 +109,8 @@ class Store:
             raise
 
     def _check(self, suite: Suite) -> None:
-        """Refuse a folder of another suite or another model."""
+        """Refuse a folder of another suite, of another model or of someone else."""
+        check_folder(self.folder)
         if (self.folder / SUITE).exists():
             there, here = read_suite_file(self.folder), suite.to_dict()
             for key in here:
@@ -129,8 +133,9 @@ class Store:
                 match = OURS.match(path.name)
                 if match and (match[1] or not done.issuperset(match[2].split("-"))):
                     path.unlink()
-        for path in self.folder.glob(f".{MANIFEST}.*"):
-            path.unlink()
+        for name in (SUITE, MANIFEST):
+            for path in leftovers(self.folder / name):
+                path.unlink()
 
     @property
     def done(self) -> set[str]:
@@ -201,6 +206,18 @@ class Store:
         self.close()
 
 
+def check_folder(folder: Path) -> None:
+    """Raise TempoError where a folder has files of someone else under names of ours."""
+    if folder.exists() and not folder.is_dir():
+        raise TempoError(f"--output {folder} cannot be written: {os.strerror(errno.ENOTDIR)}")
+    for name in (MANIFEST, LEDGER):
+        # The suite is the first thing that is stored.
+        if (folder / name).exists() and not (folder / SUITE).exists():
+            raise TempoError(f"{folder} holds a {name} but no {SUITE}; choose another --output")
+    if (manifest := read_manifest(folder)) and "fingerprint" not in manifest:
+        raise TempoError(f"{folder} holds a {MANIFEST} of something else; choose another --output")
+
+
 def read_suite_file(folder: Path) -> dict[str, Any]:
     """The suite that a folder holds, as resolved; ValueError if the folder holds none."""
     try:
@@ -220,6 +237,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         return {}
     except ValueError as error:
         raise TempoError(f"{folder / MANIFEST} is damaged") from error
+    if not isinstance(data, dict):
+        raise TempoError(f"{folder / MANIFEST} is damaged")
     return data
 
 

@@ -303,6 +303,42 @@ def test_commands_follow_one_another(run, tmp_path):
     assert result.exit_code == 0 and (tmp_path / "report.html").stat().st_size > 50_000
 
 
+@pytest.mark.parametrize("name", ["analysis/effects.csv", "analysis/heads.parquet"])
+def test_tables_of_someone_else_are_kept_unless_they_may_be_overwritten(run, tmp_path, name):
+    analyze_it = ["analyze", tmp_path, "--resamples", 99]
+    path = tmp_path / name
+    path.parent.mkdir()
+    path.write_text("precious")
+    message = str(run(*analyze_it).exception)
+    assert f"{path} exists and this command did not write it" in message
+    assert path.read_text() == "precious"
+    assert run(*analyze_it, "--overwrite").exit_code == 0 and path.read_bytes() != b"precious"
+    # What the command itself wrote, it may write again.
+    assert run(*analyze_it).exit_code == 0
+
+
+def test_reports_of_someone_else_are_kept_unless_they_may_be_overwritten(run, tmp_path):
+    assert run("analyze", tmp_path, "--resamples", 99).exit_code == 0
+    (tmp_path / "plots").mkdir()
+    for command, names in {
+        "plot": ["plots/heads.svg"],
+        "report": ["plots/prompts.svg", "report.html", "report.md"],
+    }.items():
+        paths = [tmp_path / name for name in names]
+        for path in paths:
+            path.write_text("precious")
+            message = str(run(command, tmp_path).exception)
+            assert f"{paths[0]} exists and this command did not write it" in message
+        assert {path.read_text() for path in paths} == {"precious"}
+        assert run(command, tmp_path, "--overwrite").exit_code == 0
+        assert "precious" not in {path.read_text() for path in paths}
+        assert run(command, tmp_path).exit_code == 0
+    for path in paths[1:]:
+        path.write_text(path.read_text() + "a note")
+        assert str(path) in str(run("report", tmp_path).exception)
+        path.unlink()
+
+
 def test_runs_that_the_analysis_does_not_know_are_noticed(run, tmp_path, tables):
     assert run("analyze", tmp_path, "--resamples", 99).exit_code == 0
     ledger = Ledger(tmp_path / "ledger.sqlite")

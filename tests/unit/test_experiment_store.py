@@ -313,6 +313,52 @@ def test_files_of_others_are_left_alone(session):
     assert len(list((made.folder / "results").iterdir())) == 1 + 8
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("manifest.json", '{"name": "app"}'),
+        ("manifest.json", "[1]"),
+        ("ledger.sqlite", "anything"),
+        ("suite.yaml", "name: other\n"),
+        ("suite.yaml", "anything"),
+        ("manifest.json with our suite", '{"name": "app"}'),
+    ],
+)
+def test_a_folder_with_files_of_someone_else_is_refused(session, name, content):
+    made = session()
+    made.folder.mkdir(exist_ok=True)
+    name, _, ours = name.partition(" with ")
+    if ours:
+        made.run()
+    (made.folder / name).write_text(content)
+    before = files(made.folder)
+    with pytest.raises(ValueError, match=r"holds a|is damaged"):
+        made.run()
+    assert (made.folder / name).read_text() == content and files(made.folder) == before
+    assert ours or [path.name for path in made.folder.iterdir()] == [name]
+
+
+def test_files_beside_the_suites_own_stay(session):
+    made = session()
+    made.folder.mkdir(exist_ok=True)
+    mine = [made.folder / name for name in ("notes.txt", ".manifest.json.swp", ".suite.yaml.swp")]
+    for path in mine:
+        path.write_text("mine")
+    left = made.folder / ".manifest.json.0123456789abcdef.tmp"
+    left.write_text("of a dead process")
+    assert made.run().done == 8
+    assert [path.read_text() for path in mine] == ["mine"] * 3 and not left.exists()
+
+
+def test_the_suite_in_the_folder_is_written_once(session, tmp_path):
+    made = session()
+    made.run()
+    suite = made.folder / "suite.yaml"
+    suite.write_text("# a note\n" + suite.read_text())
+    assert session().run().made == 0
+    assert suite.read_text().startswith("# a note\n")
+
+
 def test_a_folder_that_cannot_be_used_is_named(session, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot be written"):
