@@ -9,24 +9,31 @@ of a mode share a batch.
 Texts are kept in the JSON-lines file given by --runs and not made again.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 from tempo_mlx import Settings, load, stream_batch_generate
 from tempo_mlx.batching import Failure
+from tempo_mlx.cli.options import Overwrite
+from tempo_mlx.cli.outputs import Output, check_outputs, picture
+from tempo_mlx.plots import check_plot
+from tempo_mlx.plots.figure import save
 from tempo_mlx.pruning import Pruning
 from tempo_mlx.schedules import Constant
 
 import numpy as np
 import typer
+from kept import Kept
 from rich.console import Console
 from rich.progress import track
 from scipy import stats
 from stock import logprob
 
 PROMPTS = Path(__file__).with_name("prompts.txt")
+
+#: What the picture is called in its metadata.
+KIND = "frontier"
 
 #: No token is less probable.
 ANY = 1e-9
@@ -89,43 +96,37 @@ def main(
     tokens: Annotated[int, typer.Option(help="Steps of each run.")] = 20,
     runs: Annotated[Path, typer.Option(help="File that keeps the texts.")] = Path("frontier.jsonl"),
     plot: Annotated[Path | None, typer.Option(help="Draw quality against rows computed.")] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Compare the quality of texts and the rows that they cost."""
     texts = PROMPTS.read_text().splitlines()[:prompts]
+    if plot is not None:
+        check_plot(plot)
+    check_outputs([Output("--plot", plot, picture(KIND))], {"--runs": runs}, overwrite)
+    kept = Kept(runs)
     language_model, tokenizer = load(model)
-    done: dict[tuple[str, str], dict[str, float]] = {}
-    if runs.exists():
-        for line in runs.read_text().splitlines():
-            run = json.loads(line)
-            if run["setting"] == [model, tokens]:
-                done[run["mode"], run["prompt"]] = run["measured"]
-    chosen = modes(tokens)
-    with runs.open("a") as file:
-        for mode in track(chosen, "Decoding", console=Console(stderr=True)):
-            todo = [text for text in texts if (mode.name, text) not in done]
-            outcomes = stream_batch_generate(
-                language_model, tokenizer, todo, mode.settings, paths=1
-            )
-            for i, result in outcomes:
-                if isinstance(result, Failure):
-                    raise SystemExit(result.error)
-                path, lattice = result.paths(1)[0], result.lattice
-                measured = {
-                    "logprob": logprob(language_model, lattice.prompt_tokens, path.tokens),
-                    "tokens": len(path.tokens),
-                    "rows": lattice.n_tokens,
-                }
-                done[mode.name, todo[i]] = measured
-                row = {"setting": [model, tokens], "mode": mode.name, "prompt": todo[i]}
-                print(json.dumps({**row, "measured": measured}), file=file, flush=True)
+    setting, chosen = [model, tokens], modes(tokens)
+    for mode in track(chosen, "Decoding", console=Console(stderr=True)):
+        todo = [text for text in texts if not kept.find(setting, mode.name, text)]
+        outcomes = stream_batch_generate(language_model, tokenizer, todo, mode.settings, paths=1)
+        for i, result in outcomes:
+            if isinstance(result, Failure):
+                raise SystemExit(result.error)
+            path, lattice = result.paths(1)[0], result.lattice
+            measured = {
+                "logprob": logprob(language_model, lattice.prompt_tokens, path.tokens),
+                "tokens": len(path.tokens),
+                "rows": lattice.n_tokens,
+            }
+            kept.add(setting, mode.name, todo[i], measured)
 
     print(f"{len(texts)} prompts x {tokens} steps, {model}")
     print("| mode | nats per token over greedy | rows computed | tokens |")
     print("|---|---|---|---|")
     points = []
-    base = np.array([done["greedy", text]["logprob"] for text in texts])
+    base = np.array([kept.find(setting, "greedy", text)["logprob"] for text in texts])
     for mode in chosen:
-        taken = [done[mode.name, text] for text in texts]
+        taken = [kept.find(setting, mode.name, text) for text in texts]
         gain = np.array([each["logprob"] for each in taken]) - base
         rows = float(np.mean([each["rows"] for each in taken]))
         length = float(np.mean([each["tokens"] for each in taken]))
@@ -154,7 +155,7 @@ def draw(points: list[tuple[Mode, float, float, float]], path: Path) -> None:
     axes.set_ylabel("nats per token over greedy decoding")
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path)
+    save(figure, path, KIND)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ slots held. All rules but the default one keep the same share of the tokens in s
 Runs are kept in the JSON-lines file given by --runs and not made again.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,6 +20,7 @@ from tempo_mlx.schedules import Constant
 
 import numpy as np
 import typer
+from kept import Kept
 from rich.console import Console
 from rich.progress import track
 from scipy import stats
@@ -102,37 +102,31 @@ def main(
 ) -> None:
     """Compare pruning rules on the best text of their lattices."""
     texts = PROMPTS.read_text().splitlines()[:prompts]
+    kept = Kept(runs)
     language_model, tokenizer = load(model)
 
     def setting(mode: str) -> list[Any]:
         """What a run depends on besides its mode and prompt."""
         return [model, tokens, threshold, keep_rate if "quota" in mode else None]
 
-    done: dict[tuple[str, str], dict[str, float]] = {}
-    if runs.exists():
-        for line in runs.read_text().splitlines():
-            run = json.loads(line)
-            if run["setting"] == setting(run["mode"]):
-                done[run["mode"], run["prompt"]] = run["measured"]
+    def found(mode: str, prompt: str) -> dict[str, float] | None:
+        return kept.find(setting(mode), mode, prompt)
+
     chosen = [m for m in modes(threshold, keep_rate) if only in m.name or m.name == "greedy"]
-    todo = [(m, p) for p in texts for m in chosen if (m.name, p) not in done]
-    with runs.open("a") as file:
-        for mode, prompt in track(todo, "Decoding", console=Console(stderr=True), disable=not todo):
-            measured = measure(language_model, tokenizer, prompt, tokens, mode)
-            done[mode.name, prompt] = measured
-            row = {"setting": setting(mode.name), "mode": mode.name, "prompt": prompt}
-            row["measured"] = measured
-            print(json.dumps(row), file=file, flush=True)
+    todo = [(mode, text) for text in texts for mode in chosen if not found(mode.name, text)]
+    for mode, text in track(todo, "Decoding", console=Console(stderr=True), disable=not todo):
+        measured = measure(language_model, tokenizer, text, tokens, mode)
+        kept.add(setting(mode.name), mode.name, text, measured)
 
     print(f"{len(texts)} prompts x {tokens} tokens, threshold {threshold}, {model}")
     print("| mode | best path - greedy | chain - greedy | log10 paths | rows | slots | kept |")
     print("|---|---|---|---|---|---|---|")
     for mode in chosen:
         columns = {
-            name: np.array([done[mode.name, p][name] for p in texts])
+            name: np.array([found(mode.name, text)[name] for text in texts])
             for name in ("path", "chain", "paths", "rows", "slots", "kept")
         }
-        base = np.array([done["greedy", p]["path"] for p in texts])
+        base = np.array([found("greedy", text)["path"] for text in texts])
         same = mode.name == "greedy"
         cells = [
             "0" if same else interval(columns["path"] - base),

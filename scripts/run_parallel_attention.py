@@ -7,12 +7,9 @@ from pathlib import Path
 from typing import Annotated
 
 from tempo_mlx import load
-from tempo_mlx.experiments.analysis import analyze, load_analysis, save
-from tempo_mlx.experiments.pictures import plot_experiment
-from tempo_mlx.experiments.report import PLOTS, write_report
+from tempo_mlx.cli.experiment_analysis import analyze, plot, report
 from tempo_mlx.experiments.session import Options, Session
 from tempo_mlx.experiments.suite_files import read_suite
-from tempo_mlx.experiments.tables import load_tables
 
 import typer
 
@@ -35,11 +32,8 @@ def main(
     if summary.errors or (summary.validation and summary.validation.mismatches):
         raise SystemExit(f"failed: {summary.errors or summary.validation}")
 
-    save(analyze(load_tables(output)), output)
-    analysis = load_analysis(output)
-    plot_experiment(analysis, output / PLOTS)
-    for path in write_report(analysis, output):
-        print(f"written: {path}")
+    for command in (analyze, plot, report):
+        command(output)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ the tokens, and how many distinct texts a way offers.
 Texts are kept in the JSON-lines file given by --runs and not made again.
 """
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +17,7 @@ from tempo_mlx import Settings, batch_generate, generate, load, search
 
 import numpy as np
 import typer
+from kept import Kept
 from rich.console import Console
 from rich.progress import track
 from scipy import stats
@@ -73,34 +73,27 @@ def main(
     n = budget // tokens
     ways = ["greedy", f"beam {n}", f"best of {n} samples", "search", "search, rollouts"]
     chosen = PROMPTS.read_text().splitlines()[:prompts]
+    kept = Kept(runs)
     language_model, tokenizer = load(model)
-    done: dict[tuple[str, str], dict[str, float]] = {}
-    if runs.exists():
-        for line in runs.read_text().splitlines():
-            run = json.loads(line)
-            if run["setting"] == [model, tokens, budget]:
-                done[run["way"], run["prompt"]] = run["measured"]
-    todo = [(way, text) for text in chosen for way in ways if (way, text) not in done]
-    with runs.open("a") as file:
-        for way, text in track(todo, "Searching", console=Console(stderr=True), disable=not todo):
-            found, rows = texts_of(way, language_model, tokenizer, text, tokens, budget)
-            prompt = tokenizer.encode(text)
-            scores = [logprob(language_model, prompt, ids) for ids in found if ids]
-            measured = {
-                "logprob": max(scores),
-                "rows": rows,
-                "distinct": len({tuple(ids) for ids in found}),
-                "length": len(found[int(np.argmax(scores))]),
-            }
-            done[way, text] = measured
-            row = {"setting": [model, tokens, budget], "way": way, "prompt": text}
-            print(json.dumps({**row, "measured": measured}), file=file, flush=True)
+    setting = [model, tokens, budget]
+    todo = [(way, text) for text in chosen for way in ways if not kept.find(setting, way, text)]
+    for way, text in track(todo, "Searching", console=Console(stderr=True), disable=not todo):
+        found, rows = texts_of(way, language_model, tokenizer, text, tokens, budget)
+        prompt = tokenizer.encode(text)
+        scores = [logprob(language_model, prompt, ids) for ids in found if ids]
+        measured = {
+            "logprob": max(scores),
+            "rows": rows,
+            "distinct": len({tuple(ids) for ids in found}),
+            "length": len(found[int(np.argmax(scores))]),
+        }
+        kept.add(setting, way, text, measured)
     print(f"{len(chosen)} prompts x {tokens} tokens, budget {budget}, {model}")
     print("| way | nats per token over greedy | tokens computed | texts | tokens of the best |")
     print("|---|---|---|---|---|")
-    base = np.array([done["greedy", text]["logprob"] for text in chosen])
+    base = np.array([kept.find(setting, "greedy", text)["logprob"] for text in chosen])
     for way in ways:
-        taken = [done[way, text] for text in chosen]
+        taken = [kept.find(setting, way, text) for text in chosen]
         gain = np.array([each["logprob"] for each in taken]) - base
         half = stats.t.ppf(0.975, len(gain) - 1) * stats.sem(gain)
         cell = "0" if way == "greedy" else f"{gain.mean():+.3f} ± {half:.3f}"
