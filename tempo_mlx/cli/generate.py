@@ -533,7 +533,7 @@ def generate(
         best = result.text
         ranked = result.paths(paths) if paths else []
         data = result.to_dict(paths or 5) if output is not None else None
-    if quiet and not out.is_terminal:
+    if quiet and not (out.is_terminal or out.quiet):
         print(best)
     elif quiet:
         out.print(Text(best))
