@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from .arguments import shown
 from .errors import TempoError
 
 #: Bytes of one prompt, and of a file of many rows. What is longer may never end.
@@ -113,8 +114,11 @@ def object_of(line: bytes, example: str) -> dict[str, Any]:
 
 
 def shown_json(value: Any, most: int = 80) -> str:
-    """A value of :func:`object_of` in a message, no longer than a line."""
-    text = json.dumps(value, ensure_ascii=False)
+    """A value of a user's file in a message, as JSON and no longer than a line."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=str)
+    except (ValueError, TypeError, RecursionError):  # lists in themselves, keys that are no texts
+        return shown(value)
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 

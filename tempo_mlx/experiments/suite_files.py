@@ -1,6 +1,6 @@
 """Suite files: YAML that is read, what is wrong with it in one line, and its JSON Schema."""
 
-import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from pydantic import (
     ValidationError,
 )
 
+from ..inputs import shown_json
 from ..models import recipes
 from .suite import Suite, SuiteError
 from .suite_keys import Grid, PruningGrid, PruningSpec, SettingsSpec
@@ -18,8 +19,13 @@ from .suite_keys import Grid, PruningGrid, PruningSpec, SettingsSpec
 TAGS = frozenset({"list", "object", "Pruning", "str", "int", "float", "list[int]", "none"})
 
 
+#: Numbers, and those such as 1e-1, which YAML 1.2 has and PyYAML takes for text.
+NUMBER = re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?", re.ASCII)
+WITH_EXPONENT = re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)[eE][-+]?\d+$", re.ASCII)
+
+
 class _Loader(yaml.SafeLoader):
-    """Refuses keys that stand twice, of which YAML would drop the first."""
+    """Reads 1e-1 as a number, and refuses keys that stand twice, of which YAML drops the first."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -28,6 +34,9 @@ class _Loader(yaml.SafeLoader):
                 line = node.start_mark.line + 1
                 raise SuiteError(f"the key {key!r} stands twice in the block from line {line}")
         return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", WITH_EXPONENT, list("-+.0123456789"))
 
 
 def read_suite(name: str | Path) -> Suite:
@@ -84,7 +93,21 @@ def _line(error: ValidationError) -> str:
     message = message[0].lower() + message[1:]
     if first["type"] == "value_error":
         return f"{where}: {message}"
-    return f"{where}: {message}, got {json.dumps(first['input'], default=str, ensure_ascii=False)}"
+    given = first["input"]
+    return f"{where}: {message}, got {shown_json(given)}{_hint(first['type'], given)}"
+
+
+def _hint(kind: str, given: Any) -> str:
+    """How to write what YAML has read as another type."""
+    if kind in ("string_type", "literal_error") and not isinstance(given, str | list):
+        if isinstance(given, bool):
+            return '; yes, no, on, off, true and false are no texts in YAML: write "yes", in quotes'
+        if isinstance(given, dict):
+            return "; a text with a colon and a space must stand in quotes"
+        return "; numbers, dates and null are no texts in YAML: write them in quotes"
+    if kind in ("float_type", "int_type") and isinstance(given, str) and NUMBER.fullmatch(given):
+        return "; a number stands without quotes, such as 0.1 or 1e-1"
+    return ""
 
 
 def _owner(place: list[str]) -> type[BaseModel]:

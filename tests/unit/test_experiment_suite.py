@@ -206,6 +206,45 @@ def test_what_is_no_suite_is_refused(text, words):
         assert word in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("written", "number"),
+    [("1e-1", 0.1), ("1E-1", 0.1), ("+.5e0", 0.5), ("5.e-1", 0.5), ("0.5", 0.5), ("1.0e-01", 0.1)],
+)
+def test_numbers_may_have_an_exponent(written, number):
+    text = f"name: x\nprompts: {{a: [b]}}\nsettings: {{threshold: {written}}}\n"
+    assert parse_suite(text).to_dict()["settings"] == {"threshold": number}
+    text = f"name: x\nprompts: {{a: [b]}}\ngrid: {{threshold: [1, {written}]}}\n"
+    assert parse_suite(text).to_dict()["grid"] == {"threshold": [1.0, number]}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("prompts: {a: [yes, no]}", ["prompts.a.0", "got true", 'write "yes", in quotes']),
+        ("prompts: {a: [b, off]}", ["prompts.a.1", "got false", "in quotes"]),
+        ("prompts: {a: [1e5]}", ["prompts.a.0", "got 100000.0", "write them in quotes"]),
+        ("prompts: {a: [12:30]}", ["prompts.a.0", "write them in quotes"]),
+        ("prompts: {a: [2024-01-01]}", ["prompts.a.0", '"2024-01-01"', "write them in quotes"]),
+        ("prompts: {a: [~]}", ["prompts.a.0", "got null", "write them in quotes"]),
+        ("prompts: {a: [He said: no]}", ["prompts.a.0", "a colon and a space", "quotes"]),
+        ("prompts: {a: &a [*a]}", ["prompts.a.0"]),
+        ("prompts: {yes: [a]}", ["got true", "in quotes"]),
+        ("prompts: {a: [b]}\nmodel: no", ["model", "got false", "in quotes"]),
+        ("prompts: {a: [b]}\ncaptures: no", ["captures", "got false", "in quotes"]),
+        ("prompts: {a: [b]}\nsettings: {stop: [yes]}", ["settings.stop.0", "in quotes"]),
+        ("prompts: {a: [b]}\nsettings: {threshold: '1e-1'}", ['got "1e-1"', "without quotes"]),
+        ("prompts: {a: [b]}\nseeds: ['1']", ['got "1"', "without quotes"]),
+        ("prompts: {a: [b]}\nsettings: {max_tokens: 1e3}", ["integer", "got 1000.0"]),
+    ],
+)
+def test_what_yaml_reads_as_another_type_is_refused_with_the_way_to_write_it(text, words):
+    with pytest.raises(SuiteError) as error:
+        parse_suite(f"name: x\n{text}\n")
+    assert "\n" not in str(error.value)
+    for word in words:
+        assert word in str(error.value)
+
+
 def test_there_is_no_such_suite(tmp_path):
     with pytest.raises(SuiteError, match="parallel-attention"):
         read_suite("parallel")
