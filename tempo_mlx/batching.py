@@ -175,7 +175,8 @@ def stream_batch_generate(
         batch_size: prompts that generate at the same time, at least 1.
         max_kv_bytes: bytes that keys and values may take; prompts wait while they do not fit, and
             one that does not fit alone fails. None is half of the memory that is left.
-        prompt_cache: read already; prompts that begin with its tokens go on from there.
+        prompt_cache: read already; prompts that begin with its tokens go on from there, others
+            are appended to its text: see :meth:`PromptCache.join`.
         paths: if above 0, paths that are found for each result before it is yielded; where the run
             did not score them itself, for ``batch_size`` results together.
         verify: as in :func:`tempo_mlx.stream_generate`.
@@ -214,14 +215,16 @@ def stream_batch_generate(
         if not isinstance(one, Settings):
             raise TempoError(f"settings must be Settings, got {shown(one)}")
     positioned = PositionedModel.of(model)
-    prompt_cache = PromptCache.of(prompt_cache, positioned)
+    prompt_cache = PromptCache.of(prompt_cache, positioned, tokenizer)
     require_tokenizer(tokenizer)
     vocabulary = Vocabulary(tokenizer)
 
     def new_run(i: int) -> Run:
         if each[i].branching == "replicate":
             raise TempoError("branching replicate generates from one prompt at a time")
-        result = begin(positioned, tokenizer, prompts[i], each[i], model_name, vocabulary)
+        result = begin(
+            positioned, tokenizer, prompts[i], each[i], model_name, vocabulary, prompt_cache
+        )
         observer = None if observe is None else observe(i)
         return Run(result, keep_logits=verify, paths=paths, observer=observer)
 

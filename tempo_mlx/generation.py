@@ -90,7 +90,8 @@ def stream_generate(
         verify: after the last step, replay the run in one uncached pass and put the largest
             difference into ``result.verification``. Keeps every step's logits in memory.
         model_name: what the result calls the model.
-        prompt_cache: read already; a prompt that begins with its tokens goes on from there.
+        prompt_cache: read already; a prompt that begins with its tokens goes on from there, any
+            other one is appended to its text: see :meth:`PromptCache.join`.
         paths: paths that ``result.paths`` will be asked for; they are found before the last
             response, while the prompt is still in the cache, instead of when they are asked for.
         prompt_progress_callback: called with (prompt tokens read, prompt tokens).
@@ -112,8 +113,8 @@ def stream_generate(
         yield from steps_by_rows(result, prompt_progress_callback)
         return
     positioned = PositionedModel.of(model)
-    result = begin(positioned, tokenizer, prompt, chosen, model_name)
-    known = PromptCache.of(prompt_cache, positioned)
+    known = PromptCache.of(prompt_cache, positioned, tokenizer)
+    result = begin(positioned, tokenizer, prompt, chosen, model_name, prompt_cache=known)
     yield from steps(result, verify, prompt_progress_callback, known, paths)
 
 
@@ -124,14 +125,21 @@ def begin(
     settings: Settings,
     model_name: str | None = None,
     vocabulary: Vocabulary | None = None,
+    prompt_cache: PromptCache | None = None,
 ) -> GenerationResult:
     """The result of a run that has not begun: its prompt is encoded, its seed is chosen."""
-    prompt_tokens = encode_prompt(tokenizer, prompt, model)
+    if prompt_cache is not None:
+        assert isinstance(model, PositionedModel)
+        joined = prompt_cache.join(model, tokenizer, prompt)
+        prompt_tokens, text = joined.tokens, joined.text
+    else:
+        prompt_tokens = encode_prompt(tokenizer, prompt, model)
+        text = prompt if isinstance(prompt, str) else tokenizer.decode(prompt_tokens)
     return GenerationResult(
         model=model,
         vocabulary=vocabulary or Vocabulary(tokenizer),
         model_name=model_name or model.name or str(getattr(tokenizer, "name_or_path", "")),
-        prompt=prompt if isinstance(prompt, str) else tokenizer.decode(prompt_tokens),
+        prompt=text,
         lattice=Lattice(prompt_tokens),
         settings=settings.seeded(),
     )

@@ -5,6 +5,7 @@ is in either file when a process dies is there for the next one.
 """
 
 import fcntl
+import hashlib
 import json
 import os
 import stat
@@ -16,6 +17,10 @@ from typing import Any
 
 from .errors import TempoError
 from .files import naming
+from .printable import finite, json_text
+
+#: Key of a record whose row failed: why it did.
+ERROR = "error"
 
 FOREIGN = "of another input, other settings or another model"
 ADVICE = "choose another --output or delete that file, or add --overwrite"
@@ -28,28 +33,35 @@ class ResultsFile:
     while there are any. A line that a kill cut short is cut off when the file is opened again. The
     output is locked while it is open; the lock goes when the process does, however it ends.
 
+    A record with the key "error" is of a row that failed. Such rows do not count as done when the
+    file is opened again: the rows behind the first of them go back to the journal until it has
+    another record. A failed row that gets none keeps the old one.
+
+    The output is made before the journal. Where there is no output, somebody has deleted it, and
+    a journal that is still there is deleted, too.
+
     Args:
         path: of the output; made if it is not there.
-        keys: what identifies each input row, its settings and its model; may repeat.
+        keys: what identifies each input row, its settings and its model, see :func:`row_key`;
+            may repeat.
         overwrite: begin again where a line is not the result of a row with these keys.
 
     Raises:
         ValueError: if another process has the file open, it cannot be written, or a line of it or
             of the journal is not the result of a row with these keys. Neither file is changed.
-        OSError: if the disk is too full to move rows whose turn has come, or the journal cannot be
+        OSError: if the disk is too full to move rows between the files, or the journal cannot be
             opened. Nothing stored is lost.
     """
 
     def __init__(self, path: Path, keys: list[str], overwrite: bool = False):
         # Whatever link leads to it, a file has one journal.
         path = Path(os.path.realpath(path))
-        #: Numbers of the rows that are stored.
+        #: Numbers of the rows that are stored, those not counted that an earlier process failed.
         self.done: set[int] = set()
-        #: Those whose record says that they failed, and why.
-        self.failed: dict[int, str] = {}
         self._keys = list(keys)
         self._next = 0
         self._waiting: dict[int, bytes] = {}
+        self._failed_before: dict[int, bytes] = {}
         self._pending_path = path.with_name(f".{path.name}.pending")
         self._journal: _Lines | None = None
         self._output: _Lines | None = None
@@ -59,10 +71,13 @@ class ResultsFile:
             raise TempoError(f"{path} cannot be written: {error.strerror}") from error
         try:
             self._output.lock()
+            if self._output.is_new:
+                with suppress(FileNotFoundError):
+                    os.unlink(self._pending_path)
             if self._pending_path.exists():
                 self._journal = _Lines(self._pending_path)
             try:
-                self._load(self._output, self._journal)
+                self._load(self._output)
             except TempoError:
                 if not overwrite:
                     raise
@@ -77,7 +92,8 @@ class ResultsFile:
 
         Args:
             row: number of the input row, in [0, number of keys).
-            record: JSON-ready, without "row" and "key".
+            record: JSON-ready, without "row" and "key"; with "error" if the row failed. NaN and
+                infinity, which JSON does not have, become null.
 
         Raises:
             ValueError: if the file is closed, there is no such row, it is stored already, or the
@@ -98,22 +114,25 @@ class ResultsFile:
             self._output.append(line)
             self._next += 1
         else:
-            if self._journal is None:
-                self._journal = _Lines(self._pending_path)
-            self._journal.append(line)
-            self._waiting[row] = line
+            self._put_off({row: line})
         self.done.add(row)
-        if "error" in record:
-            self.failed[row] = str(record["error"])
+        self._failed_before.pop(row, None)
         self._settle(self._output)
 
     def close(self) -> None:
         """Release the file; what waits stays in the journal. Closing twice does nothing."""
-        # The output last, because its lock protects both.
-        for lines in (self._journal, self._output):
-            if lines is not None:
-                lines.close()
-        self._journal = self._output = None
+        try:
+            if self._output is not None and self._failed_before:
+                self._waiting = self._failed_before | self._waiting
+                # On a full disk rows stay in the journal, where the next process finds them.
+                with suppress(OSError):
+                    self._settle(self._output)
+        finally:
+            # The output last, because its lock protects both.
+            for lines in (self._journal, self._output):
+                if lines is not None:
+                    lines.close()
+            self._journal = self._output = None
 
     def __enter__(self) -> "ResultsFile":
         return self
@@ -125,6 +144,13 @@ class ResultsFile:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _put_off(self, lines: dict[int, bytes]) -> None:
+        """Let rows wait in the journal."""
+        if self._journal is None:
+            self._journal = _Lines(self._pending_path)
+        self._journal.append(b"".join(lines.values()))
+        self._waiting |= lines
 
     def _settle(self, output: "_Lines") -> None:
         """Move the rows whose turn has come; remove a journal in which none waits."""
@@ -141,39 +167,50 @@ class ResultsFile:
             self._journal.close()
             self._journal = None
 
-    def _load(self, output: "_Lines", journal: "_Lines | None") -> None:
+    def _load(self, output: "_Lines") -> None:
         """Take over what both files hold, all of it or (with an error) nothing."""
         lines, torn = output.read()
-        for number, line in enumerate(lines):
-            self._check(output.path, number + 1, line, expected=number)
-        self._next = len(lines)
-        self.done.update(range(self._next))
-        following = range(len(self._keys))[self._next : self._next + 1]
-        self._check_torn(output.path, self._next + 1, torn, following)
-        if journal is not None:
-            lines, torn = journal.read()
-            for number, line in enumerate(lines, 1):
-                row = self._check(journal.path, number, line)
-                if row >= self._next:
-                    self._waiting[row] = line + b"\n"
-            self._check_torn(journal.path, len(lines) + 1, torn, range(len(self._keys)))
-            self.done.update(self._waiting)
-            journal.cut()
-        output.cut()
+        records = [self._check(output.path, i + 1, line, i) for i, line in enumerate(lines)]
+        following = range(len(self._keys))[len(lines) : len(lines) + 1]
+        self._check_torn(output.path, len(lines) + 1, torn, following)
+        self._next = next((i for i, each in enumerate(records) if ERROR in each), len(lines))
+        behind = {row: lines[row] + b"\n" for row in range(self._next, len(lines))}
+        failed = {row: line for row, line in behind.items() if ERROR in records[row]}
+        if self._journal is not None:
+            self._load_journal(self._journal)
+        output.cut(sum(len(line) + 1 for line in lines))
+        # On the disk in the journal, before they leave the output.
+        moved = {row: behind[row] for row in behind.keys() - failed.keys() - self._waiting.keys()}
+        if moved:
+            self._put_off(moved)
+        output.cut(sum(len(line) + 1 for line in lines[: self._next]))
+        self.done = {*range(self._next), *self._waiting}
+        self._failed_before = {row: failed[row] for row in failed.keys() - self.done}
+
+    def _load_journal(self, journal: "_Lines") -> None:
+        """Take over the rows that wait, without those that failed."""
+        lines, torn = journal.read()
+        records = [self._check(journal.path, i + 1, line) for i, line in enumerate(lines)]
+        self._check_torn(journal.path, len(lines) + 1, torn, range(len(self._keys)))
+        for record, line in zip(records, lines, strict=True):
+            if record["row"] >= self._next and ERROR not in record:
+                self._waiting[record["row"]] = line + b"\n"
+        journal.cut(sum(len(line) + 1 for line in lines))
 
     def _clear(self, output: "_Lines") -> None:
         """Forget what both files hold; the journal, in which nothing waits then, will go."""
-        output.clear()
+        output.cut(0)
         self._next = 0
         self.done.clear()
-        self.failed.clear()
         self._waiting.clear()
 
-    def _check(self, path: Path, number: int, line: bytes, expected: int | None = None) -> int:
-        """The row of a whole line.
+    def _check(
+        self, path: Path, number: int, line: bytes, expected: int | None = None
+    ) -> dict[str, Any]:
+        """The record of a whole line.
 
         Raises:
-            ValueError: unless it is a result of these keys, and of the expected row.
+            ValueError: unless it is a result of these keys or a failure, and of the expected row.
         """
         try:
             data = json.loads(line)
@@ -187,11 +224,11 @@ class ResultsFile:
                 f"{path}, line {number} is of row {row}, the input has {len(self._keys)} rows; "
                 f"{ADVICE}"
             )
-        if data.get("key") != self._keys[row]:
+        # A row that failed may have another key because its input has been corrected.
+        if data.get("key") != self._keys[row] and ERROR not in data:
             raise TempoError(f"{path}, line {number} is {FOREIGN}; {ADVICE}")
-        if "error" in data:
-            self.failed[row] = str(data["error"])
-        return row
+        record: dict[str, Any] = data
+        return record
 
     def _check_torn(self, path: Path, number: int, torn: bytes, rows: Iterable[int]) -> None:
         """Refuse to cut off what no kill of ours can have left: the file is someone else's."""
@@ -200,9 +237,17 @@ class ResultsFile:
             raise TempoError(f"{path}, line {number} is {FOREIGN}; {ADVICE}")
 
 
+def row_key(*parts: Any) -> str:
+    """16 hexadecimal digits of all that decides the result of a row.
+
+    Args:
+        parts: JSON-ready: the row, its settings, the identity of the model, versions.
+    """
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def _encoded(data: dict[str, Any]) -> bytes:
-    # Half of a surrogate pair has no UTF-8; what replaces it is its escape in JSON.
-    return json.dumps(data, ensure_ascii=False).encode(errors="backslashreplace")
+    return json_text(finite(data)).encode()
 
 
 class _Lines:
@@ -215,7 +260,13 @@ class _Lines:
 
     def __init__(self, path: Path):
         self.path = path
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        #: Whether there was no such file.
+        self.is_new = True
+        try:
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        except FileExistsError:
+            self.is_new = False
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         self._size = 0
         if not stat.S_ISREG(os.fstat(self._fd).st_mode):
             self.close()
@@ -239,17 +290,13 @@ class _Lines:
         with open(self._fd, "rb", closefd=False) as file:
             data = file.read()
         *lines, torn = data.split(b"\n")
-        self._size = len(data) - len(torn)
         return lines, torn
 
-    def cut(self) -> None:
-        """Drop what follows the last whole line."""
+    def cut(self, size: int | None = None) -> None:
+        """Drop what follows the last whole line, or so many bytes of lines."""
+        if size is not None:
+            self._size = size
         os.ftruncate(self._fd, self._size)
-
-    def clear(self) -> None:
-        """Drop everything."""
-        self._size = 0
-        self.cut()
 
     def append(self, lines: bytes) -> None:
         """Write whole lines to the disk, all of them or none."""

@@ -177,7 +177,7 @@ def encode_prompt(
         ids = encode_text(tokenizer, prompt)
     else:
         items = _items(prompt)
-        chat = bool(items) and isinstance(items[0], Mapping)
+        chat = _begins_with_message(items)
         ids = encode_chat(tokenizer, items) if chat else _ids(items)
     if not len(ids):
         raise TempoError("prompt is empty; give at least one token")
@@ -187,12 +187,26 @@ def encode_prompt(
             raise TempoError(
                 f"prompt has token id {shown(id)}, the model's vocabulary is [0, {size})"
             )
+    require_room(ids, model)
+    return list(ids)
+
+
+def require_room(ids: Sequence[int], model: "PositionedModel | PlainModel") -> None:
+    """Raise TempoError if a prompt leaves the model's context no room for an answer."""
     if model.context_length is not None and len(ids) >= model.context_length:
         raise TempoError(
             f"prompt has {len(ids)} tokens, the model's context holds {model.context_length} and "
             "needs one for an answer; shorten the prompt"
         )
-    return list(ids)
+
+
+def is_chat(prompt: Prompt) -> bool:
+    """Whether a prompt is chat messages."""
+    return not isinstance(prompt, str) and _begins_with_message(_items(prompt))
+
+
+def _begins_with_message(items: list[Any]) -> bool:
+    return bool(items) and isinstance(items[0], Mapping)
 
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:

@@ -50,7 +50,7 @@ from .outputs import (
     say_written,
     write_json,
 )
-from .prompts import RESULTS, UNUSED, generate_from_file, notes_on, parse_bytes, runnable
+from .prompts import RESULTS, generate_from_file, join_note, notes_on, parse_bytes, runnable
 
 #: Prompts longer than this show a progress bar while they are read.
 LONG_PROMPT = 1024
@@ -121,8 +121,9 @@ def generate(
         typer.Option(
             metavar="FILE",
             parser=output_file,
-            help="A prompt that has been read: prompts that begin with it go on from there. With "
-            "one prompt, a file that does not exist is made of it (.safetensors).",
+            help="A prompt that has been read: prompts that begin with it go on from there, others "
+            "are appended to it. With one prompt, a file that does not exist is made of it "
+            "(.safetensors).",
         ),
     ] = None,
     chat: Annotated[
@@ -479,7 +480,10 @@ def generate(
         system = [{"role": "system", "content": system_prompt}] if system_prompt is not None else []
         content = [*system, {"role": "user", "content": text}]
 
-    if prompt_cache is not None and known is None:
+    if known is not None:
+        joined = known.join(language_model, tokenizer, content)
+        notes.print(join_note(known, [joined]), style="dim")
+    elif prompt_cache is not None:
         known = PromptCache.read(language_model, tokenizer, content, settings.prefill_step_size)
         known.save(prompt_cache)
         say_written(prompt_cache, notes)
@@ -524,8 +528,6 @@ def generate(
     if response is None:
         raise KeyboardInterrupt
     result = response.result
-    if known is not None and not known.covers(result.lattice.prompt_tokens):
-        notes.print(f"note: {prompt_cache} {UNUSED}", style="yellow", markup=False)
     if interrupted:
         result.finish_reason = "interrupted"
 

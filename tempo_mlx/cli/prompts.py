@@ -1,8 +1,6 @@
 """``tempo-mlx generate --prompts-file``: many prompts in one batch, one result a line."""
 
-import hashlib
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,17 +14,14 @@ from ..console import Console
 from ..errors import TempoError
 from ..files import Stream, replaceable
 from ..models import PositionedModel
-from ..models.identity import fingerprint
+from ..models.identity import identify
 from ..printable import finite, json_text
-from ..prompt_cache import PromptCache
+from ..prompt_cache import JoinedPrompt, PromptCache
 from ..prompt_files import PromptRow, row_settings
-from ..result import GenerationResult
-from ..results_file import ResultsFile
+from ..result import SCHEMA, GenerationResult
+from ..results_file import ResultsFile, row_key
 from ..settings import Settings
 from .outputs import beginning
-
-#: What is said of a prompt cache that nobody could use.
-UNUSED = "has no effect: the prompt does not begin with the tokens that it holds"
 
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
@@ -36,11 +31,19 @@ RESULTS = beginning(b'{"row": 0, "key": "')
 
 @dataclass(frozen=True)
 class Job:
-    """A row of the file that can be run: its number, its prompt as the model gets it, settings."""
+    """A row of the file that can be run.
+
+    Args:
+        number: of the row.
+        prompt: as the model gets it.
+        settings: of the row.
+        joined: the prompt with the prompt cache, if there is one.
+    """
 
     number: int
     prompt: Any
     settings: Settings
+    joined: JoinedPrompt | None
 
 
 def runnable(rows: list[PromptRow], defaults: Settings) -> list[Settings]:
@@ -88,34 +91,40 @@ def generate_from_file(
     """Generate from every row that the output does not hold yet.
 
     Returns:
-        how many rows failed, now or in the run that this one goes on with.
+        how many rows failed; those that failed in the run that this one goes on with are tried
+        again.
     """
     positioned = PositionedModel.of(model)
     failed: dict[int, str] = {}
     jobs: dict[int, Job] = {}
     for number, row in enumerate(rows):
-        try:
-            settings = row_settings(row, defaults)
-        except TempoError as error:
-            failed[number] = str(error)
-            continue
         prompt: Any = row.prompt
         if chat and isinstance(prompt, str):
             system = (
                 [{"role": "system", "content": system_prompt}] if system_prompt is not None else []
             )
             prompt = [*system, {"role": "user", "content": prompt}]
-        jobs[number] = Job(number, prompt, settings)
-    name = fingerprint(positioned.model)
-    keys = [key_of(rows[i], jobs.get(i), name) for i in range(len(rows))]
+        try:
+            settings = row_settings(row, defaults)
+            joined = None
+            if prompt_cache is not None:
+                joined = prompt_cache.join(positioned, tokenizer, prompt)
+        except TempoError as error:
+            failed[number] = str(error)
+        else:
+            jobs[number] = Job(number, prompt, settings, joined)
+    common = [identify(positioned.model, tokenizer), max(1, paths), verify]
+    keys = [key_of(rows[i], jobs.get(i), common) for i in range(len(rows))]
     with results_sink(output, keys, overwrite) as sink:
         if sink.done:
             notes.print(f"{len(sink.done)} of {len(rows)} prompts are done already", style="dim")
         for number, why in failed.items():
-            if number not in sink.done:
-                sink.add(number, record(rows[number], Failure(rows[number].prompt or "", why)))
+            sink.add(number, record(rows[number], Failure(rows[number].prompt or "", why)))
         todo = [job for number, job in jobs.items() if number not in sink.done]
-        failures, covered = {*failed, *sink.failed}, 0
+        failures = len(failed)
+        joins = [job.joined for job in todo if job.joined is not None]
+        if prompt_cache is not None and joins:
+            notes.print(join_note(prompt_cache, joins), style="dim")
         with _progress(notes) as progress:
             before = len(rows) - len(todo)
             bar = progress.add_task("", total=len(rows), completed=before, told="")
@@ -138,20 +147,39 @@ def generate_from_file(
             for i, outcome in outcomes:
                 number = todo[i].number
                 sink.add(number, record(rows[number], outcome, max(1, paths)))
-                if isinstance(outcome, Failure):
-                    failures.add(number)
-                if prompt_cache is not None and isinstance(outcome, GenerationResult):
-                    covered += prompt_cache.covers(outcome.lattice.prompt_tokens)
-        if prompt_cache is not None and todo and not covered:
-            notes.print(f"note: --prompt-cache {UNUSED}", style="yellow")
-    return len(failures)
+                failures += isinstance(outcome, Failure)
+    return failures
 
 
-def key_of(row: PromptRow, job: Job | None, model: str) -> str:
-    """What identifies a row's result: its prompt, its settings, the model."""
-    given = (job.prompt, job.settings.to_dict()) if job else (row.prompt, row.error)
-    text = json.dumps([given, model], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def key_of(row: PromptRow, job: Job | None, common: Sequence[Any]) -> str:
+    """What identifies a row's result.
+
+    Args:
+        row: of the file.
+        job: how it is run, None if it cannot be.
+        common: what decides the results of all rows beside their prompts and settings.
+    """
+    if job is None:
+        return row_key(SCHEMA, row.id, row.prompt, row.error, *common)
+    prompt: Any = job.prompt
+    if job.joined is not None and job.joined.appended:
+        prompt = [job.joined.tokens, job.joined.text]
+    return row_key(SCHEMA, row.id, prompt, job.settings.to_dict(), *common)
+
+
+def join_note(cache: PromptCache, joined: Sequence[JoinedPrompt]) -> str:
+    """What a prompt cache is to prompts, in a line; at least one prompt."""
+    n = len(cache.tokens)
+    appended = sum(prompt.appended for prompt in joined)
+    if len(joined) == 1 and appended:
+        return f"prompt cache: the prompt is appended to its {n} tokens"
+    if len(joined) == 1:
+        known = cache.covers(joined[0].tokens)
+        return f"prompt cache: the prompt begins with its text; {known} of its {n} tokens are used"
+    return (
+        f"prompt cache: {len(joined) - appended} of {len(joined)} prompts begin with its text, "
+        f"{appended} are appended to its {n} tokens"
+    )
 
 
 def record(row: PromptRow, outcome: GenerationResult | Failure, paths: int = 1) -> dict[str, Any]:
@@ -215,7 +243,6 @@ class RecordStream(Stream):
     def __init__(self, path: Path | None = None):
         super().__init__(path)
         self.done: set[int] = set()
-        self.failed: dict[int, str] = {}
         self._waiting: dict[int, dict[str, Any]] = {}
         self._next = 0
 

@@ -13,7 +13,7 @@ from ..console import Console
 from ..errors import TempoError
 from ..files import STANDARD_INPUT, replaceable
 from ..models import load
-from ..models.identity import fingerprint
+from ..models.identity import identify
 from ..results_file import ResultsFile
 from ..scoring import ContinuationScorer, ScoringStats
 from ..scoring.full_passes import FULL_PASSES
@@ -168,7 +168,7 @@ def score(
             "held",
             style="yellow",
         )
-    name = fingerprint(language_model)
+    name = identify(language_model, tokenizer)
     keys = [key_of(row, {**settings, "details": details}, name) for row in rows]
     sink: ResultsFile | RecordStream | TextFile | TextStream | Tables
     if output is None and out.is_terminal and sum(len(r.candidates) for r in rows) <= TABLE_SIZE:
@@ -181,7 +181,6 @@ def score(
         sink = TextStream(output)
     failed: dict[int, str] = {}
     with sink:
-        failed.update(sink.failed)
         if sink.done:
             notes.print(f"{len(sink.done)} of {len(rows)} rows are done already", style="dim")
         todo = [number for number in range(len(rows)) if number not in sink.done]

@@ -51,7 +51,6 @@ class TextStream(Stream):
     def __init__(self, path: Path | None = None):
         super().__init__(path)
         self.done: set[int] = set()
-        self.failed: dict[int, str] = {}
 
     def add(self, row: int, data: dict[str, Any]) -> None:
         self.write(text_lines(data))
@@ -76,10 +75,6 @@ class TextFile:
     def done(self) -> set[int]:
         return self._waiting.done
 
-    @property
-    def failed(self) -> dict[int, str]:
-        return self._waiting.failed
-
     def add(self, row: int, data: dict[str, Any]) -> None:
         self._waiting.add(row, data)
 
@@ -100,7 +95,6 @@ class Tables:
 
     def __init__(self, console: Console):
         self.done: set[int] = set()
-        self.failed: dict[int, str] = {}
         self._console = console
         self._table = Table("context", "word")
         for name in ("score", "rank"):

@@ -36,6 +36,8 @@ def _tapped(layers_class: Any) -> type:
     """The class of a model's layers, whose output can be taken and replaced."""
 
     class TappedLayers(layers_class):
+        stands_for = layers_class
+
         def __call__(self, *args, **kwargs):
             if self.tap.given is not None:
                 return self.tap.given

@@ -1,38 +1,161 @@
-"""What makes two loaded models the same: their parameters, to the bit."""
+"""What makes two loaded models the same: configuration, weights and tokenizer, not their names."""
 
+import dataclasses
+import enum
+import functools
 import hashlib
-from typing import cast
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from operator import itemgetter
+from pathlib import Path
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten
 
-#: Unsigned type of each width in bytes, to look at parameters as integers.
-_WORDS = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}
+#: Ends of the names of settings that say where something lies or what it is called.
+_NAMES = ("name", "path", "file", "loaded_as", "transformers_version")
 
-_ATTRIBUTE = "_tempo_mlx_fingerprint"
+_NOT_COUNTED = object()
+
+
+def identify(model: nn.Module, tokenizer: Any) -> str:
+    """32 hexadecimal digits of all that decides what a model makes of a text.
+
+    The same for a model that was loaded from another place; another one if its configuration, its
+    weights, its tokenizer or the tokens that end a text differ.
+    """
+    ends = sorted(tokenizer.eos_token_ids)
+    return _digest([fingerprint(model), tokenizer_fingerprint(tokenizer), ends])
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A hexadecimal number of the model's architecture and all its parameters, 32 digits.
+    """32 hexadecimal digits of a model's configuration and weights.
 
-    Every parameter counts by its name, shape, type, and a sum of its bits in which each place has
-    a factor of its own, modulo 2^32: integers, so the same on every device. Computed once; a
-    model whose parameters are changed afterwards keeps its number.
+    The configuration is the class of every module and its public attributes: numbers, texts, and
+    lists, dictionaries and dataclasses of them, such as ``model.args``. Names and paths in it do
+    not count. Of every parameter count its name, shape, type and bits.
+
+    It is computed whenever it is asked for, because parameters may be changed in place: all of
+    them are read once.
     """
-    known = getattr(model, _ATTRIBUTE, None)
-    if known is None:
-        digest = hashlib.sha256(type(model).__module__.encode())
-        parameters = cast(list[tuple[str, mx.array]], tree_flatten(model.parameters()))
-        for name, parameter in sorted(parameters):
-            total = int(_checksum(parameter))
-            digest.update(f"{name} {parameter.shape} {parameter.dtype} {total}\n".encode())
-        known = digest.hexdigest()[:32]
-        object.__setattr__(model, _ATTRIBUTE, known)
-    return str(known)
+    digest = hashlib.sha256()
+    for name, module in sorted(model.named_modules(), key=itemgetter(0)):
+        digest.update(_json([name, _class_name(module), _settings(module)]))
+    flat = cast(list[tuple[str, mx.array]], tree_flatten(model.parameters()))
+    parameters = dict(sorted(flat, key=itemgetter(0)))
+    for name, found in zip(parameters, _hashes(list(parameters.values())), strict=True):
+        parameter = parameters[name]
+        digest.update(_json([name, parameter.shape, str(parameter.dtype), found]))
+    return digest.hexdigest()[:32]
 
 
-def _checksum(parameter: mx.array) -> mx.array:
-    words = parameter.reshape(-1).view(_WORDS[min(parameter.dtype.size, 4)]).astype(mx.uint32)
-    places = mx.arange(words.size, dtype=mx.uint32) * 2 + 1
-    return (words * places * mx.array(2654435761, mx.uint32)).sum()
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """32 hexadecimal digits of what decides the ids of a text and the text of ids.
+
+    That is the vocabulary with its rules and added tokens, the special tokens, and the chat
+    template. Tokens that were made ends of a text do not count.
+    """
+    inner = getattr(tokenizer, "_tokenizer", tokenizer)
+    settings = {
+        name: getattr(inner, name, None)
+        for name in (
+            "special_tokens_map",
+            "chat_template",
+            "clean_up_tokenization_spaces",
+            "split_special_tokens",
+        )
+    }
+    # mlx-lm has chat templates that are functions.
+    template = getattr(tokenizer, "_chat_template", None)
+    settings["template_function"] = getattr(template, "__module__", None)
+    return _digest([type(inner).__name__, _plain(settings), _vocabulary(inner)])
+
+
+def _vocabulary(tokenizer: Any) -> Any:
+    """The ids and rules of a tokenizer, in whatever form it can tell them."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        return _rules(backend.to_str())
+    if hasattr(tokenizer, "get_vocab"):
+        return [tokenizer.get_vocab(), [_digest_of_file(path) for path in _files(tokenizer)]]
+    return [tokenizer.decode([id]) for id in range(len(tokenizer))]
+
+
+@functools.lru_cache(maxsize=2)
+def _rules(backend: str) -> str:
+    """Digest of a fast tokenizer's JSON, without what its latest call left there."""
+    rules = json.loads(backend)
+    for name in ("truncation", "padding"):
+        rules.pop(name, None)
+    return _digest(rules)
+
+
+def _files(tokenizer: Any) -> Iterator[Path]:
+    """The files that a slow tokenizer has its vocabulary from."""
+    for name in sorted(getattr(tokenizer, "vocab_files_names", {})):
+        path = getattr(tokenizer, name, None) or tokenizer.init_kwargs.get(name)
+        if path is not None and Path(path).is_file():
+            yield Path(path)
+
+
+def _digest_of_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _class_name(module: nn.Module) -> str:
+    # PositionedModel puts classes of its own in the place of some.
+    kind = getattr(module, "stands_for", type(module))
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _settings(module: nn.Module) -> Any:
+    return _plain({**vars(module), **module})
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can say of a setting."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, np.generic):
+        return _plain(value.item())
+    if isinstance(value, enum.Enum | mx.Dtype):
+        return str(value)
+    if isinstance(value, list | tuple):
+        return _counted(enumerate(value))
+    if isinstance(value, dict) and not isinstance(value, nn.Module):
+        return _counted(value.items())
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return _counted((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
+    return _NOT_COUNTED
+
+
+def _counted(items: Any) -> dict[str, Any]:
+    plain = {str(key): _plain(value) for key, value in items if _counts(str(key))}
+    return {key: value for key, value in plain.items() if value is not _NOT_COUNTED}
+
+
+def _counts(key: str) -> bool:
+    return not key.startswith("_") and not key.endswith(_NAMES)
+
+
+def _hashes(parameters: list[mx.array]) -> list[str]:
+    """SHA-256 of the bits of each parameter."""
+    # Shared with the device where it has the same memory, so nothing is copied.
+    views = [memoryview(cast(Any, p.reshape(-1).view(mx.uint8))) for p in parameters]
+    with ThreadPoolExecutor() as threads:
+        return list(threads.map(lambda view: hashlib.sha256(view).hexdigest(), views))
+
+
+def _json(data: Any) -> bytes:
+    return json.dumps(data, sort_keys=True).encode()
+
+
+def _digest(data: Any) -> str:
+    return hashlib.sha256(_json(data)).hexdigest()[:32]

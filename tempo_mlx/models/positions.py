@@ -64,6 +64,8 @@ def _positioned(rope_class: Any) -> type:
     """The rotary class, accepting a :class:`Positions` as its offset."""
 
     class PositionedRope(rope_class):
+        stands_for = rope_class
+
         def __call__(self, x, offset=0, **kwargs):
             rope = super().__call__
             if isinstance(offset, Positions):

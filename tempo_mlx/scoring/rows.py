@@ -1,15 +1,17 @@
 """Rows of candidates to score, as files have them: JSON lines, or context, tab, word."""
 
-import hashlib
-import json
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import TempoError
 from ..inputs import name_of, object_of, read_lines, shown_json, text_of
+from ..results_file import ERROR, row_key
+
+#: Version of the records.
+SCHEMA = 1
 
 #: What a result adds to its row.
-RESULTS = ("scores", "ranks", "best", "details", "error")
+RESULTS = ("scores", "ranks", "best", "details", ERROR)
 
 #: What the first line of a text may be called, in place of a context and a word.
 HEADERS = (("context", "word"), ("context", "candidate"))
@@ -152,7 +154,11 @@ def ranked(row: Row, scores: list[float]) -> dict[str, Any]:
 
 
 def key_of(row: Row, settings: dict[str, Any], model: str) -> str:
-    """What identifies a row's result: all that the row has, the settings, the model."""
-    wrong = [] if row.error is None else [row.error]
-    text = json.dumps([row.given, settings, model, *wrong], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    """What identifies a row's result.
+
+    Args:
+        row: all that it has counts.
+        settings: of the scorer, and what else decides what a record holds.
+        model: the :func:`~tempo_mlx.models.identity.identify` of model and tokenizer.
+    """
+    return row_key(SCHEMA, row.given, row.error, settings, model)

@@ -312,19 +312,6 @@ def test_every_need_names_settings():
     assert {need.of for needs in NEEDS.values() for need in needs} <= known
 
 
-def test_a_prompt_cache_that_no_prompt_begins_with_is_noted(run, folder, tmp_path):
-    cache = tmp_path / "hello.safetensors"
-    common = ["--model", folder, "-m", 2, "--prompt-cache", cache]
-    assert "no effect" not in run("generate", "hello", *common)[2]
-    assert "no effect" not in run("generate", "hello you", *common)[2]
-    assert "no effect" in run("generate", "bye", *common)[2]
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("bye\nhello you\n")
-    assert "no effect" not in run("generate", "--prompts-file", prompts, *common)[2]
-    prompts.write_text("bye\nnot hello\n")
-    assert "no effect" in run("generate", "--prompts-file", prompts, *common)[2]
-
-
 def test_output_has_as_many_paths_as_are_asked_for(run, folder, tmp_path):
     target = tmp_path / "out.json"
     for asked, found in ((7, 7), (2, 2), (None, 5)):

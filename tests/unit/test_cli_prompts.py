@@ -1,12 +1,14 @@
 """``tempo-mlx generate --prompts-file``: a line for each prompt, in order, resumable."""
 
 import json
+import shutil
 import signal
 
 from tempo_mlx.cli.prompts import parse_bytes
 from tests.commands import run_signalled
 from tests.comparison import assert_close
 
+import mlx.core as mx
 import pytest
 
 ROWS = [
@@ -69,11 +71,119 @@ def test_what_is_there_is_not_made_again(run, folder, prompts, tmp_path):
     output.write_text("".join(line + "\n" for line in whole.read_text().splitlines()[:4]))
     before = output.read_bytes()
     code, _, err = run(*command, "-o", output)
-    assert code == 1 and "4 of 6 prompts are done already" in err
+    # The third row failed, and is tried again.
+    assert code == 1 and "3 of 6 prompts are done already" in err
     assert output.read_bytes().startswith(before)
     assert_same(lines(output), lines(whole))
     code, _, err = run(*command[:-1], 3, "-o", output)
     assert code == 2 and len(err.strip().splitlines()) == 1 and "out.jsonl" in err
+
+
+def test_a_row_that_failed_is_tried_again_and_decides_the_exit_code(run, folder, tmp_path):
+    prompts, output = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    rows = [{"prompt": "x" * n} for n in (3, 100, 5)]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["generate", "--prompts-file", prompts, "--model", folder, "-m", 4, "-o", output]
+    for _ in range(2):
+        code, _, err = run(*command, "--max-kv-bytes", "20kB")
+        assert code == 1 and "1 prompts failed" in err
+        assert ["error" in record for record in lines(output)] == [False, True, False]
+    assert "2 of 3 prompts are done already" in err
+    good = output.read_text().splitlines()[::2]
+    code, _, err = run(*command)
+    assert code == 0 and "prompts failed" not in err
+    assert output.read_text().splitlines()[::2] == good
+    assert [len(record["prompt_tokens"]) for record in lines(output)] == [3, 100, 5]
+
+
+def test_a_row_that_is_corrected_is_made_and_the_others_stay(run, folder, tmp_path):
+    prompts, output = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    command = ["generate", "--prompts-file", prompts, "--model", folder, "-m", 4, "-o", output]
+    prompts.write_text('{"prompt": "xxx"}\n{"prompt": ""}\n{"prompt": "xxxxx"}\n')
+    assert run(*command)[0] == 1
+    prompts.write_text('{"prompt": "xxx"}\n{"prompt": "y"}\n{"prompt": "xxxxx"}\n')
+    code, _, err = run(*command)
+    assert code == 0 and "2 of 3 prompts are done already" in err
+    assert [record["prompt"] for record in lines(output)] == ["xxx", "y", "xxxxx"]
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory):
+    path = tmp_path_factory.mktemp("adapters")
+    parameters = {"rank": 2, "scale": 10.0, "dropout": 0.0}
+    config = {"fine_tune_type": "lora", "num_layers": 1, "lora_parameters": parameters}
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    name = "model.layers.1.self_attn.q_proj.lora_"
+    weights = {f"{name}a": mx.ones((32, 2)), f"{name}b": mx.ones((2, 32))}
+    mx.save_safetensors(str(path / "adapters.safetensors"), weights)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "same"),
+    [
+        ([], ["--extra-eos-token", "e"], False),
+        ([], ["--paths", 3], False),
+        ([], ["--paths", 1], True),
+        ([], ["--verify"], False),
+        ([], ["--chat"], False),
+        (["--chat"], ["--chat", "--system-prompt", "be kind"], False),
+        ([], ["--adapter-path", "{adapters}"], False),
+        ([], ["--max-tokens", 3], False),
+        ([], ["--batch-size", 2], True),
+        ([], ["--max-kv-bytes", "1GB"], True),
+        ([], ["--model", "{moved}"], True),
+        ([], ["--model", "{other}"], False),
+        ([], ["--prompt-cache", "{cache}"], True),
+        ([], ["--prompt-cache", "{elsewhere}"], False),
+    ],
+)
+def test_whatever_changes_a_result_makes_other_rows(
+    run, folder, tmp_path, adapters, before, after, same
+):
+    """Where nothing changes, rows are done; where something does, the file is left alone."""
+    other = shutil.copytree(folder, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "rope_theta": 500.0}))
+    names = {
+        "adapters": adapters,
+        "moved": shutil.copytree(folder, tmp_path / "moved"),
+        "other": other,
+        "cache": tmp_path / "he.safetensors",
+        "elsewhere": tmp_path / "x.safetensors",
+    }
+    for prompt, file in (("he", names["cache"]), ("x", names["elsewhere"])):
+        run("generate", prompt, "--model", folder, "-m", 1, "--prompt-cache", file)
+    before, after = ([str(a).format(**names) for a in each] for each in (before, after))
+    prompts, output = tmp_path / "prompts.txt", tmp_path / "out.jsonl"
+    prompts.write_text("hello\nhe\n")
+    command = ["generate", "--prompts-file", prompts, "--model", folder, "-o", output, "-m", 4]
+    assert run(*command, *before)[0] == 0
+    stored = output.read_bytes()
+    code, _, err = run(*command, *after)
+    assert output.read_bytes() == stored
+    if same:
+        assert code == 0 and "2 of 2 prompts are done already" in err
+    else:
+        assert code == 2 and "line 1 is of another input, other settings or another model" in err
+
+
+def test_what_waited_for_an_output_that_was_deleted_is_not_brought_back(run, folder, tmp_path):
+    prompts, output = tmp_path / "prompts.txt", tmp_path / "out.jsonl"
+    prompts.write_text("hello\nthere\n")
+    command = ["generate", "--prompts-file", prompts, "--model", folder, "-m", 2, "-o", output]
+    run(*command)
+    _, second = output.read_text().splitlines(keepends=True)
+    output.write_text("")
+    pending = tmp_path / ".out.jsonl.pending"
+    pending.write_text(second)
+    code, _, err = run(*command)
+    assert code == 0 and "1 of 2 prompts are done already" in err and not pending.exists()
+    assert lines(output)[1] == json.loads(second)
+    output.unlink()
+    pending.write_text(second)
+    code, _, err = run(*command)
+    assert code == 0 and "done already" not in err and not pending.exists()
 
 
 def test_standard_output_has_the_same_lines(run, folder, prompts, tmp_path):

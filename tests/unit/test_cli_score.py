@@ -204,10 +204,10 @@ def test_a_row_that_cannot_be_scored_fails_alone(run, folder, tmp_path, batch_si
     code, out, _ = run(*command)
     assert code == 1 and [r["row"] for r in lines(out)] == [0, 1, 2, 3, 4]
     assert "256" in lines(out)[3]["error"]
-    # Once more, nothing is left to do, and the failure still counts.
+    # Once more, only the row that failed is tried; it fails again, and counts.
     made = output.read_bytes()
     code, _, err = run(*command, "-o", output)
-    assert code == 1 and "5 of 5 rows are done already" in err and "1 of 5 rows failed" in err
+    assert code == 1 and "4 of 5 rows are done already" in err and "1 of 5 rows failed" in err
     assert output.read_bytes() == made
 
 
@@ -228,7 +228,7 @@ def test_a_text_file_is_whole_or_not_there_and_goes_on_where_it_was(
     assert run(*command)[0] == 130 and not output.exists()
     monkeypatch.setattr(command_module, "scored", scored)
     code, out, err = run(*command)
-    assert (code, out) == (1, "") and "3 of 5 rows are done already" in err
+    assert (code, out) == (1, "") and "2 of 5 rows are done already" in err
     # What is not in the text is on standard error, also what failed before the interruption.
     assert f"not scored: {source}, line 6: candidates[0]: " in err
     assert f"not scored: {source}, line 8: must be a context, a tab and a word" in err

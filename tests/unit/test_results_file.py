@@ -14,7 +14,7 @@ from pathlib import Path
 from unittest import mock
 
 from tempo_mlx import results_file
-from tempo_mlx.results_file import ResultsFile
+from tempo_mlx.results_file import ResultsFile, row_key
 
 import pytest
 from hypothesis import given, settings
@@ -32,11 +32,12 @@ def record(row):
 
 def undisturbed(rows=N):
     """The bytes of the output after so many rows, spelled out."""
-    return "".join(
-        f'{{"row": {row}, "key": "{KEYS[row]}", '
-        f'"text": {json.dumps(record(row)["text"], ensure_ascii=False)}, "n": {row}}}\n'
-        for row in range(rows)
-    ).encode()
+    return "".join(line(row) for row in range(rows)).encode()
+
+
+def line(row):
+    text = "ü\\n\\u2028" * row
+    return f'{{"row": {row}, "key": "{KEYS[row]}", "text": "{text}", "n": {row}}}\n'
 
 
 def pending(path):
@@ -395,6 +396,141 @@ def test_misuse_is_named(path, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             ResultsFile(target, KEYS)
+
+
+FAILED = {"prompt": "x", "error": "no room"}
+
+
+def failed_line(row):
+    return f'{{"row": {row}, "key": "{KEYS[row]}", "prompt": "x", "error": "no room"}}\n'
+
+
+def with_failures(failed):
+    """The bytes of a whole output in which some rows failed."""
+    return "".join(failed_line(i) if i in failed else line(i) for i in range(N)).encode()
+
+
+failures = st.sets(st.integers(0, N - 1), min_size=1)
+
+
+@settings(deadline=None, max_examples=60)
+@given(orders, failures, st.data())
+def test_rows_that_failed_are_made_again_and_come_out_in_order(order, failed, data):
+    with new_path() as path:
+        with ResultsFile(path, KEYS) as results:
+            for row in order:
+                results.add(row, FAILED if row in failed else record(row))
+            assert results.done == set(range(N))
+        assert path.read_bytes() == with_failures(failed)
+        still = data.draw(st.sets(st.sampled_from(sorted(failed))))
+        with ResultsFile(path, KEYS) as results:
+            assert results.done == set(range(N)) - failed
+            for row in data.draw(st.permutations(sorted(failed))):
+                results.add(row, FAILED if row in still else record(row))
+        assert path.read_bytes() == with_failures(still)
+        assert os.listdir(path.parent) == [path.name]
+
+
+@settings(deadline=None, max_examples=150)
+@given(orders, failures, st.lists(st.integers(0, 400), max_size=8))
+def test_a_kill_while_failures_are_made_again_loses_no_other_row(order, failed, budgets):
+    with new_path() as path:
+        path.write_bytes(with_failures(failed))
+        stored = set(range(N)) - failed
+        for budget in [*budgets, 10**6]:
+            results = None
+            with (
+                mock.patch.object(results_file, "os", DyingDisk(budget)),
+                contextlib.suppress(Killed),
+            ):
+                results = ResultsFile(path, KEYS)
+                assert stored <= results.done
+                for row in order:
+                    if row not in results.done:
+                        results.add(row, record(row))
+                        stored.add(row)
+            for file in (results._output, results._journal) if results is not None else ():
+                # A process that is killed does nothing in its last moment.
+                if file is not None:
+                    file.close()
+        assert path.read_bytes() == undisturbed()
+        assert os.listdir(path.parent) == [path.name]
+
+
+@settings(deadline=None, max_examples=60)
+@given(failures, st.data())
+def test_a_run_that_is_stopped_early_leaves_the_failures_that_it_did_not_reach(failed, data):
+    with new_path() as path:
+        path.write_bytes(with_failures(failed))
+        again = data.draw(st.sets(st.sampled_from(sorted(failed))))
+        with ResultsFile(path, KEYS) as results:
+            for row in again:
+                results.add(row, record(row))
+        assert path.read_bytes() == with_failures(failed - again)
+        assert os.listdir(path.parent) == [path.name]
+
+
+def test_a_failure_that_waited_for_its_turn_is_made_again(path):
+    path.write_bytes(line(0).encode())
+    pending(path).write_text(failed_line(2) + line(3) + line(2))
+    with ResultsFile(path, KEYS) as results:
+        assert results.done == {0, 2, 3}
+    pending(path).write_text(failed_line(2) + line(3))
+    with ResultsFile(path, KEYS) as results:
+        assert results.done == {0, 3}
+
+
+@settings(deadline=None, max_examples=100)
+@given(failures, st.integers(0, 400))
+def test_a_full_disk_keeps_what_is_there_when_failures_are_made_again(failed, room):
+    with new_path() as path:
+        path.write_bytes(with_failures(failed))
+        with full_disk(room):
+            try:
+                results = ResultsFile(path, KEYS)
+            except OSError as error:
+                assert error.errno == errno.ENOSPC
+                assert path.read_bytes() == with_failures(failed)
+            else:
+                results.close()
+        with ResultsFile(path, KEYS) as results:
+            assert results.done == set(range(N)) - failed
+
+
+def test_a_failed_row_may_be_corrected(path):
+    path.write_text(line(0) + failed_line(1) + line(2))
+    with ResultsFile(path, ["a", "corrected", "a"]) as results:
+        assert results.done == {0, 2}
+        results.add(1, {"n": 1})
+    records = [json.loads(each) for each in path.read_text().splitlines()]
+    assert [each["key"] for each in records] == ["a", "corrected", "a"]
+    with pytest.raises(ValueError, match="line 1 is of another input"):
+        ResultsFile(path, ["other", "corrected", "a"])
+
+
+def test_rows_that_waited_for_an_output_which_was_deleted_are_gone(path):
+    with ResultsFile(path, KEYS) as results:
+        results.add(3, record(3))
+    with ResultsFile(path, KEYS) as results:
+        assert results.done == {3}
+    path.unlink()
+    with ResultsFile(path, KEYS) as results:
+        assert results.done == set()
+    assert os.listdir(path.parent) == [path.name]
+
+
+def test_numbers_that_json_does_not_have_become_null(path):
+    with ResultsFile(path, KEYS) as results:
+        results.add(0, {"scores": [1.0, {"deep": float("nan")}], "least": -float("inf")})
+    record = json.loads(path.read_text(), parse_constant=pytest.fail)
+    assert record["scores"] == [1.0, {"deep": None}] and record["least"] is None
+
+
+def test_keys_tell_rows_apart():
+    same = row_key({"a": 1, "b": [2]}, "m")
+    assert same == row_key({"b": [2], "a": 1}, "m") and len(same) == 16
+    others = [row_key({"a": 1, "b": [2]}, "n"), row_key({"a": 1, "b": [3]}, "m"), row_key("m")]
+    assert len({same, *others}) == 4
 
 
 def test_half_a_surrogate_pair_comes_back_as_it_was(path):
