@@ -26,7 +26,7 @@ from ..experiments.suite_keys import Grid
 from ..experiments.validation import compare, tolerance
 from ..experiments.workers import run_in_workers
 from ..models import PositionedModel
-from ..models.identity import fingerprint
+from ..models.identity import identify
 from .setting import describe
 from .target import Target
 from .timing import Spread, alternate, ratio
@@ -162,7 +162,7 @@ def bench_experiments(
     suite = drawn_suite(model_name, max_tokens)
     groups: list[Sequence[Any]] = [*islice(suite.expand().groups, runs // 2)]
     plain = [[replace(run, captures="none") for run in group] for group in groups]
-    identity = fingerprint(positioned.model)
+    identity = identify(positioned.model, tokenizer)
 
     def timed(run: Callable[[], Any], n: int = runs) -> Taken:
         gc.collect()

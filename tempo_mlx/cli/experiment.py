@@ -13,6 +13,7 @@ from ..errors import MissingExtraError, TempoError
 from ..files import STANDARD_OUTPUT, write_atomically
 from ..models import load
 from ..needs import Need, Needs
+from ..printable import json_text
 from .effects import require_effect
 from .experiment_analysis import analyze, plot, report
 from .options import Overwrite, output_file
@@ -228,42 +229,22 @@ def status(
 ) -> None:
     """How far a suite is: runs by state, what failed and why, time left."""
     require_extra()
-    from ..experiments.ledger import DONE, FAILED, PENDING, RUNNING, in_use
-    from ..experiments.store import read_ledger, read_manifest, size_of
+    from ..experiments.ledger import DONE, FAILED
+    from ..experiments.progress import read_progress
 
-    ledger = read_ledger(folder)
-    try:
-        entries, left = ledger.entries(), ledger.seconds_left()
-    finally:
-        ledger.close()
-    running = in_use(folder)
-    counts = {
-        state: sum(entry.state == state for entry in entries)
-        for state in (DONE, FAILED, RUNNING, PENDING)
-    }
-    failures = {entry.run_id: entry.error for entry in entries if entry.state == FAILED}
-    manifest = read_manifest(folder)
+    found = read_progress(folder)
     if as_json:
-        data = {
-            "suite": manifest.get("suite"),
-            "in_use": running,
-            "runs": {"total": len(entries), **counts},
-            "failures": failures,
-            "seconds_left": left,
-            "bytes": size_of(folder),
-        }
-        typer.echo(json.dumps(data, indent=1))
+        typer.echo(json_text(found.to_dict(), indent=1))
         return
     out = Console(highlight=False, soft_wrap=True)
-    # What a command was running when it was stopped is begun anew by the next one.
-    words = {} if running else {RUNNING: "interrupted"}
-    told = ", ".join(f"{n} {words.get(state, state)}" for state, n in counts.items() if n)
-    out.print(f"{manifest.get('suite', folder)}: {len(entries)} runs, {told}")
-    if counts[PENDING] + counts[RUNNING]:
-        out.print("a command works on it" if running else "no command works on it")
-        if left is not None:
-            out.print(f"about {_duration(left)} left at the pace of the latest command")
-    for run_id, error in failures.items():
+    told = ", ".join(f"{n} {state}" for state, n in found.counts.items() if n)
+    out.print(f"{found.suite or folder}: {found.total} runs, {told}")
+    if found.counts[DONE] + found.counts[FAILED] < found.total:
+        out.print("a command works on it" if found.in_use else "no command works on it")
+        if found.seconds_left is not None:
+            left = _duration(found.seconds_left)
+            out.print(f"about {left} left at the pace of the latest command")
+    for run_id, error in found.failures.items():
         out.print(f"failed: {run_id}: {error}", style="red")
 
 

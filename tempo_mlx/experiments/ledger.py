@@ -10,7 +10,7 @@ import fcntl
 import os
 import sqlite3
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,11 @@ PENDING, RUNNING, DONE, FAILED = "pending", "running", "done", "failed"
 
 #: Seconds that a reader waits for a writer.
 PATIENCE = 30.0
+
+LOCK = ".lock"
+
+#: Seconds after which a lock that somebody looked at is tried again.
+RETRY = 0.01
 
 TABLES = """
 CREATE TABLE IF NOT EXISTS runs (
@@ -59,30 +64,53 @@ class Lock:
     """
 
     def __init__(self, folder: Path):
-        self._fd = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+        self._fd = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(self._fd)
-            raise LockedError(
-                f"{folder} is in use by another command; wait for its end or choose another "
-                "--output"
-            ) from error
+            while not _flock(self._fd, fcntl.LOCK_EX):
+                # A shared lock is :func:`in_use`, which lets it go at once.
+                if _held_alone(self._fd):
+                    raise LockedError(
+                        f"{folder} is in use by another command; wait for its end or choose "
+                        "another --output"
+                    )
+                time.sleep(RETRY)
         except OSError as error:
             os.close(self._fd)
             raise TempoError(f"{folder} cannot be locked: {error.strerror}") from error
+        except BaseException:
+            os.close(self._fd)
+            raise
 
     def release(self) -> None:
         os.close(self._fd)
 
 
 def in_use(folder: Path) -> bool:
-    """Whether a command works on the folder."""
+    """Whether a command works on the folder; keeps none from beginning to."""
     try:
-        Lock(folder).release()
-    except LockedError:
+        fd = os.open(folder / LOCK, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        return _held_alone(fd)
+    finally:
+        os.close(fd)
+
+
+def _held_alone(fd: int) -> bool:
+    """Whether somebody holds the lock who shares it with nobody."""
+    if not _flock(fd, fcntl.LOCK_SH):
         return True
+    fcntl.flock(fd, fcntl.LOCK_UN)
     return False
+
+
+def _flock(fd: int, kind: int) -> bool:
+    try:
+        fcntl.flock(fd, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 class Ledger:
@@ -113,7 +141,9 @@ class Ledger:
                 raise DiskFullError(
                     errno.ENOSPC, "the disk is full, the ledger is unchanged", str(self.path)
                 ) from error
-            raise TempoError(f"{self.path} cannot be used: {error}") from error
+            damaged = error.sqlite_errorcode in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT)
+            advice = "; delete it, and all runs are made again" if damaged else ""
+            raise TempoError(f"{self.path} cannot be used: {error}{advice}") from error
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
@@ -146,6 +176,15 @@ class Ledger:
                 (PENDING, RUNNING, FAILED),
             )
             connection.execute("INSERT INTO sessions VALUES (?, NULL)", (time.time(),))
+
+    def forget(self, run_ids: Iterable[str]) -> None:
+        """Runs are to be made again."""
+        with self._transaction() as connection:
+            connection.executemany(
+                "UPDATE runs SET state = ?, started = NULL, finished = NULL, error = NULL "
+                "WHERE run_id = ?",
+                [(PENDING, run_id) for run_id in run_ids],
+            )
 
     def start(self, run_ids: Sequence[str]) -> None:
         """Runs begin."""

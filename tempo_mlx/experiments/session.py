@@ -19,7 +19,7 @@ import numpy as np
 from ..errors import TempoError
 from ..generation import begin
 from ..models import Capture, PositionedModel
-from ..models.identity import fingerprint
+from ..models.identity import identify
 from ..run import Run
 from ..tokens import Vocabulary
 from .capture import Recorder
@@ -149,7 +149,7 @@ class Session:
         self.model: PositionedModel | None = PositionedModel.of(model)
         self.tokenizer = tokenizer
         self.plan: Plan = suite.expand()
-        self.identity = fingerprint(self.model.model)
+        self.identity = identify(self.model.model, tokenizer)
         self._facts = _facts(self.model)
         heads = self._facts["heads"]
         if len(heads) > 1 and suite.captures != "none":

@@ -1,15 +1,17 @@
 """The folder of a suite: its ledger, and for every run that is done its files.
 
 The files of a run are written first, each whole or not at all, and the ledger says last that the
-run is done. What a dead process left of runs that are not done is removed by the next command.
+run is done. What a dead process left of runs that are not done is removed by the next command; so
+are the files of runs of which one is missing or damaged, and these runs are made again.
 """
 
 import errno
+import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
@@ -39,6 +41,12 @@ FOLDERS = (RESULTS, CAPTURES, KL)
 #: Endings of a run's files: reductions, and matrices compressed.
 REDUCTIONS, MATRICES = ".safetensors", ".matrices.safetensors.zst"
 CODEC = "zstd"
+
+#: Keys of a suite that change no run: a folder that has moved is the same model.
+UNIMPORTANT = {"description", "model"}
+
+#: What to do about a damaged manifest.
+REMEDY = "delete it if it is the suite's: the next run of the suite writes it again"
 
 #: Names of the files of runs and of pairs of runs: a dot while they are written, ids, an ending.
 OURS = re.compile(r"(\.?)([0-9a-f]{16}(?:-[0-9a-f]{16})?)\.")
@@ -103,6 +111,7 @@ class Store:
             self.ledger.plan(
                 [(run_id, json.dumps(_configuration(run))) for run_id, run in self.runs.items()]
             )
+            self.ledger.forget(damaged(folder, self.done))
             self._remove_leftovers()
         except BaseException:
             self._lock.release()
@@ -114,7 +123,7 @@ class Store:
         if (self.folder / SUITE).exists():
             there, here = read_suite_file(self.folder), suite.to_dict()
             for key in here:
-                if there.get(key) != here[key]:
+                if key not in UNIMPORTANT and there.get(key) != here[key]:
                     raise TempoError(
                         f"{self.folder} holds a suite with other {key}; choose another --output"
                     )
@@ -144,33 +153,35 @@ class Store:
 
     def commit(self, run_ids: Sequence[str], outcome: Outcome) -> None:
         """Store what became of a group: its files, then all of its runs in the ledger at once."""
-        errors: dict[str, str | None] = {}
-        for run_id, run in zip(run_ids, outcome.runs, strict=True):
-            errors[run_id] = run if isinstance(run, str) else None
-            if isinstance(run, Record):
-                with self._full_disk(f"run {run_id}"):
-                    self._write(run_id, run)
+        records = {
+            run_id: run
+            for run_id, run in zip(run_ids, outcome.runs, strict=True)
+            if isinstance(run, Record)
+        }
+        files: dict[str, dict[str, str]] = {run_id: {} for run_id in records}
         for pair in outcome.pairs:
             a, b = run_ids[pair.a], run_ids[pair.b]
-            if errors[a] is None and errors[b] is None:
+            if a in records and b in records:
                 with self._full_disk(f"runs {a} and {b}"):
-                    write_atomically(self.folder / KL / f"{a}-{b}.parquet", _pair(pair, a, b))
-        self.ledger.finish(errors)
-
-    def _write(self, run_id: str, record: Record) -> None:
-        write_atomically(self.folder / RESULTS / f"{run_id}.parquet", _results(run_id, record))
-        captures = self.folder / CAPTURES
-        if record.arrays:
-            axes = {name: AXES[name] for name in record.arrays}
-            data = save_arrays(record.arrays, _named(run_id, axes))
-            write_atomically(captures / f"{run_id}{REDUCTIONS}", data)
-        if record.full:
-            axes = {
-                name: MATRIX_AXES if name.startswith("attention") else MATRIX_AXES[-1:]
-                for name in record.full
+                    written = self._write(f"{KL}/{a}-{b}.parquet", _pair(pair, a, b))
+                files[a] |= written
+                files[b] |= written
+        for run_id, record in records.items():
+            with self._full_disk(f"run {run_id}"):
+                for name, data in _captures(run_id, record):
+                    files[run_id] |= self._write(name, data)
+                self._write(_results_name(run_id), _results(run_id, record, files[run_id]))
+        self.ledger.finish(
+            {
+                run_id: run if isinstance(run, str) else None
+                for run_id, run in zip(run_ids, outcome.runs, strict=True)
             }
-            data = save_arrays(record.full, _named(run_id, axes))
-            write_atomically(captures / f"{run_id}{MATRICES}", compressed(data))
+        )
+
+    def _write(self, name: str, data: bytes) -> dict[str, str]:
+        """Write a file; returns its name with what it must hold, see :func:`_results`."""
+        write_atomically(self.folder / name, data)
+        return {name: _sha256(data)}
 
     def write_manifest(self, manifest: dict[str, Any]) -> None:
         """Replace the manifest."""
@@ -236,9 +247,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except ValueError as error:
-        raise TempoError(f"{folder / MANIFEST} is damaged") from error
+        raise TempoError(f"{folder / MANIFEST} is damaged; {REMEDY}") from error
     if not isinstance(data, dict):
-        raise TempoError(f"{folder / MANIFEST} is damaged")
+        raise TempoError(f"{folder / MANIFEST} is damaged; {REMEDY}")
     return data
 
 
@@ -249,22 +260,32 @@ def read_ledger(folder: Path) -> Ledger:
     return Ledger(folder / LEDGER)
 
 
+def damaged(folder: Path, run_ids: Iterable[str]) -> list[str]:
+    """Those of the runs of which a file is missing or does not hold what was written."""
+    found = []
+    for run_id in run_ids:
+        try:
+            _, whole = _read_results(folder, run_id)
+            for name in whole["files"]:
+                _read_file(folder, name, whole)
+        except TempoError:
+            found.append(run_id)
+    return found
+
+
 def read_run(folder: Path, run_id: str) -> Record:
     """What is stored of a run, its matrices left out.
 
     Raises:
         ValueError: if its files are missing or damaged.
     """
-    path = folder / RESULTS / f"{run_id}.parquet"
-    try:
-        table = pq.read_table(path)
-        whole = json.loads((table.schema.metadata or {})[METADATA])
-        captures = folder / CAPTURES / f"{run_id}{REDUCTIONS}"
-        arrays = load_arrays(captures.read_bytes()) if whole["captures"] else {}
-    except (OSError, pa.ArrowException, KeyError, ValueError) as error:
-        raise TempoError(f"{folder}: run {run_id} is damaged or missing: {error}") from error
+    tokens, whole = _read_results(folder, run_id)
+    arrays = {}
+    if whole["captures"]:
+        data = _read_file(folder, f"{CAPTURES}/{run_id}{REDUCTIONS}", whole)
+        arrays = load_arrays(data)
     return Record(
-        tokens=table.to_pydict(),
+        tokens=tokens,
         prompt_tokens=whole["prompt_tokens"],
         text=whole["text"],
         finish_reason=whole["finish_reason"],
@@ -272,6 +293,39 @@ def read_run(folder: Path, run_id: str) -> Record:
         seconds=whole["seconds"],
         arrays=arrays,
         texts={int(id): text for id, text in whole["texts"].items()},
+    )
+
+
+def _read_results(folder: Path, run_id: str) -> tuple[dict[str, list[Any]], dict[str, Any]]:
+    """A run's columns of tokens, and what its file says of the run as a whole."""
+    name = _results_name(run_id)
+    try:
+        table = pq.read_table(folder / name)
+        whole = json.loads((table.schema.metadata or {})[METADATA])
+        columns = table.to_pydict()
+        # Earlier versions wrote neither a digest nor files.
+        digest, whole = whole.pop("digest", None), {"files": {}, **whole}
+        if digest not in (None, _digest(whole, columns)):
+            raise TempoError("it does not hold what was written")
+    except (OSError, pa.ArrowException, KeyError, ValueError) as error:
+        raise _damage(folder, name, error) from error
+    return columns, whole
+
+
+def _read_file(folder: Path, name: str, whole: dict[str, Any]) -> bytes:
+    """A file of a run, as the run's results say that it was written."""
+    try:
+        data = (folder / name).read_bytes()
+    except OSError as error:
+        raise _damage(folder, name, error) from error
+    if _sha256(data) != whole["files"].get(name, _sha256(data)):
+        raise _damage(folder, name, "it does not hold what was written")
+    return data
+
+
+def _damage(folder: Path, name: str, why: object) -> TempoError:
+    return TempoError(
+        f"{folder / name} is damaged or missing: {why}; run the suite again, which makes it again"
     )
 
 
@@ -289,7 +343,11 @@ def read_pairs(folder: Path, done: set[str]) -> Iterator[tuple[str, str, pa.Tabl
     for path in sorted((folder / KL).glob("*.parquet")):
         a, _, b = path.stem.partition("-")
         if {a, b} <= done:
-            yield a, b, pq.read_table(path)
+            try:
+                table = pq.read_table(path)
+            except (OSError, pa.ArrowException) as error:
+                raise _damage(folder, f"{KL}/{path.name}", error) from error
+            yield a, b, table
 
 
 def compressed(data: bytes) -> bytes:
@@ -328,7 +386,17 @@ def _configuration(run: RunConfig) -> dict[str, Any]:
     }
 
 
-def _results(run_id: str, record: Record) -> bytes:
+def _results_name(run_id: str) -> str:
+    return f"{RESULTS}/{run_id}.parquet"
+
+
+def _results(run_id: str, record: Record, files: dict[str, str] | None = None) -> bytes:
+    """The file of a run's results.
+
+    Args:
+        run_id, record: of the run.
+        files: SHA-256 of the run's other files by name, relative to the suite's folder.
+    """
     whole = {
         "schema": SCHEMA,
         "run_id": run_id,
@@ -338,10 +406,27 @@ def _results(run_id: str, record: Record) -> bytes:
         "n_steps": record.n_steps,
         "seconds": record.seconds,
         "captures": bool(record.arrays),
-        "texts": record.texts,
+        "texts": {str(id): text for id, text in record.texts.items()},
+        "files": files or {},
     }
-    table = pa.table(record.tokens, schema=TOKENS.with_metadata({METADATA: json.dumps(whole)}))
-    return _parquet(table)
+    table = pa.table(record.tokens, schema=TOKENS)
+    whole["digest"] = _digest(whole, table.to_pydict())
+    return _parquet(table.replace_schema_metadata({METADATA: json.dumps(whole)}))
+
+
+def _captures(run_id: str, record: Record) -> Iterator[tuple[str, bytes]]:
+    """(name, content) of the files of what was captured."""
+    if record.arrays:
+        axes = {name: AXES[name] for name in record.arrays}
+        data = save_arrays(record.arrays, _named(run_id, axes))
+        yield f"{CAPTURES}/{run_id}{REDUCTIONS}", data
+    if record.full:
+        axes = {
+            name: MATRIX_AXES if name.startswith("attention") else MATRIX_AXES[-1:]
+            for name in record.full
+        }
+        data = save_arrays(record.full, _named(run_id, axes))
+        yield f"{CAPTURES}/{run_id}{MATRICES}", compressed(data)
 
 
 def _pair(pair: Pair, a: str, b: str) -> bytes:
@@ -361,3 +446,11 @@ def _parquet(table: pa.Table) -> bytes:
 def _named(run_id: str, axes: dict[str, tuple[str, ...]]) -> dict[str, str]:
     """Metadata of a safetensors file: the names of every array's axes."""
     return {"schema": str(SCHEMA), "run_id": run_id, "axes": json.dumps(axes)}
+
+
+def _digest(whole: dict[str, Any], columns: dict[str, list[Any]]) -> str:
+    return _sha256(json.dumps([whole, columns], sort_keys=True, default=str).encode())
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

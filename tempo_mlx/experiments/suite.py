@@ -237,7 +237,7 @@ class RunConfig:
         """16 hexadecimal digits: of the configuration and of the model's identity.
 
         Args:
-            model: its :func:`~tempo_mlx.models.identity.fingerprint`.
+            model: the :func:`~tempo_mlx.models.identity.identify` of model and tokenizer.
         """
         text = json.dumps([self.to_dict(), model], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]

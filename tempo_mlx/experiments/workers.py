@@ -15,7 +15,7 @@ import mlx.core as mx
 
 from ..errors import MissingExtraError, TempoError
 from ..models import PositionedModel, load
-from ..models.identity import fingerprint
+from ..models.identity import identify
 from .running import Group, Outcome, run_group
 
 #: Times that a group is begun before it is given up, because the process died every time.
@@ -46,7 +46,7 @@ def _model(name: str, identity: str) -> tuple[PositionedModel, Any]:
         ValueError: if what goes by that name here is another model.
     """
     model, tokenizer = load(name)
-    found = fingerprint(model)
+    found = identify(model, tokenizer)
     if found != identity:
         raise TempoError(f"{name} is another model on {os.uname().nodename}: {found}")
     return PositionedModel.of(model), tokenizer
@@ -57,7 +57,7 @@ def perform(name: str, identity: str, group: Group) -> Outcome:
 
     Args:
         name: recipe, folder or Hub id.
-        identity: its :func:`~tempo_mlx.models.identity.fingerprint`.
+        identity: what :func:`tempo_mlx.models.identity.identify` must be there.
         group: runs that differ in visibility only.
     """
     with _ALONE:

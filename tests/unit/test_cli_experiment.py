@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 from tempo_mlx.cli import experiment
+from tempo_mlx.experiments.ledger import Lock
 from tempo_mlx.experiments.session import Options
 from tempo_mlx.experiments.suite_files import json_schema
 from tempo_mlx.experiments.tables import load_tables
@@ -124,8 +125,33 @@ def test_an_interrupted_suite_goes_on(run, suite, tmp_path, monkeypatch):
     code, out, _ = run("experiment", "status", tmp_path / "out")
     assert "2 done, 2 interrupted" in out
     assert "no command works on it" in out and "left at the" in out
+    code, out, _ = run("experiment", "status", tmp_path / "out", "--json")
+    data = json.loads(out)
+    expected = {"done": 2, "failed": 0, "running": 0, "pending": 0, "interrupted": 2}
+    assert data["runs"] == {"total": 4, **expected} and data["in_use"] is False
+    lock = Lock(tmp_path / "out")
+    code, out, _ = run("experiment", "status", tmp_path / "out")
+    assert "2 done, 2 running" in out and "a command works on it" in out
+    code, out, _ = run("experiment", "status", tmp_path / "out", "--json")
+    data = json.loads(out)
+    assert data["runs"] == {"total": 4, "done": 2, "failed": 0, "running": 2, "pending": 0}
+    assert data["in_use"] is True
+    lock.release()
     code, out, _ = run("experiment", "run", suite, "-o", tmp_path / "out")
     assert code == 0 and "4 of 4 runs are done, 2 now" in out
+
+
+def test_results_that_were_deleted_are_made_again(run, suite, tmp_path):
+    where = tmp_path / "out"
+    run("experiment", "run", suite, "-o", where)
+    before = load_tables(where)
+    for path in (where / "results").iterdir():
+        path.unlink()
+    code, out, _ = run("experiment", "status", where)
+    assert code == 0 and "4 runs, 4 damaged" in out and "no command works on it" in out
+    code, out, err = run("experiment", "run", suite, "-o", where)
+    assert code == 0 and "4 of 4 runs are done, 4 now" in out and "done already" not in err
+    assert_same_tables(load_tables(where), before)
 
 
 def test_the_schema_is_written(run, tmp_path):

@@ -16,7 +16,7 @@ from tempo_mlx.experiments.validation import compare
 from tempo_mlx.experiments.workers import perform, run_in_workers, run_on_cluster
 from tempo_mlx.lattice import Lattice
 from tempo_mlx.models import Capture
-from tempo_mlx.models.identity import fingerprint
+from tempo_mlx.models.identity import identify
 from tempo_mlx.run import Run
 from tempo_mlx.visibility import may_attend
 from tests.commands import signal_itself
@@ -291,7 +291,7 @@ def test_an_observer_refuses_what_it_would_misread(loaded, folder):
 
 def tasks(loaded, folder, **changes):
     groups = groups_of(folder, **changes)
-    identity = fingerprint(loaded[0].model)
+    identity = identify(loaded[0].model, loaded[1])
     return identity, groups, dict(run_one_by_one(*loaded, groups))
 
 

@@ -1,9 +1,11 @@
 """The folder of a suite: whole runs or none, whatever happens; one command at a time."""
 
 import errno
+import fcntl
 import json
 import os
 import random
+import shutil
 import signal
 import sqlite3
 
@@ -12,6 +14,7 @@ from tempo_mlx.experiments import ledger as ledgers
 from tempo_mlx.experiments import store as stores
 from tempo_mlx.experiments.capture import AXES
 from tempo_mlx.experiments.ledger import DONE, DiskFullError, Ledger, LockedError
+from tempo_mlx.experiments.progress import read_progress
 from tempo_mlx.experiments.session import Options, Session, capture_bytes
 from tempo_mlx.experiments.store import read_ledger, read_manifest, read_matrices, read_run
 from tempo_mlx.experiments.suite_files import parse_suite
@@ -392,6 +395,91 @@ def test_a_failed_run_is_tried_again(session, monkeypatch):
     # With its group, for divergences need both.
     assert (again.done, again.failed, again.made) == (8, 0, 2)
     assert load_tables(session().folder).kl["prompt_id"].nunique() == 4
+
+
+def damage(path):
+    data = bytearray(path.read_bytes())
+    data[40] ^= 1
+    path.write_bytes(data)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+@pytest.mark.parametrize("hurt", [os.unlink, damage, cut])
+@pytest.mark.parametrize("name", ["results", "captures", "kl", "matrices"])
+def test_what_is_missing_or_damaged_is_made_again(session, hurt, name):
+    made = session(captures="full")
+    made.run()
+    before = load_tables(made.folder)
+    endings = {"captures": "[0-9a-f].safetensors", "matrices": ".zst"}
+    folder = "captures" if name == "matrices" else name
+    pattern = f"*{endings.get(name, '.parquet')}"
+    victim = sorted((made.folder / folder).glob(pattern))[0]
+    hurt(victim)
+    progress = read_progress(made.folder)
+    broken = 2 if name == "kl" else 1
+    assert (progress.counts["done"], progress.counts["damaged"]) == (8 - broken, broken)
+    again = session(captures="full").run()
+    # With its group, for divergences need both.
+    assert (again.done, again.made) == (8, 2)
+    assert_same_tables(load_tables(made.folder), before)
+    assert "damaged" not in read_progress(made.folder).counts
+    assert session(captures="full").run().made == 0
+
+
+def test_a_manifest_is_written_again_and_a_damaged_ledger_is_not_guessed(session):
+    made = session()
+    made.run()
+    (made.folder / stores.MANIFEST).unlink()
+    assert read_progress(made.folder).counts["done"] == 8
+    assert made.run().made == 0
+    assert read_manifest(made.folder)["fingerprint"] == made.identity
+    cut(made.folder / stores.MANIFEST)
+    with pytest.raises(ValueError, match="manifest.json is damaged; delete it"):
+        made.run()
+    (made.folder / stores.MANIFEST).unlink()
+    (made.folder / stores.LEDGER).write_bytes(b"no ledger at all" * 100)
+    with pytest.raises(ValueError, match="delete it, and all runs are made again"):
+        made.run()
+    (made.folder / stores.LEDGER).unlink()
+    assert made.run().made == 8
+
+
+def test_a_model_that_moved_goes_on_and_one_of_another_configuration_does_not(
+    session, folder, tmp_path
+):
+    session().run()
+    moved = shutil.copytree(folder, tmp_path / "moved")
+
+    def again():
+        suite = parse_suite(suite_text(str(moved), description="of the same model"))
+        return Session(suite, session().folder, *load(moved), Options()).run()
+
+    assert again().made == 0
+    config = json.loads((moved / "config.json").read_text())
+    (moved / "config.json").write_text(json.dumps({**config, "rope_theta": 500.0}))
+    with pytest.raises(ValueError, match="holds runs of another model"):
+        again()
+    assert session().run().made == 0
+
+
+def test_a_look_at_a_folder_keeps_no_command_from_beginning(session, monkeypatch):
+    made = session()
+    made.run()
+    looking = os.open(made.folder / ledgers.LOCK, os.O_RDONLY)
+    fcntl.flock(looking, fcntl.LOCK_SH)
+    assert not ledgers.in_use(made.folder)
+    # The look ends while the command waits for it.
+    monkeypatch.setattr(ledgers.time, "sleep", lambda seconds: fcntl.flock(looking, fcntl.LOCK_UN))
+    lock = ledgers.Lock(made.folder)
+    assert ledgers.in_use(made.folder)
+    with pytest.raises(LockedError):
+        ledgers.Lock(made.folder)
+    lock.release()
+    assert not ledgers.in_use(made.folder)
+    os.close(looking)
 
 
 def test_cross_validation_compares_and_names_what_differs(session):
