@@ -210,7 +210,7 @@ def search(
     out, notes = (Console(stderr=err, highlight=False, soft_wrap=True) for err in (False, True))
     out.quiet = is_standard_output(output) or is_standard_output(dot)
     notes.quiet = quiet
-    for note in settings.notes([name for name in typed(context) if name == "seed"]):
+    for note in settings.notes(typed(context)):
         notes.print(f"note: {note}", style="yellow")
     language_model, tokenizer = load(model)
     result: SearchResult | None = None

@@ -21,6 +21,9 @@ _ROLLOUT = Need("evaluation", ("rollout",))
 #: What settings need to have an effect.
 NEEDS: Needs = {"depth": (_ROLLOUT,), "rollout_temp": (_ROLLOUT,)}
 
+#: Settings that say which of several continuations is chosen.
+_CHOICES = ("simulations", "selection", "exploration", "backup", "evaluation", "leaves_per_batch")
+
 
 @dataclass(frozen=True)
 class SearchSettings:
@@ -113,6 +116,12 @@ class SearchSettings:
         for name in values:
             if name in asked and (missing := unmet(name, NEEDS, values.__getitem__)):
                 notes.append(f"{name} has no effect {told(missing)}")
+        choices = [name for name in values if name in asked and name in _CHOICES]
+        if choices and (self.threshold == 1.0 or self.max_parallel == 1):
+            notes.append(
+                f"{', '.join(choices)}: no effect, because every text has one continuation "
+                "(threshold 1 or max_parallel 1)"
+            )
         return notes
 
     def policy(self) -> TreePolicy:

@@ -156,6 +156,10 @@ def test_a_seed_is_noted_where_a_search_draws_nothing(run, folder):
 def test_search_settings_note_what_has_no_effect():
     assert "depth" in SearchSettings(depth=3).notes()[0]
     assert "seed" in SearchSettings(seed=3, evaluation="rollout").notes()[0]
+    assert (
+        "simulations, backup: no"
+        in SearchSettings(simulations=3, backup="max", max_parallel=1).notes()[0]
+    )
     assert not SearchSettings(seed=3, evaluation="rollout", rollout_temp=1.0, depth=2).notes()
 
 

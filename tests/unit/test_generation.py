@@ -7,6 +7,7 @@ from tempo_mlx.combining import COMBINE, combine
 from tempo_mlx.generation import generate, stream_generate
 from tempo_mlx.lattice import Lattice
 from tempo_mlx.models import PositionedModel
+from tempo_mlx.pruning import Pruning
 from tempo_mlx.schedules import Bezier
 from tempo_mlx.selection import NonFiniteLogitsError
 from tempo_mlx.visibility import VISIBILITY
@@ -188,6 +189,15 @@ def test_same_seed_same_lattice_and_another_seed_another_one(model, tokenizer):
 
     assert run(1) == run(1)
     assert run(1) != run(2)
+
+
+@pytest.mark.parametrize("seed", [0, 2**53 + 1, 2**63 - 1])
+def test_every_allowed_seed_draws(model, tokenizer, seed):
+    pruning = Pruning(rule="random", decision="sigmoid", steepness=5.0)
+    given = {"sampling": "gumbel", "pruning": pruning, "threshold": 0.02, "max_tokens": 5}
+    one, same = (generate(model, tokenizer, PROMPT, seed=seed, **given) for _ in range(2))
+    assert tokens_of(one) == tokens_of(same) and one.settings.seed == seed
+    assert json.loads(json.dumps(one.to_dict()))["settings"]["seed"] == seed
 
 
 def test_seed_changes_nothing_without_sampling(model, tokenizer):
