@@ -88,7 +88,8 @@ def stream_generate(
     Args:
         model, tokenizer, prompt: as in :func:`generate`.
         verify: after the last step, replay the run in one uncached pass and put the largest
-            difference into ``result.verification``. Keeps every step's logits in memory.
+            difference into ``result.verification``. Keeps every step's logits in memory. Refused
+            for visibilities that are not among :data:`.verification.KNOWN`.
         model_name: what the result calls the model.
         prompt_cache: read already; a prompt that begins with its tokens goes on from there, any
             other one is appended to its text: see :meth:`PromptCache.join`.

@@ -37,7 +37,7 @@ _THRESHOLD = Need("pruning.decision", ("quota",), absent=True)
 NEEDS: Needs = {
     "combine": (_MERGED,),
     "max_leaves": (_TREE,),
-    "leaf_margin": (_TREE,),
+    "leaf_margin": (_TREE, Need("max_leaves", (1,), absent=True)),
     "branching": (_TREE,),
     # Where later steps do not see a set, nothing looks at its keys.
     "weighting": (Need("visibility", ("hidden",), absent=True),),

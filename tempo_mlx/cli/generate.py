@@ -444,6 +444,9 @@ def generate(
     for note in settings.notes() if rows is None else notes_on(rows, settings):
         notes.print(f"note: {note}", style="yellow")
 
+    if chat and rows is not None and not any(isinstance(row.prompt, str) for row in rows):
+        notes.print("note: --chat has no effect: no prompt of the file is a text", style="yellow")
+
     language_model, tokenizer = load(model, adapter_path=adapter_path)
     for token in extra_eos_token or ():
         add_end_token(tokenizer, token)

@@ -19,7 +19,8 @@ LINE = re.compile(rb"[^\t\n]*\t[^\t\n]*\t(-?\d+\.\d{6}|-?inf|nan)\t\d+(\t\[.*\])
 
 
 def text_lines(data: dict[str, Any]) -> str:
-    """A record as lines of context, word, score, rank; and the tokens in JSON if it has details.
+    """A record as lines of context, word, score, rank; and in JSON, if it has details, what the
+    word's log-probability sums up.
 
     A row that could not be scored has no lines.
     """
@@ -29,14 +30,15 @@ def text_lines(data: dict[str, Any]) -> str:
     for i, word in enumerate(data["candidates"]):
         columns = [data["context"], word, f"{data['scores'][i]:.6f}", str(data["ranks"][i])]
         if "details" in data:
-            tokens = data["details"][i]["tokens"]
-            columns.append(
-                json.dumps(
-                    [[token["text"], token["logprob"]] for token in tokens], ensure_ascii=False
-                )
-            )
+            columns.append(json.dumps(summands(data["details"][i]), ensure_ascii=False))
         lines.append("\t".join(columns) + "\n")
     return "".join(lines)
+
+
+def summands(detail: dict[str, Any]) -> list[tuple[str, float]]:
+    """What a word's log-probability sums up: its tokens, and "" for where it ends, if corrected."""
+    parts = [(token["text"], token["logprob"]) for token in detail["tokens"]]
+    return parts if detail["boundary"] is None else [*parts, ("", detail["boundary"])]
 
 
 def is_text(path: Path) -> bool:
@@ -119,10 +121,8 @@ class Tables:
                 Text(str(ranks[i])),
             ]
             if "details" in data:
-                tokens = data["details"][i]["tokens"]
-                cells.append(
-                    Text(", ".join(f"{quoted(t['text'])} {t['logprob']:.2f}" for t in tokens))
-                )
+                parts = summands(data["details"][i])
+                cells.append(Text(", ".join(f"{quoted(text)} {nats:.2f}" for text, nats in parts)))
             self._table.add_row(*cells)
             context = Text()
         if not ranks:

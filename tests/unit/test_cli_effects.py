@@ -40,6 +40,7 @@ GENERATE = [
     (["--max-leaves", 8], "--visibility tree"),
     (["--leaf-margin", 2, "--visibility", "visible"], "--visibility tree"),
     (["--branching", "shared"], "--visibility tree"),
+    (["--leaf-margin", 2, "--visibility", "tree", "--max-leaves", 1], "--max-leaves 1"),
     (["--combine", "mean", "--visibility", "tree"], "--visibility tree"),
     (["--weighting", "prior", "--visibility", "hidden"], "--visibility hidden"),
     (["--batch-size", 4], "--prompts-file"),
@@ -142,6 +143,15 @@ def test_suites_say_which_settings_have_no_effect():
         "pruning.keep_rate has no effect without pruning.decision quota (in 1 of 2 modes)"
     ]
     assert suite_files.parse_suite(SUITE).expand().notes == []
+
+
+def test_chat_without_a_text_is_noted(run, folder, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    command = ["generate", "--prompts-file", prompts, "--model", folder, "-m", 1, "--chat"]
+    prompts.write_text('{"prompt": [3, 4]}\n')
+    assert "--chat has no effect" in run(*command)[2]
+    prompts.write_text('{"prompt": [3, 4]}\n{"prompt": "a"}\n')
+    assert "no effect" not in run(*command)[2]
 
 
 def test_a_seed_is_noted_where_a_search_draws_nothing(run, folder):

@@ -123,6 +123,18 @@ def test_stats_say_what_it_took(run, folder, rows):
     assert err.startswith("method tree, passes ") and "tokens reused" in err and "bytes" in err
 
 
+def test_details_in_text_add_up(run, folder, columns):
+    options = ["--details", "--weight", 0.5, "--word-insertion-bonus", 2]
+    for correction, ends in ([], 0), (["--trailing-space-correction"], 1):
+        _, out, _ = run("score", columns, "--model", folder, *options, *correction)
+        assert out
+        for line in out.splitlines():
+            _, word, score, _, parts = line.split("\t")
+            texts, nats = zip(*json.loads(parts), strict=True)
+            assert texts.count("") == ends and "".join(texts).strip() == word
+            assert 0.5 * sum(nats) + 2 == pytest.approx(float(score), abs=1e-5)
+
+
 def test_text_in_two_columns_gives_text_in_four(run, folder, columns, stock):
     code, out, err = run("score", columns, "--model", folder)
     assert (code, err) == (0, "")
