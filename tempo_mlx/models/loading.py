@@ -2,10 +2,11 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm
 import mlx_lm.utils
@@ -21,6 +22,16 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import TempoError
 from .recipes import VARIANTS, prepare, recipes
+
+#: Files in which mlx-lm looks for weights.
+WEIGHTS = "model*.safetensors"
+
+#: Files that hold a tokenizer as a whole, the usual one first; and vocabularies of other kinds.
+WHOLE_TOKENIZERS = ("tokenizer.json", "tekken.json")
+OTHER_VOCABULARIES = ("*.model", "*.tiktoken")
+
+#: Files of tokenizers that consist of several, and of those that know whole words.
+BYTE_PAIRS, WORDS = ("vocab.json", "merges.txt"), ("vocab.txt",)
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -58,7 +69,7 @@ def load(
         RecipeError: the recipe's model cannot be made ready.
     """
     folder = locate(path_or_hf_repo, revision)
-    _check_complete(folder)
+    _check_folder(folder)
     if adapter_path is not None and not (Path(adapter_path) / "adapters.safetensors").is_file():
         raise ModelLoadError(f"adapter_path {adapter_path} has no adapters.safetensors")
     config = _read_config(folder)
@@ -131,8 +142,8 @@ def _download(name: str, revision: str | None) -> Path:
         raise ModelLoadError(message) from error
 
 
-def _check_complete(folder: Path) -> None:
-    """ModelLoadError unless the folder has a config.json and all of its weights."""
+def _check_folder(folder: Path) -> None:
+    """ModelLoadError unless the folder has a config.json and weights."""
     if not (folder / "config.json").is_file():
         ggufs = sorted(folder.glob("*.gguf"))
         raise ModelLoadError(
@@ -140,17 +151,24 @@ def _check_complete(folder: Path) -> None:
             + (f", only {ggufs[0].name}, and mlx-lm loads no GGUF" if ggufs else "")
             + "; a folder as mlx_lm.convert writes it is needed"
         )
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            wanted = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, AttributeError) as error:
-            raise ModelLoadError(f"{index} is damaged: {_line(error)}") from error
-        missing = sorted(name for name in wanted if not (folder / name).is_file())
-    else:
-        missing = [] if any(folder.glob("model*.safetensors")) else ["model*.safetensors"]
-    if missing:
+    if not any(folder.glob(WEIGHTS)):
+        missing = _missing_weights(folder) or [WEIGHTS]
         raise ModelLoadError(f"weights are missing from {folder}: {', '.join(missing)}")
+
+
+def _missing_weights(folder: Path) -> list[str]:
+    """Files that the index names and that are not there, of tensors that no other file has.
+
+    An index may be older than the files: it says nothing where the weights are complete.
+    """
+    try:
+        text = (folder / "model.safetensors.index.json").read_text(encoding="utf-8")
+        places = json.loads(text)["weight_map"].items()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []
+    there = {name for path in folder.glob(WEIGHTS) for name in cast(dict, mx.load(str(path)))}
+    wanted = {str(file) for name, file in places if name not in there}
+    return sorted(file for file in wanted if not (folder / file).is_file())
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -175,6 +193,8 @@ def _load_model(folder: Path, model_type: str, lazy: bool) -> nn.Module:
         if "not supported" in str(error):
             version = mlx_lm.__version__
             message = f"mlx-lm {version} has no architecture {model_type!r}, which {folder} is of"
+        elif missing := _missing_weights(folder):
+            message = f"weights are missing from {folder}: {', '.join(missing)}"
         else:
             message = f"{folder} does not fit the architecture {model_type!r}: {_line(error)}"
         raise ModelLoadError(message) from error
@@ -198,13 +218,47 @@ def _load_tokenizer(
     # Unless it is told, transformers asks on standard output and runs the code where one says yes.
     given = {"trust_remote_code": False, **(tokenizer_config or {})}
     try:
-        return mlx_lm.utils.load_tokenizer(folder, given, eos_token_ids=config.get("eos_token_id"))
+        tokenizer = mlx_lm.utils.load_tokenizer(
+            folder, given, eos_token_ids=config.get("eos_token_id")
+        )
     except Exception as error:  # the tokenizers library raises bare Exceptions
         if "trust_remote_code" in str(error):
             raise ModelLoadError(
                 f"the tokenizer in {folder} needs code of its own, which is not run"
             ) from error
-        raise ModelLoadError(f"the tokenizer in {folder} cannot be used: {_line(error)}") from error
+        has_words = (folder / "vocab.txt").is_file()
+        missing = _missing_vocabulary(folder, WORDS if has_words else BYTE_PAIRS)
+        why = f"{_listed(missing)} missing" if missing else _line(error)
+        raise ModelLoadError(f"the tokenizer in {folder} cannot be used: {why}") from error
+    # Some of transformers' classes make a tokenizer without a vocabulary, and say nothing.
+    if missing := _missing_vocabulary(folder, tokenizer.vocab_files_names.values()):
+        raise ModelLoadError(
+            f"the tokenizer in {folder} cannot be used: {_listed(missing)} missing"
+        )
+    return tokenizer
+
+
+def _missing_vocabulary(folder: Path, names: Iterable[str]) -> list[str]:
+    """Files of a tokenizer that are not there, where nothing stands in for them.
+
+    Args:
+        folder: of the model.
+        names: of the files that may be there in place of tokenizer.json, all of them.
+    """
+    if any((folder / name).is_file() for name in WHOLE_TOKENIZERS):
+        return []
+    if any(any(folder.glob(pattern)) for pattern in OTHER_VOCABULARIES):
+        return []
+    parts = set(names) - set(WHOLE_TOKENIZERS)
+    absent = sorted(name for name in parts if not (folder / name).is_file())
+    if parts and not absent:
+        return []
+    # What is there in part tells which of the forms it was.
+    return absent if len(absent) < len(parts) else [WHOLE_TOKENIZERS[0]]
+
+
+def _listed(names: list[str]) -> str:
+    return f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'}"
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

@@ -179,13 +179,46 @@ def test_missing_weights_are_named(folder):
     assert "weights are missing" in fail(folder)
 
 
-def test_missing_part_of_the_weights_is_named(folder):
-    names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
-    (folder / "model.safetensors").rename(folder / names[0])
-    index = {"weight_map": {"a": names[0], "b": names[1]}}
+def split(folder, n, of):
+    """Put the weights into n files, and write the index of as many as ``of``."""
+    weights = dict(mx.load(str(folder / "model.safetensors")))
+    mx.eval(weights)
+    (folder / "model.safetensors").unlink()
+    files = [f"model-{i + 1:05}-of-{of:05}.safetensors" for i in range(of)]
+    for i in range(n):
+        part = {name: weights[name] for name in sorted(weights)[i::n]}
+        mx.save_safetensors(str(folder / files[i]), part, {"format": "mlx"})
+    index = {"weight_map": {name: files[i % of] for i, name in enumerate(sorted(weights))}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return files
+
+
+def test_missing_part_of_the_weights_is_named(folder):
+    files = split(folder, 3, 3)
+    (folder / files[1]).unlink()
     message = fail(folder)
-    assert names[1] in message and names[0] not in message
+    assert message == f"weights are missing from {folder}: {files[1]}"
+    for file in (files[0], files[2]):
+        (folder / file).unlink()
+    assert all(file in fail(folder) for file in files)
+
+
+def test_an_index_that_names_more_files_than_there_are_is_no_fault(original, folder):
+    split(folder, 2, 5)
+    model, _ = load(folder)
+    reference, _ = mlx_lm.load(str(original))
+    assert mx.array_equal(model(PROMPT), reference(PROMPT))
+    # Nor is it blamed for what else is wrong.
+    change_config(folder, hidden_size=64)
+    assert "does not fit the architecture 'llama'" in fail(folder)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"weight_map": 3}', "{}"])
+def test_a_damaged_index_is_not_needed(folder, content):
+    (folder / "model.safetensors.index.json").write_text(content)
+    load(folder)
+    (folder / "model.safetensors").unlink()
+    assert "model*.safetensors" in fail(folder)
 
 
 @pytest.mark.parametrize("lazy", [False, True])
@@ -222,6 +255,43 @@ def test_tokenizer_that_cannot_be_used_is_refused(folder, content):
     if content is not None:
         (folder / "tokenizer.json").write_text(content)
     assert "tokenizer in" in fail(folder)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        None,
+        "PreTrainedTokenizerFast",
+        "GPT2Tokenizer",
+        "LlamaTokenizer",
+        "Qwen2Tokenizer",
+        "GemmaTokenizer",
+        "BertTokenizer",
+        "T5Tokenizer",
+    ],
+)
+def test_a_vocabulary_that_is_not_there_is_named(folder, kind):
+    """Of some classes, transformers makes a tokenizer that knows no word."""
+    (folder / "tokenizer.json").unlink()
+    path = folder / "tokenizer_config.json"
+    if kind is None:
+        path.unlink()
+    else:
+        path.write_text(json.dumps({**json.loads(path.read_text()), "tokenizer_class": kind}))
+    message = f"the tokenizer in {folder} cannot be used: tokenizer.json is missing"
+    assert fail(folder) == message
+
+
+def test_half_of_a_vocabulary_is_not_used(folder):
+    content = json.loads((folder / "tokenizer.json").read_text())["model"]
+    (folder / "tokenizer.json").unlink()
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "tokenizer_class": "GPT2Tokenizer"}))
+    (folder / "vocab.json").write_text(json.dumps(content["vocab"]))
+    assert fail(folder).endswith("cannot be used: merges.txt is missing")
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    assert load(folder)[1].encode("ab") == [content["vocab"][letter] for letter in "ab"]
 
 
 CODE = "from pathlib import Path\nPath(__file__).with_name('ran').touch()\nclass Own: pass\n"
