@@ -11,6 +11,7 @@ from mlx_lm.utils import _get_classes
 
 from .errors import TempoError
 from .models import PositionedModel
+from .models.loading import check_layers
 from .models.recipes import VARIANTS, Recipe, recipes
 
 
@@ -91,7 +92,7 @@ def problem(folder: Path) -> str | None:
         if any(folder.glob("*.gguf")):
             return "GGUF files, which mlx-lm does not load"
         return "no config.json"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return "config.json is damaged or names no model_type"
     if not any(folder.glob("*.safetensors")):
         return "no weights (*.safetensors) in the cache"
@@ -103,7 +104,10 @@ def problem(folder: Path) -> str | None:
     except (ImportError, SystemExit) as error:
         return f"mlx-lm's file for {model_type!r} needs a package that is not installed: {error}"
     try:
+        check_layers(folder, config)
         model = model_class(args_class.from_dict(config))
+    except TempoError as error:
+        return str(error)
     except Exception as error:
         return f"config.json does not fit {model_type!r}: {type(error).__name__}: {error}"
     try:

@@ -20,6 +20,7 @@ from huggingface_hub.errors import (
 )
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from ..arguments import shown
 from ..errors import TempoError
 from .recipes import VARIANTS, prepare, recipes
 
@@ -34,6 +35,10 @@ OTHER_VOCABULARIES = ("*.model", "*.tiktoken")
 BYTE_PAIRS, WORDS = ("vocab.json", "merges.txt"), ("vocab.txt",)
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+#: Under which names configurations count layers, which are made one by one, and how many at most.
+LAYERS = re.compile(r"(num|n)_([a-z]+_)*layers?")
+MOST_LAYERS = 1000
 
 
 class ModelLoadError(TempoError):
@@ -75,6 +80,7 @@ def load(
     config = _read_config(folder)
     if (own := config.get("model_file")) is not None:
         raise ModelLoadError(f"{folder} needs code of its own ({own}), which is not run")
+    check_layers(folder, config)
     model = _load_model(folder, config["model_type"], lazy)
     if adapter_path is not None:
         model = _load_adapters(model, Path(adapter_path))
@@ -164,7 +170,7 @@ def _missing_weights(folder: Path) -> list[str]:
     try:
         text = (folder / "model.safetensors.index.json").read_text(encoding="utf-8")
         places = json.loads(text)["weight_map"].items()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return []
     there = {name for path in folder.glob(WEIGHTS) for name in cast(dict, mx.load(str(path)))}
     wanted = {str(file) for name, file in places if name not in there}
@@ -176,10 +182,28 @@ def _read_config(folder: Path) -> dict[str, Any]:
         config = mlx_lm.utils.load_config(folder)
         if not isinstance(config["model_type"], str):
             raise TempoError("model_type is not a string")
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         what = "has no model_type" if isinstance(error, KeyError) else f"is damaged: {_line(error)}"
         raise ModelLoadError(f"{folder / 'config.json'} {what}") from error
     return config
+
+
+def check_layers(folder: Path, config: dict[str, Any]) -> None:
+    """ModelLoadError if config.json counts more layers than mlx-lm can make in reasonable time."""
+    layers = max(_layer_counts(config), default=0)
+    if layers > MOST_LAYERS:
+        raise ModelLoadError(
+            f"{folder / 'config.json'} is damaged: it says {shown(layers)} layers, and no model "
+            f"has more than {MOST_LAYERS}"
+        )
+
+
+def _layer_counts(config: dict[str, Any]) -> Iterator[int]:
+    for name, value in config.items():
+        if isinstance(value, dict):
+            yield from _layer_counts(value)
+        elif LAYERS.fullmatch(name) and isinstance(value, int):
+            yield value
 
 
 def _load_model(folder: Path, model_type: str, lazy: bool) -> nn.Module:
@@ -189,8 +213,9 @@ def _load_model(folder: Path, model_type: str, lazy: bool) -> nn.Module:
         raise ModelLoadError(
             f"the weights in {folder} are damaged or incomplete ({_line(error)}); fetch them again"
         ) from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if "not supported" in str(error):
+    # A configuration leads mlx-lm's code anywhere: divisions by zero, sizes that no array has.
+    except Exception as error:
+        if str(error).startswith("Model type"):
             version = mlx_lm.__version__
             message = f"mlx-lm {version} has no architecture {model_type!r}, which {folder} is of"
         elif missing := _missing_weights(folder):
@@ -198,6 +223,10 @@ def _load_model(folder: Path, model_type: str, lazy: bool) -> nn.Module:
         else:
             message = f"{folder} does not fit the architecture {model_type!r}: {_line(error)}"
         raise ModelLoadError(message) from error
+    except SystemExit as error:  # as mlx-lm's olmo.py does where its package is missing
+        raise ModelLoadError(
+            f"mlx-lm's file for {model_type!r} needs a package that is not installed"
+        ) from error
     return model
 
 

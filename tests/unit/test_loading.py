@@ -6,6 +6,7 @@ import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
+from tempo_mlx import inventory
 from tempo_mlx.models.loading import ModelLoadError, load
 from tempo_mlx.models.recipes import RecipeError
 from tests.tiny_folder import save_tiny_model
@@ -156,7 +157,13 @@ def test_folder_without_config_is_refused(folder):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{", "is damaged"), ("[]", "is damaged"), ("{}", "no model_type"), ('"x"', "is damaged")],
+    [
+        ("{", "is damaged"),
+        ("[]", "is damaged"),
+        ("{}", "no model_type"),
+        ('"x"', "is damaged"),
+        ("[" * 100_000, "is damaged"),
+    ],
 )
 def test_damaged_config_is_named(folder, content, message):
     (folder / "config.json").write_text(content)
@@ -166,6 +173,45 @@ def test_damaged_config_is_named(folder, content, message):
 def test_config_that_lacks_a_field_is_named(folder):
     change_config(folder, hidden_size=None)
     assert "hidden_size" in fail(folder)
+
+
+BAD_FIELDS = [
+    ("hidden_size", (0, -1, 10**12, 10**30, 1.5, "32", None)),
+    ("num_attention_heads", (0, -4, 10**9, "4", None)),
+    ("num_hidden_layers", (0, -1, 10**30, 2.5, "2", None)),
+    ("vocab_size", (0, -1, 10**9, 10**12, "257", None, [])),
+    ("intermediate_size", (0, 10**30)),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in BAD_FIELDS for value in values]
+)
+def test_fields_that_no_model_has_are_named(folder, name, value):
+    change_config(folder, **{name: value})
+    message = fail(folder)
+    assert str(folder) in message and "has no architecture" not in message
+
+
+@pytest.mark.parametrize("value", [1001, 10**9, 10**30])
+def test_layers_without_end_are_not_made(folder, monkeypatch, value):
+    monkeypatch.setattr(mlx_lm.utils, "load_model", None)
+    for change in (
+        {"num_hidden_layers": value},
+        {"n_layers": value},
+        {"text_config": {"num_hidden_layers": value}},
+    ):
+        change_config(folder, **change)
+        assert f"it says {value} layers" in fail(folder)
+        assert f"it says {value} layers" in inventory.problem(folder)
+
+
+def test_an_architecture_whose_package_is_missing_is_named(folder, monkeypatch):
+    def leave(*arguments, **options):
+        raise SystemExit(1)
+
+    monkeypatch.setattr(mlx_lm.utils, "load_model", leave)
+    assert "needs a package" in fail(folder)
 
 
 def test_unknown_architecture_is_named(folder):
