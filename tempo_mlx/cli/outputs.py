@@ -162,4 +162,4 @@ def write_json(path: Path, data: Any) -> None:
 def say_written(path: Path, notes: Console, what: str = "written") -> None:
     """A note of what was written."""
     if not is_standard_output(path):
-        notes.print(f"{what}: {path}", style="dim", markup=False)
+        notes.print(f"{what}: {path}", style="dim")

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from ..console import Console
 from ..errors import TempoError
-from ..files import STANDARD_INPUT, write_atomically
+from ..files import STANDARD_INPUT, STANDARD_OUTPUT, write_atomically
 from ..models import load
 from ..needs import Need, Needs
 from ..plots import check_plot, plot_search
@@ -41,8 +41,9 @@ DEFAULTS = SearchSettings()
 OPTIONS: Needs = {
     **NEEDS,
     "evaluation": (Need("value", absent=True),),
-    "explain": PRINTED,
+    "explain": (*PRINTED, Need("dot", (STANDARD_OUTPUT,), absent=True)),
 }
+
 #: Recognise a result of this command, or of a search that failed; and its tree.
 is_result = json_where(
     lambda data: (

@@ -238,11 +238,14 @@ def test_a_pipe_is_written_through(run, words, tmp_path, name):
     assert received[0].count(b"\n") == plain.read_bytes().count(b"\n") or "picture" in name
 
 
-@pytest.mark.parametrize("path", ["-", "/dev/stdout", "/dev/fd/1"])
+@pytest.mark.parametrize("path", ["-", "-q -", "/dev/stdout", "/dev/fd/1"])
 @pytest.mark.parametrize("name", [name for name in COMMANDS if ending(name) != ".svg"])
 def test_standard_output_has_the_output_and_nothing_else(run, words, tmp_path, name, path):
     plain = tmp_path / f"plain{ending(name)}"
-    command = [word for word in words(COMMANDS[name]) if word != "-q"]
+    command = words(COMMANDS[name])
+    if "-q" in command and not path.startswith("-q"):
+        command.remove("-q")
+    path = path.split()[-1]
     code, out, err = run(*command, path)
     assert code == 0 and "Traceback" not in err
     assert run(*command, plain)[0] == 0
@@ -266,6 +269,29 @@ def test_a_prompt_cache_is_a_regular_file(run, folder):
     for path in ("-", "/dev/null"):
         arguments = ["generate", "hi", "--model", folder, "--prompt-cache", path]
         refused(run(*arguments), "--prompt-cache", "must be a regular file")
+
+
+def test_explain_prints_where_no_output_takes_its_place(run, folder):
+    for option in ("--output", "--dot"):
+        arguments = ["search", "hi", "--model", folder, "--explain", option, "-"]
+        refused(run(*arguments), "--explain has no effect with", option)
+
+
+@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999"])
+def test_numbers_that_json_does_not_have_stay_out_of_the_output(run, inputs, folder, number):
+    output = inputs / "out.jsonl"
+    row, prompt = json.dumps(ROW)[:-1], '{"prompt": "hello"'
+    for command, option, line in (
+        (["score", inputs / "rows.jsonl"], "note", row),
+        (["generate", "-m", 3, "--prompts-file", inputs / "prompts.jsonl"], "temp", prompt),
+        (["generate", "-m", 3, "--prompts-file", inputs / "prompts.jsonl"], "id", prompt),
+    ):
+        command[-1].write_text(f'{line}, "{option}": {number}}}\n{line}}}\n')
+        for path in (output, "-"):
+            code, out, _ = run(*command, "--model", folder, "-o", path, "--overwrite")
+            text = out if path == "-" else output.read_text()
+            first, second = (json.loads(x, parse_constant=pytest.fail) for x in text.splitlines())
+            assert code == 1 and "error" in first and "error" not in second
 
 
 def test_process_substitutions_get_the_output(folder, tmp_path, inputs):

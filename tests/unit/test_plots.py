@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 from tempo_mlx.lattice import Ending, Lattice, Step, Token
 from tempo_mlx.plots import check_plot, plot_lattice, plot_mask, plot_schedule
-from tempo_mlx.plots.figure import DPI, look
+from tempo_mlx.plots.figure import DPI, drawn, look
 from tempo_mlx.plots.labels import LONGEST, label
 from tempo_mlx.plots.lattice import ARCS, lattice_figure
 from tempo_mlx.plots.layout import MARGIN, NARROWEST_PAGE, PAGE_WIDTH
@@ -469,6 +469,16 @@ def test_a_failure_leaves_the_folder_as_it_was(plot, tmp_path, monkeypatch):
             with pytest.raises(OSError, match="disk full"):
                 plot(kept)
     assert kept.read_text() == "before" and list(tmp_path.iterdir()) == [kept]
+
+
+@pytest.mark.parametrize("ending", [".svg", ".png", ".pdf"])
+@pytest.mark.parametrize("kind", ["lattice", "mask"])
+def test_pictures_say_who_made_them(tmp_path, kind, ending):
+    path = tmp_path / f"picture{ending}"
+    PLOTS[kind](path)
+    content = path.read_bytes()
+    assert drawn(content, ["schedule", kind]) and not drawn(content, ["schedule"])
+    assert not drawn(b"tempo-mlx lattice, tempo-mlx mask " + content, [kind])
 
 
 @pytest.mark.parametrize("plot", [*PLOTS.values(), check_plot], ids=[*PLOTS, "check"])
