@@ -1,5 +1,7 @@
 """Scores of continuations as one would write them down: every text alone, through stock mlx-lm."""
 
+import functools
+
 import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
@@ -25,6 +27,7 @@ class BruteScorer:
         self.truecase = truecase or (lambda text: text)
         self.kept = max_context_tokens
         self.correct = trailing_space_correction
+        self.score = functools.cache(self._score)
 
     def score_continuations(self, contexts, candidate_words):
         return [
@@ -32,7 +35,7 @@ class BruteScorer:
             for context, words in zip(contexts, candidate_words, strict=True)
         ]
 
-    def score(self, context, word):
+    def _score(self, context, word):
         glue = "" if context == "" or word[0] in NO_SPACE else " "
         cased = self.truecase(context + glue + word)
         before = self.ids(cased[: len(context)]) or [self.tokenizer.bos_token_id]
@@ -66,12 +69,16 @@ class BruteScorer:
         return logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
 
     def ended(self, log_p):
+        return np.logaddexp.reduce(log_p[self.ending])
+
+    @functools.cached_property
+    def ending(self):
+        """Tokens at which a word ends."""
         anchor = self.ids("a")
-        own = [
+        return [
             id
             for id in range(len(self.tokenizer))
             if id in self.tokenizer.eos_token_ids
             or self.tokenizer.decode([*anchor, id])[1:2] in (*NO_SPACE, *" \t\n\r\v\f")
             and self.tokenizer.decode([*anchor, id])[1:2] != ""
         ]
-        return np.logaddexp.reduce(log_p[own])

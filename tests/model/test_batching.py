@@ -29,13 +29,23 @@ def sets_of(result):
     return [[token.id for token in step.tokens] for step in result.lattice.steps]
 
 
+@pytest.fixture(scope="module")
+def each_alone(embedded):
+    model, tokenizer = embedded
+    return [
+        generate(
+            model, tokenizer, prompt, **{f: getattr(each, f) for f in each.__dataclass_fields__}
+        )
+        for prompt, each in zip(PROMPTS, EACH, strict=True)
+    ]
+
+
+@pytest.mark.xdist_group("each alone")
 @pytest.mark.parametrize("batch_size", [2, 5])
-def test_every_prompt_is_what_it_gives_alone(embedded, batch_size):
+def test_every_prompt_is_what_it_gives_alone(embedded, each_alone, batch_size):
     model, tokenizer = embedded
     batch = batch_generate(model, tokenizer, PROMPTS, EACH, batch_size=batch_size, verify=True)
-    for result, prompt, each in zip(batch.results, PROMPTS, EACH, strict=True):
-        given = {name: getattr(each, name) for name in each.__dataclass_fields__}
-        alone = generate(model, tokenizer, prompt, **given)
+    for result, alone in zip(batch.results, each_alone, strict=True):
         assert sets_of(result) == sets_of(alone)
         for step, other in zip(result.lattice.steps, alone.lattice.steps, strict=True):
             np.testing.assert_allclose(
@@ -49,10 +59,10 @@ def test_every_prompt_is_what_it_gives_alone(embedded, batch_size):
 
 def test_threshold_one_is_greedy_decoding_by_mlx_lm(embedded):
     model, tokenizer = embedded
-    batch = batch_generate(model, tokenizer, PROMPTS, threshold=1.0, max_tokens=12)
+    batch = batch_generate(model, tokenizer, PROMPTS, threshold=1.0, max_tokens=8)
     for result, prompt in zip(batch.results, PROMPTS, strict=True):
         ids = mx.array(tokenizer.encode(prompt))
-        stock = [int(token) for token, _ in generate_step(ids, model, max_tokens=12)]
+        stock = [int(token) for token, _ in generate_step(ids, model, max_tokens=8)]
         ours = [ids[0] for ids in sets_of(result) if ids]
         assert ours == stock[: len(ours)]
-        assert len(ours) == 12 or stock[len(ours)] in tokenizer.eos_token_ids
+        assert len(ours) == 8 or stock[len(ours)] in tokenizer.eos_token_ids

@@ -47,9 +47,9 @@ def test_greedy_text_is_the_known_one(embedded):
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_threshold_one_is_greedy_decoding_token_for_token(embedded, prompt):
     model, tokenizer = embedded
-    result = generate(model, tokenizer, prompt, threshold=1.0, max_tokens=16)
+    result = generate(model, tokenizer, prompt, threshold=1.0, max_tokens=8)
     ours = [step.tokens[0].id for step in result.lattice.steps if step.tokens]
-    stock = generate_step(mx.array(tokenizer.encode(prompt)), model, max_tokens=16)
+    stock = generate_step(mx.array(tokenizer.encode(prompt)), model, max_tokens=8)
     theirs = [int(token) for token, _ in stock]
     ends = [i for i, token in enumerate(theirs) if token in tokenizer.eos_token_ids]
     assert ours == theirs[: ends[0] if ends else None]
@@ -64,7 +64,7 @@ def test_verify_in_every_mode(embedded, visibility, combine):
         tokenizer,
         "The cat",
         threshold=0.1,
-        max_tokens=20,
+        max_tokens=12,
         visibility=visibility,
         combine=combine,
         verify=True,

@@ -16,16 +16,16 @@ def stock(embedded):
     prompt = tokenizer.encode(PROMPT)
 
     def log_p(tokens):
-        """log p of what may follow the prompt and these tokens, by a pass of its own."""
-        logits = model(mx.array([*prompt, *tokens])[None], cache=make_prompt_cache(model))[0, -1]
-        logits = np.array(logits, np.float64)
-        return logits - np.logaddexp.reduce(logits)
+        """log p [T + 1, V] of what follows the prompt and each of these T tokens, by one pass."""
+        logits = model(mx.array([*prompt, *tokens])[None], cache=make_prompt_cache(model))[0]
+        rows = np.array(logits[len(prompt) - 1 :], np.float64)
+        return rows - np.logaddexp.reduce(rows, axis=-1, keepdims=True)
 
     return log_p
 
 
 def score(stock, tokens):
-    return sum(stock(tokens[:i])[token] for i, token in enumerate(tokens))
+    return sum(row[token] for row, token in zip(stock(tokens[:-1]), tokens, strict=True))
 
 
 def test_a_tree_is_beam_search(embedded, stock):
@@ -33,7 +33,7 @@ def test_a_tree_is_beam_search(embedded, stock):
     width, steps = 3, 6
     beams = [((), 0.0)]
     for _ in range(steps):
-        rows = [(tokens, total, stock(tokens)) for tokens, total in beams]
+        rows = [(tokens, total, stock(tokens)[-1]) for tokens, total in beams]
         texts = [
             ((*tokens, int(id)), total + logp[id])
             for tokens, total, logp in rows
@@ -90,7 +90,7 @@ def test_search_weighs_what_the_model_says(embedded, stock):
         leaves_per_batch=4,
     )
     for i, choice in enumerate(result.choices):
-        logp = stock([c.id for c in result.choices[:i]])
+        logp = stock([c.id for c in result.choices[:i]])[-1]
         for child in choice.children:
             assert np.log(child["prior"]) == pytest.approx(logp[child["action"]], abs=1e-3)
     assert result.logprob == pytest.approx(score(stock, result.tokens), abs=1e-3)
