@@ -3,6 +3,7 @@
 import sys
 
 from tempo_mlx import cli
+from tempo_mlx.experiments import analysis
 from tests.tiny_folder import save_tiny_model
 
 import pytest
@@ -27,3 +28,9 @@ def run(monkeypatch, capsys):
         return exit.value.code, out, err
 
     return call
+
+
+@pytest.fixture
+def own_rules_only(monkeypatch):
+    """Analyses leave out how sensitive they are to the rules of matching, half of their time."""
+    monkeypatch.setattr(analysis, "OTHER_RULES", ())

@@ -33,6 +33,9 @@ import typer
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from typer.testing import CliRunner
 
+#: In one process, which makes the analyses once.
+pytestmark = pytest.mark.xdist_group("analyses of the report")
+
 MARKUP = 'a <b>bold</b> | pipe & "quotes" $x$ [link](x)'
 REORDERING = "user \u202etxt.exe\u2066 \x1b[2J"
 SUITE = Planted(effect=0.006, mode_effect=0.004, prompt_sd=0.002, layers=3, heads=2)
@@ -162,6 +165,7 @@ def test_report_shows_the_numbers_of_the_analysis_naive_beside_controlled(folder
         assert cells[10] == f"{number(cell['p_t'])} ({number(cell['p_t_holm'])})"
 
 
+@pytest.mark.usefixtures("own_rules_only")
 def test_report_says_what_it_cannot_say(folder, analysis):
     text = (folder / "report.md").read_text()
     for words in ("n too small", "observed, not intervened", "their sets may differ", "copies"):
@@ -174,6 +178,7 @@ def test_report_says_what_it_cannot_say(folder, analysis):
     assert not any("nan" in value for row in rows for value in row)
 
 
+@pytest.mark.usefixtures("own_rules_only")
 def test_long_tables_are_cut_and_say_so():
     suite = Planted(prompts=7, layers=1, heads=1, steps=6, categories=CATEGORIES)
     many = analyze(suite.tables(3), resamples=9)
@@ -261,6 +266,7 @@ def test_every_prompt_has_its_point(analysis):
         assert np.isclose(drawn, effect, rtol=0, atol=1e-15).any()
 
 
+@pytest.mark.usefixtures("own_rules_only")
 def test_pictures_without_data_are_left_out(tmp_path):
     one = analyze(Planted(modes=("isolated",)).tables(5), resamples=9)
     names = [path.name for path in plot_experiment(one, tmp_path / "plots", ending=".png")]
@@ -281,7 +287,7 @@ def test_pictures_are_the_same_again(analysis, tmp_path):
 
 
 @pytest.fixture
-def run(tables, monkeypatch):
+def run(tables, monkeypatch, own_rules_only):
     """Call the commands with these tables for any folder's; returns Typer's result."""
     monkeypatch.setattr(tables_module, "load_tables", lambda folder: tables)
     app = typer.Typer()

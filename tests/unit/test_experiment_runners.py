@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 
 from tempo_mlx import PositionedModel, Settings, generate, load
+from tempo_mlx.bench import experiments as bench
 from tempo_mlx.bench.experiments import BATCHED, SEQUENTIAL, bench_experiments, drawn_suite
 from tempo_mlx.experiments import workers
 from tempo_mlx.experiments.capture import TOP, Divergence
@@ -381,7 +382,8 @@ def test_a_mismatch_is_found(loaded, folder):
     assert "slot" in compare(replace(run, arrays=changed), run, 1.0)[0]
 
 
-def test_the_bench_runs_the_same_runs_in_every_way(folder):
+def test_the_bench_runs_the_same_runs_in_every_way(folder, monkeypatch):
+    monkeypatch.setattr(bench, "RELOADED", 1)
     model, tokenizer = load(folder)
     ticks = []
     report = bench_experiments(

@@ -218,6 +218,8 @@ def bounds(probability):
     return stats.binom.interval(0.999, REPETITIONS, probability)
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("planted suites")
 def test_interval_covers_the_planted_effect_in_about_95_of_100_suites(with_effect):
     n, mean, sd = summaries(with_effect)
     assert len(n) == REPETITIONS and n.min() >= MIN_PROMPTS
@@ -229,6 +231,8 @@ def test_interval_covers_the_planted_effect_in_about_95_of_100_suites(with_effec
     assert mean.mean() == pytest.approx(0.006, abs=3 * sd.mean() / np.sqrt(n.sum()))
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("planted suites")
 def test_bootstrap_covers_nearly_as_often(with_effect, rng):
     given = inside = 0
     for values in with_effect:
@@ -249,6 +253,8 @@ def test_d_z_is_covered_in_about_95_of_100_samples(rng):
     assert fewest <= inside <= most
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("planted suites")
 def test_no_effect_gives_false_alarms_at_the_nominal_rate(without_effect):
     found = [mean_tests(values) for values in without_effect["token"]]
     fewest, most = bounds(0.05)
@@ -266,6 +272,8 @@ def test_holm_keeps_the_rate_of_a_whole_family(rng):
     assert (families < 0.05).any(axis=1).mean() > 0.6
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("planted suites")
 def test_measures_differ_as_they_must_where_siblings_draw_what_single_tokens_draw(without_effect):
     # Sets have 2 to 4 tokens: whole sets draw two to four times as much as a single token.
     assert np.concatenate(without_effect["set"]).mean() > 0.01
