@@ -28,6 +28,9 @@ _DESCRIPTORS = Path("/dev/fd")
 #: Symbolic links that are followed in a row; the system's own limit is about the same.
 _MOST_LINKS = 40
 
+#: The bits of a mode that let somebody write.
+_WRITABLE = stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH
+
 #: Characters of a file's name in its temporary name, which must not become too long.
 _NAME = 50
 
@@ -45,6 +48,11 @@ def check_writable(argument: str, path: Path) -> None:
             if fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
                 raise TempoError(f"{argument} {path} is open for reading only")
         elif replaceable(path):
+            # It could be replaced nevertheless, which is not what its mode asks for.
+            if path.exists() and not path.stat().st_mode & _WRITABLE:
+                raise TempoError(
+                    f"{argument} {path} is read-only; make it writable or name another"
+                )
             _new_file(_target(path)).unlink()
         elif not _takes_bytes(path):
             raise TempoError(f"{argument} {path} must be a file, a pipe or a character device")

@@ -157,6 +157,18 @@ def test_what_takes_no_bytes_is_refused(tmp_path):
         check_writable("--output", tmp_path)
 
 
+def test_a_file_that_is_read_only_stays(tmp_path):
+    file, link = tmp_path / "file", tmp_path / "link"
+    file.write_text("text")
+    file.chmod(0o444)
+    link.symlink_to(file)
+    for path in (file, link):
+        with pytest.raises(TempoError, match=f"--output {path} is read-only"):
+            check_writable("--output", path)
+    file.chmod(0o644)
+    check_writable("--output", link)
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_folder_that_may_not_be_written_is_said(tmp_path):
     tmp_path.chmod(0o500)
