@@ -1,6 +1,7 @@
 """The BLAS that is loaded before mlx: it is really in use, and it changes rounding alone."""
 
 import ctypes
+import functools
 import json
 import os
 import subprocess
@@ -36,6 +37,7 @@ print(json.dumps({"product": product.tolist(), "origin": blas.info().origin,
 """
 
 
+@functools.cache
 def run(code: str, **environment: str) -> dict:
     done = subprocess.run(
         [sys.executable, "-c", code],
