@@ -99,7 +99,8 @@ def generate(
         typer.Option(
             help="Many prompts in one batch: .txt, one a line, or .jsonl, one object a line with "
             '"prompt" and settings of its own such as "threshold". Results go to --output, one '
-            "JSON object a line in the same order; what is there already is not made again."
+            "JSON object a line in the same order; what is there already is not made again, what "
+            "failed is tried again."
         ),
     ] = None,
     batch_size: Annotated[

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 
 from tempo_mlx.cli import score as command_module
 from tempo_mlx.scoring import truecase
@@ -434,3 +435,44 @@ def test_bad_input_is_one_line_and_exit_code_2(run, folder, rows, tmp_path, argu
     assert (code, out) == (2, "") and err.count("\n") == 1 and "Traceback" not in err
     for word in words:
         assert word in err
+
+
+@pytest.mark.parametrize(
+    ("options", "same"),
+    [
+        (["--batch-size", 1], True),
+        (["--chunk-size", 8], True),
+        (["--max-kv-bytes", "1GB"], True),
+        (["--model", "{moved}"], True),
+        (["--model", "{rope_theta}"], False),
+        (["--model", "{tokenizer}"], False),
+        (["--details"], False),
+        (["--truecase", "english"], False),
+        (["--max-context-tokens", 2], False),
+        (["--weight", 0.5], False),
+        (["--word-insertion-bonus", 1], False),
+        (["--trailing-space-correction"], False),
+    ],
+)
+def test_whatever_changes_a_score_makes_other_rows(run, folder, tmp_path, options, same):
+    """Where nothing changes, rows are done; where something does, the file is left alone."""
+    copies = {name: tmp_path / name for name in ("moved", "rope_theta", "tokenizer")}
+    for path in copies.values():
+        shutil.copytree(folder, path)
+    for name, file, change in (
+        ("rope_theta", "config.json", {"rope_theta": 500.0}),
+        ("tokenizer", "tokenizer.json", {"normalizer": {"type": "Lowercase"}}),
+    ):
+        path = copies[name] / file
+        path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    write(source, [{"context": "he is", "candidates": ["a", "b"]}])
+    command = ["score", source, "--model", folder, "-o", output]
+    assert run(*command)[0] == 0
+    made = output.read_bytes()
+    code, _, err = run(*command, *(str(option).format(**copies) for option in options))
+    assert output.read_bytes() == made
+    if same:
+        assert code == 0 and "1 of 1 rows are done already" in err
+    else:
+        assert code == 2 and "line 1 is of another input, other settings or another model" in err
