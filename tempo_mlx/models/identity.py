@@ -15,6 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 #: Ends of the names of settings that say where something lies or what it is called.
 _NAMES = ("name", "path", "file", "loaded_as", "transformers_version")
@@ -59,7 +60,7 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     That is the vocabulary with its rules and added tokens, the special tokens, and the chat
     template. Tokens that were made ends of a text do not count.
     """
-    inner = getattr(tokenizer, "_tokenizer", tokenizer)
+    inner = tokenizer._tokenizer if isinstance(tokenizer, TokenizerWrapper) else tokenizer
     settings = {
         name: getattr(inner, name, None)
         for name in (

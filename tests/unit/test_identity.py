@@ -135,6 +135,11 @@ def test_using_a_tokenizer_leaves_it_the_same(folder):
     assert tokenizer_fingerprint(tokenizer) == one
 
 
+def test_a_tokenizer_is_the_same_in_mlx_lms_wrapper_and_without(folder):
+    _, tokenizer = load(folder)
+    assert tokenizer_fingerprint(tokenizer._tokenizer) == tokenizer_fingerprint(tokenizer)
+
+
 def test_an_end_token_more_is_another_identity_of_the_same_tokenizer(folder):
     model, tokenizer = load(folder)
     one = identify(model, tokenizer), tokenizer_fingerprint(tokenizer)
