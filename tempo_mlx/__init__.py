@@ -1,29 +1,72 @@
 """Text generation with parallel token sets on MLX."""
 
+import sys
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
 # First of all, because it has no effect once mlx.core is imported.
 from . import blas
 
 blas.preload()
 
-from .batching import batch_generate, stream_batch_generate  # noqa: E402
-from .generation import generate, stream_generate  # noqa: E402
-from .models import PositionedModel, UnsupportedModelError, load  # noqa: E402
-from .prompt_cache import PromptCache  # noqa: E402
-from .scoring import ContinuationScorer  # noqa: E402
-from .search import search, stream_search  # noqa: E402
-from .settings import Settings  # noqa: E402
+if TYPE_CHECKING:
+    from .batching import batch_generate as batch_generate
+    from .batching import stream_batch_generate as stream_batch_generate
+    from .generation import generate as generate
+    from .generation import stream_generate as stream_generate
+    from .models import PositionedModel as PositionedModel
+    from .models import UnsupportedModelError as UnsupportedModelError
+    from .models import load as load
+    from .prompt_cache import PromptCache as PromptCache
+    from .scoring import ContinuationScorer as ContinuationScorer
+    from .search import search as search
+    from .search import stream_search as stream_search
+    from .settings import Settings as Settings
 
-__all__ = [
-    "ContinuationScorer",
-    "PositionedModel",
-    "PromptCache",
-    "Settings",
-    "UnsupportedModelError",
-    "batch_generate",
-    "generate",
-    "load",
-    "search",
-    "stream_batch_generate",
-    "stream_generate",
-    "stream_search",
-]
+#: Public name -> the module that has it.
+_HOMES = {
+    "ContinuationScorer": "scoring",
+    "PositionedModel": "models",
+    "PromptCache": "prompt_cache",
+    "Settings": "settings",
+    "UnsupportedModelError": "models",
+    "batch_generate": "batching",
+    "generate": "generation",
+    "load": "models",
+    "search": "search",
+    "stream_batch_generate": "batching",
+    "stream_generate": "generation",
+    "stream_search": "search",
+}
+
+__all__ = list(_HOMES)
+
+
+class _Package(ModuleType):
+    """Imports a name's module when the name is first used.
+
+    All of them take seconds, in which the command line could not answer Ctrl-C yet.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _HOMES:
+            value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+        elif not name.startswith("_") and find_spec(f"{__name__}.{name}"):
+            value = import_module(f".{name}", __name__)
+        else:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        setattr(self, name, value)
+        return value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # `search` is a function and a package; importing the package must not hide the function.
+        if name != "search" or not isinstance(value, ModuleType):
+            super().__setattr__(name, value)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *__all__})
+
+
+sys.modules[__name__].__class__ = _Package

@@ -253,7 +253,17 @@ def test_bad_input_is_one_line_and_exit_code_2(run, folder, prompts, arguments, 
 
 
 @pytest.mark.parametrize(
-    ("text", "size"), [("5", 5), ("800M", 800 * 10**6), ("2GiB", 2 << 30), ("1.5 kb", None)]
+    ("text", "size"),
+    [
+        ("5", 5),
+        ("5b", 5),
+        ("800M", 800 * 10**6),
+        ("2GiB", 2 << 30),
+        (" 1.5Ti ", 3 << 39),
+        ("9007199254740993", 9007199254740993),
+        *((text, None) for text in ("1.5 kb", "", "b", "0", "0.5", "-1", "nan", "inf", "1e3")),
+        *((text, None) for text in ("1" * 400, "1" * 5000, "9e30", "10000000TB", "1..5", "٣")),
+    ],
 )
 def test_sizes(text, size):
     if size is None:
