@@ -11,8 +11,8 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.generate import BatchGenerator
 
+from ..arguments import check_count
 from ..batching import stream_batch_generate
-from ..errors import TempoError
 from ..generation import stream_generate
 from ..lattice import Lattice
 from ..models import PositionedModel
@@ -20,7 +20,7 @@ from ..result import GenerationResult
 from ..sequences import Batch, SequenceState
 from ..settings import Settings
 from ..tokens import without_end
-from .setting import describe, prompt_of
+from .setting import MOST_TOKENS, MOST_WIDTH, describe, prompt_of, require_room
 from .target import Target
 from .timing import Spread, alternate, ratio
 
@@ -164,11 +164,13 @@ def bench_batch(
     Raises:
         ValueError: for an argument out of range.
     """
-    if prompt_tokens < 4:
-        raise TempoError(f"prompt_tokens must be at least 4, got {prompt_tokens}")
-    if max_tokens < 4:
-        raise TempoError(f"max_tokens must be at least 4, got {max_tokens}")
+    check_count("prompt_tokens", prompt_tokens, 4, MOST_TOKENS)
+    check_count("max_tokens", max_tokens, 4, MOST_TOKENS)
+    for size in batch_sizes:
+        check_count("batch_sizes", size, most=MOST_WIDTH)
     positioned = PositionedModel.of(model)
+    # The longest prompt of a batch.
+    require_room(positioned, -(-5 * prompt_tokens // 4), max_tokens)
     endless = without_end(tokenizer)
     settings = {
         SINGLE: Settings(threshold=1.0, max_tokens=max_tokens, visibility="isolated"),

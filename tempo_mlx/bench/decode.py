@@ -6,13 +6,14 @@ from typing import Any
 import mlx.nn as nn
 import mlx_lm
 
+from ..arguments import check_count, shown
 from ..errors import TempoError
 from ..generation import stream_generate
 from ..models import PositionedModel
 from ..tokens import without_end
 from .decode_report import SINGLE, STOCK, Measured, Report, sibling_name
 from .runs import ANY, LONG_BLOCKS, NEARLY_ONE, WARM_UP, Run, long_run, timed
-from .setting import describe, prompt_of, weight_bytes
+from .setting import MOST_TOKENS, MOST_WIDTH, describe, prompt_of, require_room, weight_bytes
 from .timing import Spread, alternate, copy_bandwidth, ratio
 
 
@@ -47,20 +48,13 @@ def bench_decode(
         ValueError: for an argument out of range, or runs that the model's context cannot hold.
     """
     positioned = PositionedModel.of(model)
-    if prompt_tokens < 1:
-        raise TempoError(f"prompt_tokens must be at least 1, got {prompt_tokens}")
-    if max_tokens < WARM_UP + 2:
-        raise TempoError(f"max_tokens must be at least {WARM_UP + 2}, got {max_tokens}")
+    check_count("max_tokens", max_tokens, WARM_UP + 2, MOST_TOKENS)
     if not siblings or min(siblings) < 1:
-        raise TempoError(f"siblings must be at least 1, got {list(siblings)}")
+        raise TempoError(f"siblings must be at least 1, got {shown(list(siblings))}")
+    check_count("siblings", max(siblings), most=MOST_WIDTH)
     if long_steps and long_steps < 2 * LONG_BLOCKS:
         raise TempoError(f"long_steps must be 0 or at least {2 * LONG_BLOCKS}, got {long_steps}")
-    needed = prompt_tokens + max(max_tokens, long_steps)
-    if positioned.context_length is not None and needed > positioned.context_length:
-        raise TempoError(
-            f"{prompt_tokens} prompt tokens and {needed - prompt_tokens} steps exceed the model's "
-            f"context of {positioned.context_length}"
-        )
+    require_room(positioned, prompt_tokens, max(max_tokens, long_steps))
     prompt = prompt_of(tokenizer, prompt_tokens)
     endless = without_end(tokenizer)
 

@@ -17,9 +17,10 @@ import mlx.nn as nn
 import numpy as np
 import yaml
 
+from ..arguments import check_count
 from ..errors import TempoError
 from ..experiments.running import Group, Outcome, run_batched, run_one_by_one
-from ..experiments.session import Options, Session
+from ..experiments.session import MOST_WORKERS, Options, Session
 from ..experiments.suite import RunConfig, Suite
 from ..experiments.suite_files import read_suite
 from ..experiments.suite_keys import Grid
@@ -27,7 +28,7 @@ from ..experiments.validation import compare, tolerance
 from ..experiments.workers import run_in_workers
 from ..models import PositionedModel
 from ..models.identity import identify
-from .setting import describe
+from .setting import MOST_TOKENS, MOST_WIDTH, describe
 from .target import Target
 from .timing import Spread, alternate, ratio
 
@@ -151,13 +152,9 @@ def bench_experiments(
     """
     if runs % 2 or not 2 <= runs <= 100:
         raise TempoError(f"runs must be an even number in [2, 100], got {runs}")
-    for name, value, least in (
-        ("max_tokens", max_tokens, 2),
-        ("batch_size", batch_size, 2),
-        ("workers", workers, 1),
-    ):
-        if value < least:
-            raise TempoError(f"{name} must be at least {least}, got {value}")
+    check_count("max_tokens", max_tokens, 2, MOST_TOKENS)
+    check_count("batch_size", batch_size, 2, MOST_WIDTH)
+    check_count("workers", workers, most=MOST_WORKERS)
     positioned = PositionedModel.of(model)
     suite = drawn_suite(model_name, max_tokens)
     groups: list[Sequence[Any]] = [*islice(suite.expand().groups, runs // 2)]

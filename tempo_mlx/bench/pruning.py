@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..errors import TempoError
+from ..arguments import check_count
 from ..generation import steps as steps_of
 from ..lattice import Lattice
 from ..models import PositionedModel
@@ -21,7 +21,7 @@ from ..schedules import Constant
 from ..settings import Settings
 from ..tokens import Vocabulary, without_end
 from .runs import ANY, WARM_UP
-from .setting import describe, prompt_of
+from .setting import MOST_TOKENS, MOST_WIDTH, describe, prompt_of, require_room
 from .target import Target
 from .timing import Spread, alternate, ratio
 
@@ -141,15 +141,11 @@ def bench_pruning(
         ValueError: for an argument out of range, or runs that the model's context cannot hold.
     """
     positioned = PositionedModel.of(model)
-    if siblings < 2:
-        raise TempoError(f"siblings must be at least 2, got {siblings}")
-    if min(max_tokens, *steps) < WARM_UP + 2:
-        raise TempoError(f"steps must be at least {WARM_UP + 2}, got {min(max_tokens, *steps)}")
-    longest = prompt_tokens + max(max_tokens, *steps)
-    if positioned.context_length is not None and longest > positioned.context_length:
-        raise TempoError(
-            f"{longest} positions exceed the model's context of {positioned.context_length}"
-        )
+    check_count("siblings", siblings, 2, MOST_WIDTH)
+    check_count("max_tokens", max_tokens, WARM_UP + 2, MOST_TOKENS)
+    for n in steps:
+        check_count("steps", n, WARM_UP + 2, MOST_TOKENS)
+    require_room(positioned, prompt_tokens, max(max_tokens, *steps))
     vocabulary = Vocabulary(without_end(tokenizer))
     prompt = prompt_of(tokenizer, prompt_tokens)
 

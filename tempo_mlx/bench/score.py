@@ -12,12 +12,12 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.cache import make_prompt_cache, trim_prompt_cache
 
+from ..arguments import check_count
 from ..combining import log_softmax_at
-from ..errors import TempoError
 from ..models import PositionedModel
 from ..scoring import ContinuationScorer
 from ..tokens import encode_text
-from .setting import describe
+from .setting import MOST_TOKENS, describe
 from .target import Target
 from .timing import Spread, alternate, ratio
 
@@ -255,8 +255,7 @@ def bench_score(
     Raises:
         ValueError: for an argument out of range.
     """
-    if contexts < 0:
-        raise TempoError(f"contexts must be at least 0, got {contexts}")
+    check_count("contexts", contexts, 0, MOST_TOKENS)
     positioned = PositionedModel.of(model)
     plain = Plain(positioned.model, tokenizer)
     measured, grown = [], []

@@ -11,13 +11,14 @@ import mlx.nn as nn
 from mlx.utils import tree_map
 from mlx_lm.models.cache import make_prompt_cache
 
+from ..arguments import check_count, shown
 from ..errors import TempoError
 from ..models import PositionedModel
 from ..search import SearchSettings, TreeSearch
 from ..search.environment import TextEnvironment
 from ..search.tree import ROOT
 from ..tokens import Vocabulary, without_end
-from .setting import describe, prompt_of
+from .setting import MOST_TOKENS, MOST_WIDTH, describe, prompt_of, require_room
 from .target import Target
 from .timing import Spread, alternate, ratio
 
@@ -141,11 +142,12 @@ def bench_search(
     Raises:
         ValueError: for an argument out of range.
     """
-    if prompt_tokens < 1:
-        raise TempoError(f"prompt_tokens must be at least 1, got {prompt_tokens}")
+    check_count("simulations", simulations, most=MOST_TOKENS)
     if not leaves or min(leaves) < 1:
-        raise TempoError(f"leaves must be at least 1, got {list(leaves)}")
+        raise TempoError(f"leaves must be at least 1, got {shown(list(leaves))}")
+    check_count("leaves", max(leaves), most=MOST_WIDTH)
     positioned = PositionedModel.of(model)
+    require_room(positioned, prompt_tokens, 1)
     vocabulary = Vocabulary(without_end(tokenizer))
     prompt = prompt_of(tokenizer, prompt_tokens)
 

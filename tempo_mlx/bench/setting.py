@@ -8,6 +8,8 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from .. import blas
+from ..arguments import check_count
+from ..errors import TempoError
 from ..models import PositionedModel
 
 TEXT = (
@@ -15,6 +17,9 @@ TEXT = (
     "mended them talked about the weather, the price of fish, and a lighthouse that nobody had "
     "lit for years. A boy counted the gulls on the roof of the church and lost his place twice. "
 )
+
+#: Tokens of a prompt and steps of a run, and tokens of a step, that are measured at most.
+MOST_TOKENS, MOST_WIDTH = 10**6, 4096
 
 
 def weight_bytes(model: nn.Module) -> int:
@@ -46,6 +51,17 @@ def prompt_of(tokenizer: Any, length: int) -> list[int]:
     """The first ``length`` token ids of a text that repeats."""
     ids = list(tokenizer.encode(TEXT))
     return (ids * -(-length // len(ids)))[:length]
+
+
+def require_room(model: PositionedModel, prompt_tokens: int, steps: int) -> None:
+    """Raise TempoError unless the model's context holds a prompt and the steps behind it."""
+    check_count("prompt_tokens", prompt_tokens, most=MOST_TOKENS)
+    length = model.context_length
+    if length is not None and prompt_tokens + steps > length:
+        raise TempoError(
+            f"{prompt_tokens} prompt tokens and {steps} steps exceed the model's context of "
+            f"{length}"
+        )
 
 
 def describe(

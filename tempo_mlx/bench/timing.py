@@ -8,7 +8,10 @@ from typing import TypeVar
 import mlx.core as mx
 import numpy as np
 
-from ..errors import TempoError
+from ..arguments import check_count
+
+#: Rounds that are measured at most.
+MOST_ROUNDS = 10_000
 
 T = TypeVar("T")
 
@@ -56,8 +59,7 @@ def alternate(
         for each variant its measurements, in the order of the rounds: entries of the same index
         were taken next to each other.
     """
-    if rounds < 1:
-        raise TempoError(f"rounds must be at least 1, got {rounds}")
+    check_count("rounds", rounds, most=MOST_ROUNDS)
     taken: dict[str, list[T]] = {name: [] for name in variants}
     for turn in range(rounds + 1):
         for name in sorted(variants, key=list(variants).index, reverse=turn % 2 == 1):

@@ -11,11 +11,11 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.generate import BatchGenerator
 
-from ..errors import TempoError
+from ..arguments import check_count
 from ..generation import stream_generate
 from ..models import PositionedModel
 from ..tokens import without_end
-from .setting import describe, prompt_of
+from .setting import MOST_TOKENS, MOST_WIDTH, describe, prompt_of, require_room
 from .target import Target
 from .timing import Spread, alternate, ratio
 
@@ -118,14 +118,10 @@ def bench_tree(
     Raises:
         ValueError: for an argument out of range.
     """
-    for name, value, least in (
-        ("prompt_tokens", prompt_tokens, 1),
-        ("leaves", leaves, 2),
-        ("max_tokens", max_tokens, 4),
-    ):
-        if value < least:
-            raise TempoError(f"{name} must be at least {least}, got {value}")
+    check_count("leaves", leaves, 2, MOST_WIDTH)
+    check_count("max_tokens", max_tokens, 4, MOST_TOKENS)
     positioned = PositionedModel.of(model)
+    require_room(positioned, prompt_tokens, max_tokens)
     endless = without_end(tokenizer)
     prompt = prompt_of(tokenizer, prompt_tokens)
     tree = {

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ..arguments import shown
 from ..console import Console
 from ..errors import MissingExtraError, TempoError
 from ..files import STANDARD_OUTPUT, write_atomically
@@ -136,10 +137,11 @@ def run(
     from ..experiments.suite_files import read_suite
 
     kind, _, count = runner.partition("=")
-    counted = count.isdecimal() if kind == "workers" else not count
+    counted = count.isdecimal() and len(count) < 10 if kind == "workers" else not count
     if kind not in RUNNERS or not counted or "=" in runner and not count:
         raise TempoError(
-            f"--runner must be batched, sequential or workers=N with N at least 1, got {runner!r}"
+            f"--runner must be batched, sequential or workers=N with N at least 1, got "
+            f"{shown(runner)}"
         )
     if capture is not None and capture not in CAPTURES:
         raise TempoError(f"--capture must be one of {', '.join(CAPTURES)}, got {capture!r}")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from ..arguments import check_count, check_seed
 from ..console import Console
 from ..errors import MissingExtraError, TempoError
 from .options import Overwrite
@@ -66,15 +67,13 @@ def analyze(
     Writes FOLDER/analysis: every table as CSV and Parquet, and analysis.json.
     """
     with _packages():
+        from ..experiments.analysis import MOST_RESAMPLES, files_of, save
         from ..experiments.analysis import analyze as analyze_tables
-        from ..experiments.analysis import files_of, save
         from ..experiments.matching import Rules
         from ..experiments.tables import load_tables
     rules = Rules(_limit("--caliper", caliper, float), _limit("--window", window, int), adjustment)
-    if resamples < 1:
-        raise TempoError(f"--resamples must be at least 1, got {resamples}")
-    if seed < 0:
-        raise TempoError(f"--seed must be at least 0, got {seed}")
+    check_count("--resamples", resamples, most=MOST_RESAMPLES)
+    check_seed(seed)
     _check_folder(folder)
     files = files_of(folder)
     # A table has no mark; what is whole when all tables are says whose they are.

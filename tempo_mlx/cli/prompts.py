@@ -1,14 +1,16 @@
 """``tempo-mlx generate --prompts-file``: many prompts in one batch, one result a line."""
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..arguments import MOST_BYTES
+from ..arguments import MOST_BYTES, shown
 from ..batching import BatchStatus, Failure, stream_batch_generate
 from ..console import Console
 from ..errors import TempoError
@@ -23,7 +25,8 @@ from ..results_file import ResultsFile, row_key
 from ..settings import Settings
 from .outputs import beginning
 
-UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+UNITS = {"": 1} | {letter: 10 ** (3 * n) for n, letter in enumerate("kmgt", 1)}
+UNITS |= {f"{letter}i": 2 ** (10 * n) for n, letter in enumerate("kmgt", 1)}
 
 #: Recognises files that :class:`ResultsFile` goes on with, or says why not.
 RESULTS = beginning(b'{"row": 0, "key": "')
@@ -212,14 +215,10 @@ def parse_bytes(text: str, argument: str = "--max-kv-bytes") -> int:
     Raises:
         ValueError: for anything else.
     """
-    number = text.strip().lower().removesuffix("b")
-    unit = number.lstrip("0123456789.")
-    try:
-        size = int(float(number.removesuffix(unit)) * UNITS[unit])
-    except (ValueError, KeyError, OverflowError):
-        size = 0
+    match = re.fullmatch(r"(\d{1,30}(?:\.\d{1,30})?)([a-z]*?)b?", text.strip().lower(), re.ASCII)
+    size = int(Fraction(match[1]) * UNITS.get(match[2], 0)) if match else 0
     if not 1 <= size <= MOST_BYTES:
-        raise TempoError(f"{argument} must be a size such as 800MB or 2GiB, got {text!r}")
+        raise TempoError(f"{argument} must be a size such as 800MB or 2GiB, got {shown(text)}")
     return size
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from pandas import DataFrame
 
+from ..arguments import check_count, check_seed
 from ..errors import TempoError
 from ..files import write_atomically
 from .ledger import DONE
@@ -78,6 +79,9 @@ OTHER_RULES = (
 #: Bootstrap samples, and their seed.
 RESAMPLES, SEED = 9999, 0
 
+#: Bootstrap samples at most.
+MOST_RESAMPLES = 1_000_000
+
 
 @dataclass(frozen=True)
 class Analysis:
@@ -117,10 +121,8 @@ def analyze(
             later step could see.
     """
     rules = rules or Rules()
-    if resamples < 1:
-        raise TempoError(f"resamples must be at least 1, got {resamples}")
-    if seed < 0:
-        raise TempoError(f"seed must be at least 0, got {seed}")
+    check_count("resamples", resamples, most=MOST_RESAMPLES)
+    check_seed(seed)
     check_tables(tables)
     keys = keys_of(tables)
     if not (keys["kind"] == "sibling").any():

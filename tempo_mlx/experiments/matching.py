@@ -13,7 +13,7 @@ from pandas import DataFrame
 from scipy.special import logit
 from statsmodels.stats.weightstats import DescrStatsW  # type: ignore[import-untyped]
 
-from ..errors import TempoError
+from ..arguments import check_choice, check_count, check_range
 from .tables import Tables
 
 #: Where controls are looked for, in this order; the columns that unit and control share. Never in
@@ -29,6 +29,9 @@ PAIRS_AT_ONCE = 4_000_000
 #: What matching leaves different, and adjustment evens out.
 ADJUSTED = ["logit", "query_step", "n_keys"]
 COVARIATES = ("distance", *ADJUSTED)
+
+#: Largest caliper; no two logits in fp32 differ by more.
+MOST_LOGITS = 1e39
 
 #: How the rest of the difference is evened out.
 ADJUSTMENTS = ("linear", "none")
@@ -59,13 +62,11 @@ class Rules:
     adjustment: str = "linear"
 
     def __post_init__(self) -> None:
-        if self.caliper is not None and not self.caliper > 0:
-            raise TempoError(f"caliper must be above 0, got {self.caliper}")
-        if self.window is not None and not self.window >= 0:
-            raise TempoError(f"window must be at least 0, got {self.window}")
-        if self.adjustment not in ADJUSTMENTS:
-            known = ", ".join(ADJUSTMENTS)
-            raise TempoError(f"adjustment must be one of {known}, got {self.adjustment!r}")
+        if self.caliper is not None:
+            check_range("caliper", self.caliper, 0, MOST_LOGITS, True, "above 0, ")
+        if self.window is not None:
+            check_count("window", self.window, 0)
+        check_choice("adjustment", self.adjustment, ADJUSTMENTS)
 
 
 def keys_of(tables: Tables) -> DataFrame:

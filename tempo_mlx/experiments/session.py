@@ -16,6 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ..arguments import MOST_BYTES, check_choice, check_count, check_range
 from ..errors import TempoError
 from ..generation import begin
 from ..models import Capture, PositionedModel
@@ -37,6 +38,9 @@ BATCH_SIZE = 64
 
 #: Bytes that the captures of a suite may take, unless the caller says how many.
 MAX_DISK = 10 * 10**9
+
+#: Processes that run a suite at most.
+MOST_WORKERS = 1024
 
 PACKAGES = ("tempo-mlx", "mlx", "mlx-lm", "numpy")
 
@@ -68,13 +72,11 @@ class Options:
     max_disk: int = MAX_DISK
 
     def __post_init__(self) -> None:
-        if self.runner not in RUNNERS:
-            raise TempoError(f"runner must be one of {', '.join(RUNNERS)}, got {self.runner!r}")
-        for name in ("workers", "batch_size", "max_disk"):
-            if getattr(self, name) < 1:
-                raise TempoError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not 0 <= self.cross_validate <= 1:
-            raise TempoError(f"cross_validate must be in [0, 1], got {self.cross_validate}")
+        check_choice("runner", self.runner, RUNNERS)
+        check_count("workers", self.workers, most=MOST_WORKERS)
+        check_count("batch_size", self.batch_size)
+        check_count("max_disk", self.max_disk, most=MOST_BYTES)
+        check_range("cross_validate", self.cross_validate, 0, 1)
 
     def __str__(self) -> str:
         if self.scheduler is not None:
