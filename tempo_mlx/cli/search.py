@@ -315,7 +315,7 @@ def load_function(where: str) -> Callable[..., Any]:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise TempoError(f"--value {file} raised {type(error).__name__}: {error}") from error
     function = getattr(module, name, None)
     if not callable(function):

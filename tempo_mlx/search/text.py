@@ -17,7 +17,7 @@ from ..models import PositionedModel
 from ..printable import quoted
 from ..tokens import Prompt, Vocabulary, encode_prompt
 from .environment import Batched, TextEnvironment, Value
-from .monte_carlo import TreeSearch
+from .monte_carlo import SearchError, TreeSearch
 from .settings import SearchSettings
 from .tree import ROOT, Tree
 
@@ -227,7 +227,14 @@ def stream_search(
                 return over
 
             if not spent():
-                done = searcher.run(chosen.simulations, stop)
+                try:
+                    done = searcher.run(chosen.simulations, stop)
+                except SearchError as error:
+                    fault = error.__cause__
+                    if value is not None or fault is None:
+                        raise
+                    # No function of a user's raised it, so that it is not about one.
+                    raise fault from fault.__cause__
                 result.simulations += done
             elif not tree.visits[list(tree.children(ROOT))].any():
                 # The budget is spent and nothing is known of what may follow.

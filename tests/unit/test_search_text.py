@@ -5,7 +5,9 @@ import json
 
 from tempo_mlx import generate, search
 from tempo_mlx.decoder import CacheBudgetError
+from tempo_mlx.errors import TempoError
 from tempo_mlx.search import Batched, SearchError, SearchSettings, stream_search
+from tempo_mlx.search.environment import TextEnvironment
 from tempo_mlx.search.tree import ROOT
 
 import mlx.core as mx
@@ -265,3 +267,23 @@ def test_bad_settings_are_named(given, words):
         SearchSettings(**given)
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("fault", [RuntimeError("broken"), ValueError("broken"), TempoError("no")])
+def test_a_fault_of_an_evaluation_of_ours_is_no_fault_of_a_function(monkeypatch, fault):
+    model, tokenizer = tiny_model("llama", seed=1), TinyTokenizer(60, end_tokens=())
+
+    def broken(self, nodes):
+        raise fault
+
+    monkeypatch.setattr(TextEnvironment, "_rollouts", broken)
+    given = {"max_tokens": 2, "simulations": 4, "depth": 2}
+    with pytest.raises(type(fault)) as caught:
+        search(model, tokenizer, PROMPT, evaluation="rollout", **given)
+    assert caught.value is fault
+
+    def value(ids, text):
+        raise fault
+
+    with pytest.raises(SearchError, match=r"path \[.*evaluate raised"):
+        search(model, tokenizer, PROMPT, value=value, **given)
