@@ -56,8 +56,9 @@ class PromptRow:
     error: str | None = None
 
     def told(self, message: str | Exception) -> str:
-        """What is wrong with the row, with its file and line."""
-        return _at(self.path, self.line, message)
+        """What is wrong with the row, with its file and line, once."""
+        told, prefix = str(message), _at(self.path, self.line, "")
+        return told if told.startswith(prefix) else prefix + told
 
     def own_settings(self) -> set[str]:
         """Names of the settings that the row has; see :func:`setting_names`."""

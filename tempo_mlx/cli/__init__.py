@@ -2,6 +2,7 @@
 
 import errno
 import importlib
+import io
 import os
 import sys
 
@@ -40,6 +41,7 @@ def fail(message: str, code: int = 2) -> None:
 
 def main() -> None:
     """Run the command line; bad input ends in one line and exit code 2, Ctrl-C in 130."""
+    _prepare_streams()
     try:
         try:
             code = build()(standalone_mode=False)
@@ -49,7 +51,10 @@ def main() -> None:
     except (typer.Abort, KeyboardInterrupt):
         fail("interrupted", 130)
     except typer.TyperException as error:
-        fail(error.format_message())
+        code = 0
+        # Without a message it has printed the help, which was all that was asked for.
+        if message := error.format_message():
+            fail(message)
     except BrokenPipeError:
         # The reader of our output is gone (`| head`); there is nobody to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -59,6 +64,17 @@ def main() -> None:
             raise
         fail(_described(error))
     raise SystemExit(code or 0)
+
+
+def _prepare_streams() -> None:
+    """Let everything be printed: into nothing where a stream is closed, escaped where its encoding
+    has no such character."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _described(error: Exception) -> str:

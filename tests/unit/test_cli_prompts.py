@@ -271,3 +271,14 @@ def test_sizes(text, size):
             parse_bytes(text)
     else:
         assert parse_bytes(text) == size
+
+
+def test_a_bad_row_says_its_file_and_line_once(run, folder, tmp_path):
+    rows, output = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    bad = ["nonsense", '{"prompt": "a", "threshold": 2}', '{"prompt": [{"role": "user"}]}']
+    rows.write_text("\n".join(bad) + "\n")
+    code, _, _ = run("generate", "--prompts-file", rows, "--model", folder, "-m", 2, "-o", output)
+    errors = [json.loads(line)["error"] for line in output.read_text().splitlines()]
+    assert code == 1
+    for number, error in enumerate(errors, 1):
+        assert error.startswith(f"{rows}, line {number}: ") and error.count("line ") == 1
