@@ -164,7 +164,9 @@ class ContinuationScorer:
         )
         ends = self._vocabulary.end_tokens
         begins = self._vocabulary.beginning(BEGINNINGS) if trailing_space_correction else set()
-        sets = [sorted(begins | ends), sorted(ends)]
+        # A tokenizer may know tokens that no model's logits are of.
+        known = range(plain.vocabulary_size)
+        sets = [[id for id in known if id in ids] for ids in (begins | ends, ends)]
         self._reader: Reader
         try:
             self._reader = TreeReader(

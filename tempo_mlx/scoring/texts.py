@@ -1,6 +1,7 @@
 """From a context and a word to the tokens whose probabilities score the word."""
 
 import functools
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -65,7 +66,7 @@ class Texts:
     ):
         self._tokenizer = tokenizer
         self._max_context_tokens, self._context_length = max_context_tokens, context_length
-        self._vocabulary_size = vocabulary_size
+        self._vocabulary = range(sys.maxsize if vocabulary_size is None else vocabulary_size)
         self._encode = functools.lru_cache(maxsize=KNOWN_TEXTS)(self._encoded)
         self._truecase = functools.lru_cache(maxsize=KNOWN_TEXTS)(truecase) if truecase else None
         #: what the tokenizer puts before every text
@@ -73,7 +74,7 @@ class Texts:
         names = ("bos_token_id", "eos_token_id")
         ids = *(_id(tokenizer, name) for name in names), *sorted(tokenizer.eos_token_ids)
         #: what stands for an empty context
-        self.nothing = self.prefix or tuple(id for id in ids if id is not None)[:1]
+        self.nothing = self.prefix or tuple(id for id in ids if id in self._vocabulary)[:1]
 
     def context(self, text: str) -> tuple[int, ...]:
         """Tokens of a context as it stands, at least 1.
@@ -134,16 +135,15 @@ class Texts:
                 f"a context and its word have {len(tokens)} tokens, the model's context holds "
                 f"{self._context_length}; set max_context_tokens"
             )
+        if max(tokens) not in self._vocabulary:
+            raise TempoError(
+                f"a context or its word has token id {max(tokens)}, the model's vocabulary is "
+                f"[0, {self._vocabulary.stop})"
+            )
         return tokens
 
     def _encoded(self, text: str) -> tuple[int, ...]:
-        ids = tuple(self._tokenizer.encode(text, add_special_tokens=False))
-        size = self._vocabulary_size
-        if size is not None and ids and max(ids) >= size:
-            raise TempoError(
-                f"{shown(text)} has token id {max(ids)}, the model's vocabulary is [0, {size})"
-            )
-        return ids
+        return tuple(self._tokenizer.encode(text, add_special_tokens=False))
 
     def _cased(self, text: str) -> str:
         if self._truecase is None or not text:

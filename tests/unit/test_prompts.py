@@ -212,6 +212,18 @@ def test_text_of_tokens_that_the_embedding_lacks_is_refused(folder):
         scorer.log_p_end(["<new>"])
 
 
+def test_tokens_that_the_model_lacks_neither_follow_a_word_nor_end_a_text(folder):
+    model, tokenizer = load(folder)
+    before = ContinuationScorer(model, tokenizer, trailing_space_correction=True)
+    expected = before.score_continuations(["a b", ""], [["c"], ["d"]]), before.log_p_end(["a"])
+    tokenizer._tokenizer.add_tokens([" new", ", newer"])
+    tokenizer.eos_token_ids = {*tokenizer.eos_token_ids, len(tokenizer) - 1, 10**6}
+    after = ContinuationScorer(model, tokenizer, trailing_space_correction=True)
+    assert (after.score_continuations(["a b", ""], [["c"], ["d"]]), after.log_p_end(["a"])) == (
+        expected
+    )
+
+
 def test_ids_that_the_tokenizer_has_no_text_for_are_good_where_the_embedding_has_them():
     model = tiny_model("llama", vocab_size=200)
     tokenizer = TinyTokenizer(9)
