@@ -365,7 +365,7 @@ class Schedule:
             covered = (
                 self._prompt_cache.covers(run.lattice.prompt_tokens) if self._prompt_cache else 0
             )
-            if runs and (covered != shared or not _read_together([*runs, run])):
+            if runs and (covered != shared or not self._read_together([*runs, run])):
                 self._ready[i] = run
                 break
             if not self._fits([*runs, run]) and (runs or decoder.runs):
@@ -382,7 +382,8 @@ class Schedule:
 
     def _require_memory(self, run: Run) -> None:
         """Raise CacheBudgetError if the prompt and one step do not fit, whoever else is there."""
-        needed = (run.length + 1) * self._decoder.model.slot_bytes
+        model = self._decoder.model
+        needed = (run.length + 1) * model.slot_bytes + model.state_bytes
         if needed > self._max_kv_bytes:
             raise CacheBudgetError(
                 f"the prompt's {run.length} tokens need {needed:,} bytes for keys and values, "
@@ -395,7 +396,17 @@ class Schedule:
         width = max(1.0, status.tokens / status.steps) if status.steps else 1.0
         slots = sum(len(run.sequence.held) + width * (run.limit - run.step) for run in runs)
         slots += sum(run.length + width * run.limit for run in newcomers)
-        return slots * self._decoder.model.slot_bytes <= self._max_kv_bytes
+        model = self._decoder.model
+        states = width * (len(runs) + len(newcomers))
+        return slots * model.slot_bytes + states * model.state_bytes <= self._max_kv_bytes
+
+    def _read_together(self, runs: list[Run]) -> bool:
+        """Whether the prompts fit into one forward pass; recurrent layers read one at a time."""
+        prompts = {tuple(run.lattice.prompt_tokens) for run in runs}
+        if self._decoder.model.is_recurrent and len(prompts) > 1:
+            return False
+        longest = max(run.length for run in runs)
+        return longest * len(runs) <= min(run.settings.prefill_step_size for run in runs)
 
     def _note(self) -> None:
         decoder, status = self._decoder, self.status
@@ -409,9 +420,3 @@ class Schedule:
 
 def _as_python_writes(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else repr(value)
-
-
-def _read_together(runs: list[Run]) -> bool:
-    """Whether the prompts fit into one forward pass, side by side and padded."""
-    longest = max(run.length for run in runs)
-    return longest * len(runs) <= min(run.settings.prefill_step_size for run in runs)

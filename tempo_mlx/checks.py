@@ -419,8 +419,11 @@ def _listening(model: nn.Module) -> Iterator[list[tuple]]:
     def listener(original):
         def call(queries, keys, values, cache, scale, mask, **kwargs):
             output = original(queries, keys, values, cache=cache, scale=scale, mask=mask, **kwargs)
-            if getattr(cache, "attention_recorder", None) is not None:
-                calls.append((queries, keys, values, scale, mask, output))
+            running = getattr(cache, "forward_pass", None)
+            if running is not None and running.recorder is not None:
+                # The tokens come as rows, [N, H, 1, D] and [N, 1, 1, S], of one sequence.
+                rows = [x.transpose(2, 1, 0, 3) for x in (queries, mask, output)]
+                calls.append((rows[0], keys, values, scale, *rows[1:]))
             return output
 
         return call

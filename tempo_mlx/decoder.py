@@ -252,7 +252,8 @@ class Decoder:
             needed = self.batch.bytes_after(growth)
             if needed <= budget:
                 row_bytes = self.batch.cache.batch_size * self.model.slot_bytes
-                self.batch.cache.capacity_limit = budget // row_bytes
+                if row_bytes:
+                    self.batch.cache.capacity_limit = budget // row_bytes
                 return
             if not compacted:
                 compacted = True

@@ -43,12 +43,14 @@ class HubModel:
         path: folder of its latest snapshot.
         n_bytes: on the disk, all revisions together.
         problem: why it cannot be used here; empty where it can.
+        branch_bytes: of the recurrent states of one branch; 0 without recurrent layers.
     """
 
     repo: str
     path: Path
     n_bytes: int
     problem: str
+    branch_bytes: int = 0
 
 
 def recipe_models() -> list[RecipeModel]:
@@ -76,11 +78,19 @@ def hub_models(cache: Path | None = None) -> Iterator[HubModel]:
             continue
         latest = max(repo.revisions, key=lambda revision: revision.last_modified)
         path = Path(latest.snapshot_path)
-        yield HubModel(repo.repo_id, path, repo.size_on_disk, problem(path) or "")
+        model = examined(path)
+        why, states = (model, 0) if isinstance(model, str) else ("", model.state_bytes)
+        yield HubModel(repo.repo_id, path, repo.size_on_disk, why, states)
 
 
 def problem(folder: Path) -> str | None:
-    """Why the model in a folder cannot hold parallel tokens, or None; loads no weights.
+    """Why the model in a folder cannot hold parallel tokens, or None; loads no weights."""
+    found = examined(folder)
+    return found if isinstance(found, str) else None
+
+
+def examined(folder: Path) -> PositionedModel | str:
+    """The model in a folder without its weights, or why it cannot hold parallel tokens.
 
     The model is built from its config.json with weights that are never evaluated, and put through
     the checks that a loaded model goes through.
@@ -111,10 +121,9 @@ def problem(folder: Path) -> str | None:
     except Exception as error:
         return f"config.json does not fit {model_type!r}: {type(error).__name__}: {error}"
     try:
-        PositionedModel(model)
+        return PositionedModel(model)
     except TempoError as error:
         return str(error)
-    return None
 
 
 def folder_bytes(path: Path) -> int:

@@ -82,7 +82,14 @@ class PromptCache:
         positioned = PositionedModel.of(model)
         tokens = encode_prompt(tokenizer, prompt, positioned)
         batch = Batch(positioned, [SequenceState(Lattice(tokens))])
-        mx.eval(batch.prefill(prefill_step_size, progress), batch.cache.state)
+        if positioned.is_recurrent:
+            # The last token of a prompt is always read, and a state cannot go back by one.
+            for done in batch.read(prefill_step_size):
+                if progress is not None:
+                    progress(*done)
+        else:
+            batch.prefill(prefill_step_size, progress)
+        mx.eval(batch.cache.state)
         return cls(
             tokens,
             prompt if isinstance(prompt, str) else tokenizer.decode(tokens),
@@ -125,10 +132,14 @@ class PromptCache:
         return joined
 
     def covers(self, tokens: Sequence[int]) -> int:
-        """How many of a prompt's first tokens need not be read; its last one always must be."""
-        usable = min(len(self.tokens), len(tokens) - 1)
+        """How many of a prompt's first tokens need not be read; its last one always must be.
+
+        States of recurrent layers sum up all that was read: all of it or nothing can be used.
+        """
+        usable = min(self.cache.n_slots, len(tokens) - 1)
         pairs = enumerate(zip(self.tokens[:usable], tokens, strict=False))
-        return next((i for i, (ours, theirs) in pairs if ours != theirs), usable)
+        n = next((i for i, (ours, theirs) in pairs if ours != theirs), usable)
+        return 0 if self.cache.states and n < self.cache.n_slots else n
 
     def first(self, n: int) -> BatchedKVCache:
         """A cache of one row with the first n slots."""
@@ -169,17 +180,18 @@ class PromptCache:
             )
 
     def save(self, path: Path | str) -> None:
-        """Write a safetensors file: keys and values of each layer, and the tokens.
+        """Write a safetensors file: keys, values and states of each layer, and the tokens.
 
         Raises:
             OSError: if it cannot be written.
         """
         arrays = {"tokens": mx.array(self.tokens, mx.int32)}
         count = self.cache.n_slots
-        for i, layer in enumerate(self.cache.layers):
+        for i, layer in enumerate(self.cache.kv):
             if layer.keys is not None and layer.values is not None:
                 arrays[f"layers.{i}.keys"] = mx.contiguous(layer.keys[..., :count, :])
                 arrays[f"layers.{i}.values"] = mx.contiguous(layer.values[..., :count, :])
+        arrays |= self.cache.last_states()
         metadata = {
             "format": FORMAT,
             "version": str(VERSION),
@@ -220,5 +232,6 @@ class PromptCache:
         text, made_by, made_with = (str(metadata.get(n)) for n in ("text", "model", "tokenizer"))
         found = cls(tokens, text, cache, made_by, made_with)
         found.require(positioned, tokenizer)
-        cache.fill(arrays, np.arange(len(tokens))[None])
+        n = len(tokens) - 1 if positioned.is_recurrent else len(tokens)
+        cache.fill(arrays, np.arange(n)[None])
         return found

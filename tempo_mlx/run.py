@@ -55,6 +55,8 @@ class Run:
             require_known(settings)
         model = result.model
         if isinstance(model, PositionedModel):
+            if not (settings.has_parents or settings.always_single):
+                model.require_merging(settings.visibility)
             if settings.pruning is not None and settings.pruning.needs_attention:
                 model.require_capture()
             if observer is not None:

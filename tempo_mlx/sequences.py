@@ -180,18 +180,34 @@ class Batch:
             sequence.at = np.concatenate([sequence.at, places])
             used[sequence.row] += n
         mask = self._mask(parts, sizes, int(used.max()))
+        parents = self._parents(parts) if self.model.is_recurrent else None
         attention: dict[int, Any] = {}
         arguments = tokens[None], positions[None], mask, self.cache
         if capture is None:
-            logits = self.model(*arguments, rows=rows)[0]
+            logits = self.model(*arguments, rows=rows, parents=parents)[0]
         else:
-            logits, attention = self.model(*arguments, capture, rows)
+            logits, attention = self.model(*arguments, capture, rows, parents=parents)
             logits = logits[0]
         if note:
             ends = np.cumsum(sizes)
             for (sequence, queries), n, end in zip(parts, sizes, ends, strict=True):
                 sequence.take(queries, logits[end - n : end] if len(parts) > 1 else logits)
         return logits, attention
+
+    def _parents(self, parts: Sequence[tuple[SequenceState, Slots]]) -> np.ndarray | None:
+        """The place in its row of the slot that each new token continues, [N]; None for prompts."""
+        if all((queries.step < 0).all() for _, queries in parts):
+            return None
+        found = []
+        for sequence, queries in parts:
+            last = len(sequence.lattice.prompt_tokens) - 1
+            if queries.chains is None:
+                # Sets of one, each behind the one before.
+                slots = (queries.index - 1).tolist()
+            else:
+                slots = [int(c[-2]) if len(c) > 1 else last for c in queries.chains]
+            found.append(sequence.at[np.searchsorted(sequence.held, slots)])
+        return np.concatenate(found)
 
     def _mask(
         self, parts: Sequence[tuple[SequenceState, Slots]], sizes: list[int], width: int
@@ -300,7 +316,10 @@ class Batch:
     def bytes_after(self, growth: Mapping[int, int]) -> int:
         """Bytes that the cache needs for sequences, by their ``id``, to append so many slots."""
         slots = max(self.width_after(growth), self.cache.capacity)
-        return slots * self.cache.batch_size * self.model.slot_bytes
+        states = self.cache.states.used + sum(growth.values())
+        return (
+            slots * self.cache.batch_size * self.model.slot_bytes + states * self.model.state_bytes
+        )
 
     def waste(self) -> float:
         """Share of the slots in the cache that hold nothing of a running sequence."""

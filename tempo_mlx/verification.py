@@ -1,19 +1,21 @@
 """The oracle: replay a lattice in one uncached pass, by the definitions, slot by slot.
 
 It shares neither the cache nor the vectorised visibility rules with what it checks. The model's
-own files run with a cache object that stores nothing.
+own files run with a cache object that stores nothing. What it shares is that tokens are rows of the
+model, which attention sees side by side.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from mlx_lm.models.cache import make_prompt_cache
 
 from .errors import TempoError
-from .lattice import Lattice
+from .lattice import Lattice, Token
 from .models import Capture, PositionedModel
-from .models.attention import AttentionRecorder
+from .models.attention import AttentionRecorder, during
+from .models.rows import TokenRows
 from .settings import Settings
 
 #: Visibilities that are defined here, too, slot by slot; see :func:`_sees` and :func:`_lines`.
@@ -43,21 +45,36 @@ class Verification:
     rows: int
 
 
+class _Replay:
+    """The pass that attention is told of: S tokens of one sequence, all of them rows."""
+
+    spread = False
+
+    def __init__(self, positions: np.ndarray, recorder: AttentionRecorder | None):
+        n = len(positions)
+        self.offset = mx.array(positions.astype(np.int32))
+        self.rows = TokenRows(np.zeros(n, np.int64), 1)
+        self.recorder = recorder
+
+    def mask_by_sequence(self, mask: mx.array) -> mx.array:
+        return mask.transpose(2, 1, 0, 3)
+
+
 class _Stateless:
     """What an attention module sees as its cache when a whole sequence is read at once."""
 
     def __init__(
         self,
-        offset: Any,
         positions: np.ndarray,
         mask: np.ndarray,
         window: int | None,
-        dtype: mx.Dtype,
-        recorder: AttentionRecorder | None,
+        model: PositionedModel,
+        replay: _Replay,
     ):
-        self.offset = offset
-        self.attention_recorder = recorder
-        self._positions, self._mask, self._window, self._dtype = positions, mask, window, dtype
+        self.offset = replay.offset
+        self.forward_pass = replay
+        self._positions, self._mask, self._window = positions, mask, window
+        self._dtype, self._grouped = model.dtype, model.grouped_scores
 
     def make_mask(
         self, N: int, return_array: bool = False, window_size: int | None = None
@@ -67,12 +84,14 @@ class _Stateless:
             if window is not None:
                 far = self._positions[:, None] - self._positions[None] >= window
                 mask = np.where(far, False if mask.dtype == bool else -np.inf, mask)
-        made = mx.array(mask)[None, None]
+        made = mx.array(mask)[:, None, None]  # [S, 1, 1, S]
+        made = made[:, :, None] if self._grouped else made
         return made if mask.dtype == bool else made.astype(self._dtype)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        self._keys_and_values = keys, values
-        return keys, values
+        # [S, H_kv, 1, D] of the tokens, to the keys and values of one sequence.
+        self._keys_and_values = keys.transpose(2, 1, 0, 3), values.transpose(2, 1, 0, 3)
+        return self._keys_and_values
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
         return self._keys_and_values
@@ -86,6 +105,8 @@ def verify(
 ) -> Verification:
     """Compare the logits that a cached run saw with one uncached pass over all its slots.
 
+    Where layers are recurrent: with mlx-lm's own reading of each text of the run by itself.
+
     Args:
         model: the model that made the run.
         lattice: the run's record: tokens, positions, sets, when they were pruned, key weights.
@@ -95,6 +116,8 @@ def verify(
     Raises:
         TempoError: for a visibility that is not among :data:`KNOWN`.
     """
+    if model.is_recurrent:
+        return _by_texts(model, lattice, seen)
     logits = replay(model, lattice, settings)
     differences = []
     compared = 0
@@ -105,6 +128,34 @@ def verify(
             replayed = logits[mx.array(slots)]
             differences.append(mx.abs(cached.astype(mx.float32) - replayed).max())
     return Verification(float(mx.stack(differences).max()), compared)
+
+
+def _by_texts(
+    model: PositionedModel, lattice: Lattice, seen: list[tuple[np.ndarray, mx.array]]
+) -> Verification:
+    tokens = {token.slot: token for step in lattice.steps for token in step.tokens}
+    last = len(lattice.prompt_tokens) - 1
+    cached = {
+        int(slot): rows[i] for slots, rows in seen for i, slot in enumerate(slots) if slot >= last
+    }
+    largest, compared = 0.0, set[int]()
+    # Without parents each set is one token, behind the one before.
+    before = {t.slot: t.slot - 1 if t.parent is None else t.parent for t in tokens.values()}
+    for end in [slot for slot in tokens if slot not in before.values()] or [last]:
+        line: list[Token] = []
+        while end in tokens:
+            line.insert(0, tokens[end])
+            end = before[end]
+        text = [*lattice.prompt_tokens, *(token.id for token in line)]
+        plain = model.model(mx.array(text)[None], cache=make_prompt_cache(model.model))[0, last:]
+        slots = [last, *(token.slot for token in line)]
+        known = [i for i, slot in enumerate(slots) if slot in cached and slot not in compared]
+        if known:
+            found = mx.stack([cached[slots[i]] for i in known]).astype(mx.float32)
+            expected = plain[mx.array(known)].astype(mx.float32)
+            largest = max(largest, float(mx.abs(found - expected).max()))
+            compared.update(slots[i] for i in known)
+    return Verification(largest, len(compared))
 
 
 def received_attention(
@@ -120,6 +171,10 @@ def received_attention(
         TempoError: for a visibility that is not among :data:`KNOWN`.
     """
     model.require_capture()
+    if model.is_recurrent:
+        raise TempoError(
+            "attention received needs one pass over all slots, which recurrent layers do not have"
+        )
     recorder = AttentionRecorder(Capture(full=True))
     mx.eval(replay(model, lattice, settings, recorder)[:1])
     layers = [weights[0].mean(axis=0) for weights in recorder.weights.values()]  # [S, S] each
@@ -161,12 +216,12 @@ def replay(
                 mask[q, k] = -np.inf
             elif weights is not None and (k_step < q_step or settings.visibility == "visible"):
                 mask[q, k] = np.log(max(weights[k], 1e-30)) if k_size > 1 or q_size > 1 else 0.0
-    offset = model.as_offset(positions[None])
+    shared = _Replay(positions, recorder)
     caches = [
-        _Stateless(offset, positions, mask, layer.window, model.dtype, recorder)
-        for layer in model.make_cache().layers
+        _Stateless(positions, mask, layer.window, model, shared) for layer in model.make_cache().kv
     ]
-    return model.model(mx.array(tokens)[None], cache=caches)[0].astype(mx.float32)
+    with during(shared):
+        return model.model(mx.array(tokens)[:, None], cache=caches)[:, 0].astype(mx.float32)
 
 
 def _lines(lattice: Lattice) -> list[set[int]]:

@@ -11,17 +11,18 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tempo_mlx.models import Capture, PositionedModel, UnsupportedModelError
+from tempo_mlx.models import BatchedKVCache, Capture, PositionedModel, UnsupportedModelError
+from tempo_mlx.models.attention import during
 from tests.tiny_models import architectures, shared_model, tiny_model
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.cache import CacheList, make_prompt_cache
 
 PAGE = Path(__file__).parents[1] / "docs" / "architectures.md"
-HEAD = "| type | result | capture | weights | window | reason |"
-RULE = "|---|---|---|---|---|---|"
+HEAD = "| type | result | sets | capture | weights | window | reason |"
+RULE = "|---|---|---|---|---|---|---|"
 TOLERANCE = 5e-4
 PROMPT_LENGTH = 14
 #: Per batch row: parent of each new token by its number, -1 for the prompt. Row 0 is three
@@ -43,6 +44,7 @@ class Outcome:
     capture: bool = False
     additive: bool = False
     windows: tuple[int, ...] = ()
+    recurrent: bool = False
 
 
 def stock(model: nn.Module, tokens: list[int]) -> np.ndarray:
@@ -104,26 +106,90 @@ def tree_difference(model: PositionedModel) -> float:
     return float(worst)
 
 
+def branches_difference(model: PositionedModel, seed: int = 3) -> float:
+    """Largest difference from stock over two random trees that grow by ragged steps.
+
+    Any node may be continued later. Half-way, nodes that no later step needs are dropped.
+    """
+    V = vocabulary(model.model)
+    rng = np.random.default_rng(seed)
+    caches = [prefilled(model, row[None])[0] for row in prompts(V)]
+    kv = BatchedKVCache.merge(caches)
+    kv.keeps_states = True
+    prompt = prompts(V)
+    # Of each sequence its nodes: tokens behind the prompt, and the slots that lead there.
+    nodes = [[([], list(range(PROMPT_LENGTH)))] for _ in prompt]
+    worst = 0.0
+    for step in range(5):
+        rows, tokens, parents, chains = [], [], [], []
+        for b in (0, 1):
+            for _ in range(int(rng.integers(0 if b else 1, 4))):
+                text, slots = nodes[b][rng.integers(len(nodes[b]))]
+                rows.append(b)
+                tokens.append(int(rng.integers(1, V - 1)))
+                parents.append(slots[-1])
+                chains.append((text + [tokens[-1]], slots))
+        ends = kv.counts[rows] + [rows[:i].count(b) for i, b in enumerate(rows)]
+        width = int(max(kv.counts + np.bincount(rows, minlength=2)))
+        mask = np.zeros((len(rows), width), bool)
+        for i, (_, slots) in enumerate(chains):
+            mask[i, [*slots, ends[i]]] = True
+        depth = np.array([PROMPT_LENGTH + len(text) - 1 for text, _ in chains])
+        logits = model(
+            mx.array(tokens)[None], depth[None], mx.array(mask)[None, None], kv,
+            rows=np.array(rows), parents=np.array(parents)[None],
+        )  # fmt: skip
+        mx.eval(logits, kv.state)
+        for i, (text, slots) in enumerate(chains):
+            expected = stock(model.model, [*prompt[rows[i]].tolist(), *text])
+            worst = max(worst, np.abs(np.array(logits[0, i].astype(mx.float32)) - expected).max())
+            nodes[rows[i]].append((text, [*slots, int(ends[i])]))
+        if step == 2:
+            keep = []
+            for b in (0, 1):
+                kept = [nodes[b][0], *(n for n in nodes[b][1:] if rng.random() < 0.6)]
+                live = sorted({slot for _, slots in kept for slot in slots})
+                nodes[b] = [(text, [live.index(s) for s in slots]) for text, slots in kept]
+                keep.append(np.array(live))
+            kv.compact(keep)
+    return float(worst)
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A pass in which nothing is moved."""
+
+    offset: mx.array
+    rows = recorder = None
+    spread = False
+
+    def mask_by_sequence(self, mask):
+        return mask
+
+
 class Uncached:
-    """A cache that stores nothing: one pass over all slots under a given mask."""
+    """A cache that stores nothing: all slots as rows [S, 1], each with a copy of all keys."""
 
-    attention_recorder = None
-
-    def __init__(self, offset, positions, allowed, window):
-        self.offset = offset
+    def __init__(self, positions, allowed, window, grouped):
+        self.offset = mx.array(positions)
         self.positions, self.allowed, self.window = positions, allowed, window
+        self.grouped = grouped
 
     def make_mask(self, N, return_array=False, window_size=None):
         allowed = self.allowed
         for window in (self.window, window_size):
             if window is not None:
-                near = self.positions[:, :, None] - self.positions[:, None] < window
-                allowed = allowed & near
-        return mx.array(allowed)[:, None]
+                allowed = allowed & (self.positions[:, None] - self.positions < window)
+        mask = mx.array(allowed)[:, None, None]
+        return mask[:, :, None] if self.grouped else mask
 
     def update_and_fetch(self, keys, values):
-        self.kept = keys, values
-        return keys, values
+        each = (
+            mx.broadcast_to(x.transpose(2, 1, 0, 3), (len(x), x.shape[1], len(x), x.shape[3]))
+            for x in (keys, values)
+        )
+        self.kept = tuple(each)
+        return self.kept
 
     def keys_and_values(self):
         return self.kept
@@ -154,14 +220,21 @@ def shared_difference(model: PositionedModel, visible: bool) -> float:
     for q in range(S):
         for k in range(S):
             allowed[q, k] = steps[k] < steps[q] or k == q or (visible and steps[k] == steps[q])
-    positions = np.broadcast_to(steps + PROMPT_LENGTH, (2, S))
-    offset = model.as_offset(positions)
-    caches = [
-        Uncached(offset, positions, np.broadcast_to(allowed, (2, S, S)), layer.window)
-        for layer in kv.layers
-    ]
-    whole = np.array(model.model(mx.array(tokens), cache=caches).astype(mx.float32))
-    return float(np.abs(np.concatenate(cached, axis=1) - whole[:, PROMPT_LENGTH:]).max())
+    worst = 0.0
+    for row, found in zip(tokens, np.concatenate(cached, axis=1), strict=True):
+
+        def uncached(layer, allowed=allowed):
+            if isinstance(layer, CacheList):
+                return CacheList(*map(uncached, layer.caches))
+            positions = steps + PROMPT_LENGTH
+            return Uncached(positions, allowed, layer.window, model.grouped_scores)
+
+        caches = [uncached(layer) for layer in kv.layers]
+        # Layers without a cache of their own ask the pass where its tokens are.
+        with during(Whole(mx.array(steps + PROMPT_LENGTH))):
+            whole = model.model(mx.array(row)[:, None], cache=caches).astype(mx.float32)
+        worst = max(worst, np.abs(found - np.array(whole)[PROMPT_LENGTH:, 0]).max())
+    return float(worst)
 
 
 def weighted_difference(model: PositionedModel) -> float:
@@ -197,6 +270,7 @@ def captured_sums(model: PositionedModel) -> dict[int, np.ndarray]:
         mx.array(mask)[None, None],
         kv,
         capture=Capture(full=True),
+        parents=np.full((2, 3), PROMPT_LENGTH - 1),
     )
     sums = {}
     for layer, weights in attention.items():
@@ -214,33 +288,44 @@ def examine(name: str) -> Outcome:
         model = PositionedModel(shared_model(name))
     except UnsupportedModelError as error:
         return Outcome(name, str(error).removeprefix(f"{name}: "))
-    assert tree_difference(model) < TOLERANCE, "branches differ from separate stock runs"
-    assert shared_difference(model, visible=False) < TOLERANCE, "isolated sets"
-    assert shared_difference(model, visible=True) < TOLERANCE, "visible sets"
-    try:
-        additive = weighted_difference(model) < TOLERANCE
-        assert additive, "additive masks are accepted and wrong"
-    except UnsupportedModelError:
-        additive = False
+    assert branches_difference(model) < TOLERANCE, "branches differ from separate stock runs"
+    additive = False
+    if not model.is_recurrent:
+        assert tree_difference(model) < TOLERANCE, "tokens of several depths in one pass"
+        assert shared_difference(model, visible=False) < TOLERANCE, "isolated sets"
+        assert shared_difference(model, visible=True) < TOLERANCE, "visible sets"
+        try:
+            additive = weighted_difference(model) < TOLERANCE
+            assert additive, "additive masks are accepted and wrong"
+        except UnsupportedModelError:
+            pass
     if model.captures_attention:
         for sums in captured_sums(model).values():
             assert (sums <= 1 + 1e-5).all() and (sums > 0).all()
     # The wrapped model still is the stock model.
     text = list(range(1, 15))
     np.testing.assert_array_equal(stock(model.model, text), stock(tiny_model(name), text))
-    windows = {w for w in (layer.window for layer in model.make_cache().layers) if w}
+    windows = {w for w in (layer.window for layer in model.make_cache().kv) if w}
     assert all(window < PROMPT_LENGTH - 2 for window in windows), "a window is not crossed"
-    return Outcome(name, None, model.captures_attention, additive, tuple(sorted(windows)))
+    return Outcome(
+        name,
+        None,
+        model.captures_attention,
+        additive,
+        tuple(sorted(windows)),
+        model.is_recurrent,
+    )
 
 
 def row(outcome: Outcome) -> str:
     """The line of an architecture in the page's table."""
     if outcome.reason is not None:
         reason = " ".join(outcome.reason.split()).replace("|", "/")
-        return f"| {outcome.name} | refused | | | | {reason} |"
+        return f"| {outcome.name} | refused | | | | | {reason} |"
     capture, additive = ("yes" if each else "no" for each in (outcome.capture, outcome.additive))
+    sets = "no" if outcome.recurrent else "yes"
     window = "yes" if outcome.windows else ""
-    return f"| {outcome.name} | exact | {capture} | {additive} | {window} | |"
+    return f"| {outcome.name} | exact | {sets} | {capture} | {additive} | {window} | |"
 
 
 def page(rows: Iterable[str]) -> str:
@@ -255,6 +340,8 @@ def page(rows: Iterable[str]) -> str:
             "the numbers of the stock model; the others are refused with the reason below. "
             "`make docs` repeats the comparison on tiny random models and writes this page.",
             "",
+            "*Sets*: sets of tokens may be seen whole (`isolated`, `visible`, `hidden`); where "
+            "layers have recurrent state, each branch has its own, in `tree` and `recombined`. "
             "*Capture*: attention weights can be reported. *Weights*: keys can be weighted by an "
             "additive mask. *Window*: the tiny model's sliding window was crossed.",
             "",

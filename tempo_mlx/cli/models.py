@@ -113,6 +113,7 @@ def to_dict(ours: list[RecipeModel], cached: list[HubModel]) -> dict:
                 "bytes": model.n_bytes,
                 "supported": not model.problem,
                 "problem": model.problem or None,
+                "branch_bytes": model.branch_bytes,
             }
             for model in cached
         ],
@@ -133,6 +134,15 @@ def recipe_table(ours: list[RecipeModel]) -> Table:
     return table
 
 
+def supported(model: HubModel) -> Text:
+    """Whether the model can be used, and what a branch of it costs beside its slots."""
+    if model.problem:
+        return Text(model.problem)
+    if not model.branch_bytes:
+        return Text("yes", "green")
+    return Text.assemble(("yes", "green"), f", {size(model.branch_bytes)} of states for a branch")
+
+
 def hub_table(cached: list[HubModel]) -> Table:
     table = Table("repository", title="Models in the Hub's cache", title_justify="left")
     table.add_column("size", justify="right")
@@ -142,7 +152,7 @@ def hub_table(cached: list[HubModel]) -> Table:
         table.add_row(
             model.repo,
             size(model.n_bytes),
-            Text(model.problem) if model.problem else Text("yes", "green"),
+            supported(model),
             str(model.path),
         )
     return table

@@ -3,14 +3,16 @@
 The fused kernel returns no weights. mlx-lm's model files import ``scaled_dot_product_attention``
 by name, so a replacement in the model file's namespace sees the queries, keys, mask and cache of
 the real call. It recomputes softmax(q k^T) for what a :class:`Capture` asks for and leaves the
-output to the original; without a capture, and for any other cache, it is the original. Tokens that
-come packed, rows of a batch side by side, are put into their rows for the call.
+output to the original; without a capture, and for any other cache, it is the original. The tokens
+of a step, which come as rows, are put side by side in their sequences for the call.
 """
 
 import functools
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,7 +20,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from .layout import Layout
+from .rows import TokenRows
 
 LOG2_E = math.log2(math.e)
 
@@ -56,7 +58,7 @@ class Capture:
         # Not a matrix product: GPUs may round its operands to TF32.
         return (mx.expand_dims(rows, -1) * by_row).sum(axis=1)
 
-    def report(self, weights: mx.array, nth: int, packing: Layout | None = None) -> Any:
+    def report(self, weights: mx.array, nth: int, tokens: TokenRows | None = None) -> Any:
         """What is reported of the nth layer, whose weights are [B, H, T, S]."""
         return weights if self.full else self.received(weights, nth)
 
@@ -87,11 +89,11 @@ class HeadCapture(Capture):
             [layers + 1, ..], those of a plain capture for each layer before them.
     """
 
-    def report(self, weights: mx.array, nth: int, packing: Layout | None = None) -> ByHead:
+    def report(self, weights: mx.array, nth: int, tokens: TokenRows | None = None) -> ByHead:
         """The reductions of the nth layer."""
         *layers, means = np.asarray(self.row_weights, np.float32)
         rows = mx.array(np.atleast_2d(means))[:, None, :, None]
-        entropy = on_tokens(_entropy, weights, packing)[..., 0]
+        entropy = on_tokens(_entropy, weights, tokens)[..., 0]
         return ByHead(
             (rows * weights).sum(axis=2),
             entropy,
@@ -101,12 +103,12 @@ class HeadCapture(Capture):
 
 
 def on_tokens(
-    function: Callable[[mx.array], mx.array], rows: mx.array, packing: Layout | None
+    function: Callable[[mx.array], mx.array], rows: mx.array, tokens: TokenRows | None
 ) -> mx.array:
     """A function of single rows [.., S] on rows [B, H, T, S]; places left over are not computed."""
-    if packing is None:
+    if tokens is None or tokens.is_rectangular or tokens.batch_size == 1:
         return function(rows)
-    return packing.placed(function(packing.selected(rows)))
+    return tokens.placed(function(tokens.selected(rows)))
 
 
 def _entropy(weights: mx.array) -> mx.array:
@@ -140,7 +142,7 @@ class AttentionRecorder:
         scale: float,
         mask: mx.array | str | None,
         sinks: mx.array | None,
-        packing: Layout | None = None,
+        tokens: TokenRows | None = None,
     ) -> None:
         """Take note of one attention call; see :func:`attention_weights` for its arguments."""
         layer = self.calls
@@ -149,11 +151,11 @@ class AttentionRecorder:
         if capture is None or (capture.layers is not None and layer not in capture.layers):
             return
         if capture.rows is not None:
-            packing = None
+            tokens = None
         weights = attention_weights(
-            queries, keys, scale, mask, sinks, capture.heads, capture.rows, packing
+            queries, keys, scale, mask, sinks, capture.heads, capture.rows, tokens
         )
-        self.weights[layer] = capture.report(weights, len(self.weights), packing)
+        self.weights[layer] = capture.report(weights, len(self.weights), tokens)
 
 
 def attention_weights(
@@ -164,7 +166,7 @@ def attention_weights(
     sinks: mx.array | None = None,
     heads: tuple[int, ...] | None = None,
     rows: tuple[int, ...] | None = None,
-    packing: Layout | None = None,
+    tokens: TokenRows | None = None,
 ) -> mx.array:
     """softmax(scale q k^T + mask) in fp32.
 
@@ -174,7 +176,7 @@ def attention_weights(
         mask: None, "causal", boolean (True = may attend) or additive, broadcast to [B, H, T, S].
         sinks: [H], logits of a slot that takes attention and gives nothing.
         heads, rows: the query heads and query rows wanted; None means all.
-        packing: how tokens lie in the rows, where some places of all rows are left over.
+        tokens: how they lie in the rows, where some places of all rows are left over.
 
     Returns:
         [B, len(heads), len(rows), S]; rows sum to 1 (to less than 1 with sinks).
@@ -205,9 +207,28 @@ def attention_weights(
         else:
             scores = scores + mask.astype(mx.float32)
     if sinks is None:
-        return on_tokens(_softmax, scores, packing)
+        return on_tokens(_softmax, scores, tokens)
     sink = mx.broadcast_to(sinks.astype(mx.float32)[None, :, None, None], (*scores.shape[:3], 1))
-    return on_tokens(_softmax, mx.concatenate([scores, sink], axis=-1), packing)[..., :-1]
+    return on_tokens(_softmax, mx.concatenate([scores, sink], axis=-1), tokens)[..., :-1]
+
+
+#: The pass of a cache of ours that a model is called for.
+_running: ContextVar[Any] = ContextVar("running", default=None)
+
+
+@contextmanager
+def during(forward_pass: Any) -> Iterator[None]:
+    """While this is open, attention without a cache belongs to the pass."""
+    token = _running.set(forward_pass)
+    try:
+        yield
+    finally:
+        _running.reset(token)
+
+
+def running() -> Any:
+    """The pass of a cache of ours that a model is being called for; None where there is none."""
+    return _running.get()
 
 
 def _recording(original):
@@ -215,16 +236,23 @@ def _recording(original):
     def scaled_dot_product_attention(
         queries, keys, values, cache, scale, mask, sinks=None, **kwargs
     ):
-        packing = getattr(cache, "packing", None)
-        if packing is not None:
-            queries = packing.unpack(queries)
-        recorder = getattr(cache, "attention_recorder", None)
-        if recorder is not None:
-            recorder.record(queries, keys, scale, mask, sinks, packing)
+        # Layers that share the keys of another one may have no cache.
+        now = running() if cache is None else getattr(cache, "forward_pass", None)
         if sinks is not None:
             kwargs["sinks"] = sinks
-        output = original(queries, keys, values, cache=cache, scale=scale, mask=mask, **kwargs)
-        return output if packing is None else packing.pack(output)
+        attend = functools.partial(original, cache=cache, scale=scale, **kwargs)
+        if now is None:
+            return attend(queries, keys, values, mask=mask)
+        rows = now.rows
+        moved = queries if rows is None else rows.by_sequence(queries)
+        moved_mask = now.mask_by_sequence(mask)
+        if now.recorder is not None:
+            own = keys[mx.array(rows.tokens[:, 0])] if now.spread else keys
+            now.recorder.record(moved, own, scale, moved_mask, sinks, rows)
+        if now.spread:
+            return attend(queries, keys, values, mask=mask)
+        output = attend(moved, keys, values, mask=moved_mask)
+        return output if rows is None else rows.by_token(output)
 
     scaled_dot_product_attention.records_attention = True  # type: ignore[attr-defined]
     return scaled_dot_product_attention

@@ -1,16 +1,18 @@
-"""The key-value cache: slots, one sequence state for all layers and batch rows."""
+"""What a model has read: slots of keys and values, and states of recurrent layers, in rows."""
 
 import weakref
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from mlx_lm.models.cache import ArraysCache, CacheList
 
 from ..errors import TempoError
 from .attention import AttentionRecorder
-from .forward_pass import AsOffset, ForwardPass
-from .layout import Layout
-from .positions import Positions
+from .forward_pass import ForwardPass, Spread
+from .rows import TokenRows
+from .states import NONE, BranchStates, States
 
 #: Slots by which the buffers of a single row grow.
 BLOCK = 256
@@ -45,18 +47,14 @@ class LayerCache:
         return running
 
     @property
-    def offset(self) -> Positions | mx.array | int:
-        """Positions of the new tokens: what the model hands to its rotary modules."""
+    def offset(self) -> mx.array | int:
+        """Position of each row's first new token: what the model hands to its rotary modules."""
         running = self.owner.running
         return 0 if running is None else running.offset
 
     @property
-    def attention_recorder(self) -> AttentionRecorder | None:
-        return self.running.recorder
-
-    @property
-    def packing(self) -> Layout | None:
-        return self.running.packing
+    def forward_pass(self) -> ForwardPass:
+        return self.running
 
     def make_mask(
         self, N: int, return_array: bool = False, window_size: int | None = None
@@ -65,7 +63,7 @@ class LayerCache:
         return self.owner.mask_within(min(windows) if windows else None, return_array)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Append keys [B, H_kv, T, D] and values; returns those of all slots."""
+        """Append keys [R, H_kv, T, D] and values; returns those of all slots."""
         running, owner = self.running, self.owner
         if self.keys is None or self.values is None or running.end > self.keys.shape[2]:
             self.keys = owner.with_room(self.keys, keys, running.end)
@@ -76,13 +74,44 @@ class LayerCache:
         return self.keys_and_values()
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
-        """Keys and values of all slots, [B, H_kv, S, D]."""
+        """Keys and values of all slots, [B, H_kv, S, D]; of each row's sequence in some passes."""
         assert self.keys is not None and self.values is not None
-        return self.keys[..., : self.n_slots, :], self.values[..., : self.n_slots, :]
+        keys, values = self.keys[..., : self.n_slots, :], self.values[..., : self.n_slots, :]
+        running = self.owner.running
+        if running is None:
+            return keys, values
+        return running.fetched(keys), running.fetched(values)
 
     @property
     def state(self) -> list[mx.array]:
         return [] if self.keys is None or self.values is None else [self.keys, self.values]
+
+
+#: What a layer keeps: a sliding window of its keys in logical positions, None for all of them;
+#: states; or several of these.
+Kind = int | States | tuple["Kind", ...] | None
+
+
+def layer_of(
+    kind: Kind,
+    make: Callable[[int | None], Any],
+    attention: list[Any],
+    recurrent: list[ArraysCache],
+) -> Any:
+    """What a layer of a model gets as its cache.
+
+    Args:
+        kind: what the layer keeps.
+        make: the cache of keys and values with a window.
+        attention, recurrent: take what was made.
+    """
+    if isinstance(kind, tuple):
+        return CacheList(*(layer_of(part, make, attention, recurrent) for part in kind))
+    if isinstance(kind, States):
+        recurrent.append(ArraysCache(kind.n_arrays))
+        return recurrent[-1]
+    attention.append(make(kind))
+    return attention[-1]
 
 
 class BatchedKVCache:
@@ -93,23 +122,37 @@ class BatchedKVCache:
 
     Args:
         batch_size: rows, at least 1.
-        windows: for each layer its sliding window in logical positions, or None.
-        as_offset: makes of positions [B, T] what the model hands to its rotary modules.
+        kinds: what each layer keeps.
+        spread_rows: see :class:`.forward_pass.ForwardPass`.
         grouped_scores: give masks an axis for the query heads of a group, [B, 1, 1, T, S].
     """
 
     def __init__(
         self,
         batch_size: int,
-        windows: Sequence[int | None],
-        as_offset: AsOffset = Positions,
+        kinds: Sequence[Kind],
+        spread_rows: Spread = False,
         grouped_scores: bool = False,
     ):
         if batch_size < 1:
             raise TempoError(f"batch_size must be at least 1, got {batch_size}")
-        self._as_offset = as_offset
+        self._spread_rows = spread_rows
         self._grouped_scores = grouped_scores
-        self.layers = [LayerCache(self, window) for window in windows]
+        self._kinds = tuple(kinds)
+        #: keys and values of the attention layers, in order
+        self.kv: list[LayerCache] = []
+        recurrent: list[ArraysCache] = []
+        #: what the model's layers get
+        self.layers = [
+            layer_of(kind, lambda window: LayerCache(self, window), self.kv, recurrent)
+            for kind in kinds
+        ]
+        self.states = BranchStates(recurrent)
+        #: whether every slot keeps its state, so that any may be continued; else only those of the
+        #: pass that was a sequence's last
+        self.keeps_states = False
+        #: place of each slot's state, [B, S]
+        self._places = np.full((batch_size, BLOCK if recurrent else 0), NONE, np.int32)
         self._table = np.zeros((batch_size, BLOCK), np.int32)
         #: slots of each row, [B]
         self.counts = np.zeros(batch_size, np.int64)
@@ -137,13 +180,13 @@ class BatchedKVCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the keys and values occupy, room for slots to come included."""
-        return sum(array.nbytes for layer in self.layers for array in layer.state)
+        """Bytes of keys, values and states, room for more included."""
+        return sum(array.nbytes for array in self.state)
 
     @property
     def state(self) -> list[mx.array]:
         """The arrays to evaluate with the logits, so that no graph outlives its step."""
-        return [array for layer in self.layers for array in layer.state]
+        return [array for layer in self.kv for array in layer.state] + self.states.state
 
     def room(self, needed: int) -> int:
         """Slots that the buffers will have room for once ``needed`` are in the longest row.
@@ -178,9 +221,10 @@ class BatchedKVCache:
         """
         if n < 1:
             raise TempoError(f"n must be at least 1, got {n}")
-        for layer in self.layers:
+        for layer in self.kv:
             layer.keys, layer.values = _repeated(layer.keys, n), _repeated(layer.values, n)
         self._table = np.repeat(self._table, n, axis=0)
+        self._places = np.repeat(self._places, n, axis=0)
         self.counts = np.repeat(self.counts, n)
 
     def select(self, rows: Sequence[int] | np.ndarray) -> None:
@@ -193,10 +237,10 @@ class BatchedKVCache:
         if rows.ndim != 1 or rows.size == 0 or rows.min() < 0 or rows.max() >= self.batch_size:
             raise TempoError(f"rows must be indices in [0, {self.batch_size}), got {rows.tolist()}")
         chosen = mx.array(rows.astype(np.int32))
-        for layer in self.layers:
+        for layer in self.kv:
             if layer.keys is not None and layer.values is not None:
                 layer.keys, layer.values = layer.keys[chosen], layer.values[chosen]
-        self._table = self._table[rows]
+        self._table, self._places = self._table[rows], self._places[rows]
         self.counts = self.counts[rows]
 
     def compact(self, keep: np.ndarray | Sequence[int] | Sequence[np.ndarray]) -> None:
@@ -229,10 +273,8 @@ class BatchedKVCache:
                 return mx.take(buffer, device, axis=2)
             return mx.take_along_axis(buffer, device[:, None, :, None], axis=2)
 
-        table = np.take_along_axis(
-            self._table, np.broadcast_to(index, (self.batch_size, index.shape[-1])), axis=1
-        )
-        self._replace(gather, table, counts)
+        chosen = np.broadcast_to(index, (self.batch_size, index.shape[-1]))
+        self._replace(gather, np.arange(self.batch_size)[:, None], chosen, counts)
 
     def rearrange(self, rows: np.ndarray, slots: np.ndarray, counts: np.ndarray) -> None:
         """Make new rows of the slots of any rows: slot s of row b comes from (rows, slots)[b, s].
@@ -246,7 +288,7 @@ class BatchedKVCache:
         def gather(buffer: mx.array) -> mx.array:
             return mx.contiguous(buffer[row_index, :, slot_index].transpose(0, 2, 1, 3))
 
-        self._replace(gather, self._table[rows, slots], np.asarray(counts, np.int64))
+        self._replace(gather, rows, slots, np.asarray(counts, np.int64))
 
     def rearrange_row(self, row: int, slots: np.ndarray) -> None:
         """Keep these slots of one row, in this order, and no other row."""
@@ -255,10 +297,15 @@ class BatchedKVCache:
         self.compact(slots)
 
     def _replace(
-        self, gather: Callable[[mx.array], mx.array], table: np.ndarray, counts: np.ndarray
+        self,
+        gather: Callable[[mx.array], mx.array],
+        rows: np.ndarray,
+        slots: np.ndarray,
+        counts: np.ndarray,
     ) -> None:
-        width = table.shape[1]
-        for layer in self.layers:
+        """Move the slots (rows, slots) [B', S'] of all layers by ``gather``."""
+        width = slots.shape[1]
+        for layer in self.kv:
             for name in ("keys", "values"):
                 buffer = getattr(layer, name)
                 if buffer is not None:
@@ -268,8 +315,13 @@ class BatchedKVCache:
                     # Evaluated layer by layer, so that one layer at a time exists twice.
                     mx.eval(gathered)
             layer.n_slots = min(layer.n_slots, width)
-        self._table, self.counts = table, counts
+        self._table, self.counts = self._table[rows, slots], counts
         self.capacity = min(self.capacity, width)
+        if self.states:
+            self._places = self._places[rows, slots]
+            live = self._live_places()
+            self.states.keep(live)
+            self._renumber(live, np.arange(len(live)))
 
     def extract(self, row: int) -> "BatchedKVCache":
         """A cache of its own for one row, with that row's slots only."""
@@ -277,13 +329,16 @@ class BatchedKVCache:
             raise TempoError(f"row must be in [0, {self.batch_size}), got {row}")
         count = int(self.counts[row])
         alone = self._empty(1)
-        for layer, copy in zip(self.layers, alone.layers, strict=True):
+        for layer, copy in zip(self.kv, alone.kv, strict=True):
             if layer.keys is not None and layer.values is not None:
                 copy.keys = layer.keys[row : row + 1, :, :count]
                 copy.values = layer.values[row : row + 1, :, :count]
                 copy.n_slots = count
         alone._table = self._table[row : row + 1, :count].copy()
         alone.counts, alone.capacity = np.array([count]), count
+        if self.states:
+            alone._places = np.full((1, count), NONE, np.int32)
+            alone._take_states(0, np.arange(count), self, row, np.arange(count))
         return alone
 
     @classmethod
@@ -293,8 +348,8 @@ class BatchedKVCache:
             raise TempoError("caches must name at least 1 cache")
         merged = caches[0]._empty(sum(cache.batch_size for cache in caches))
         width = max(cache.n_slots for cache in caches)
-        for i, layer in enumerate(merged.layers):
-            parts = [cache.layers[i] for cache in caches]
+        for i, layer in enumerate(merged.kv):
+            parts = [cache.kv[i] for cache in caches]
             for name in ("keys", "values"):
                 filled = [(p, getattr(p, name)) for p in parts if getattr(p, name) is not None]
                 if filled:
@@ -311,13 +366,19 @@ class BatchedKVCache:
             [np.pad(c.slot_positions, ((0, 0), (0, width - c.n_slots))) for c in caches]
         )
         merged.capacity = width
+        if merged.states:
+            merged._places = np.full(merged._table.shape, NONE, np.int32)
+            sources = [(cache, row) for cache in caches for row in range(cache.batch_size)]
+            for row, (cache, source) in enumerate(sources):
+                own = np.arange(cache.counts[source])
+                merged._take_states(row, own, cache, source, own)
         return merged
 
     def adopt(self, other: "BatchedKVCache", source: int, row: int) -> np.ndarray:
         """Append the slots of a row of another cache to a row of this one; returns their slots."""
         count, start = int(other.counts[source]), int(self.counts[row])
         end = start + count
-        for layer, theirs in zip(self.layers, other.layers, strict=True):
+        for layer, theirs in zip(self.kv, other.kv, strict=True):
             for name in ("keys", "values"):
                 new = getattr(theirs, name)
                 if new is not None:
@@ -328,51 +389,106 @@ class BatchedKVCache:
         self._widen(end)
         self._table[row, start:end] = other._table[source, :count]
         self.counts[row] = end
-        return np.arange(start, end)
+        slots = np.arange(start, end)
+        if self.states:
+            self._places[row, start:] = NONE
+            self._take_states(row, slots, other, source, np.arange(count))
+        return slots
+
+    def last_states(self) -> dict[str, mx.array]:
+        """States of each row's last slot, ``states.<i>`` [B, ..]; empty where there are none."""
+        if not self.states or (self.counts == 0).any():
+            return {}
+        places = self._places[np.arange(self.batch_size), self.counts - 1]
+        taken = self.states.taken(places)
+        return {f"states.{i}": array for i, array in enumerate(taken) if array is not None}
 
     def fill(self, arrays: dict[str, mx.array], positions: np.ndarray) -> None:
         """Take the slots of an empty cache from arrays.
 
         Args:
-            arrays: ``layers.<i>.keys`` and ``layers.<i>.values``, [B, H_kv, S, D] each.
+            arrays: ``layers.<i>.keys`` and ``layers.<i>.values``, [B, H_kv, S, D] each; and what
+                :meth:`last_states` returned.
             positions: of the slots, [B, S].
 
         Raises:
             ValueError: if their shapes do not fit.
         """
         B, S = positions.shape
-        for i, layer in enumerate(self.layers):
+        for i, layer in enumerate(self.kv):
             keys, values = (arrays.pop(f"layers.{i}.{name}", None) for name in ("keys", "values"))
             if keys is not None and values is not None:
                 layer.keys, layer.values, layer.n_slots = keys, values, S
-        for layer in self.layers:
+        for layer in self.kv:
             if any(a.ndim != 4 or (a.shape[0], a.shape[2]) != (B, S) for a in layer.state):
                 raise TempoError(f"the arrays are not [{B}, H_kv, {S}, D]")
+        states = [arrays.pop(f"states.{i}", None) for i in range(self.states.n_arrays)]
         if arrays:
             raise TempoError(f"the model has no {sorted(arrays)[0]}")
         self._table = positions.astype(np.int32)
         self.counts, self.capacity = np.full(B, S), S
+        if self.states and S:
+            if any(state is not None and len(state) != B for state in states):
+                raise TempoError(f"the states are not [{B}, ..]")
+            self._places = np.full((B, S), NONE, np.int32)
+            self.states.give(states, B, np.zeros(0, np.int64))
+            self._places[:, -1] = np.arange(B)
 
     def truncate(self, n: int) -> None:
         """Keep the first n slots of each row that has more."""
         self.counts = np.minimum(self.counts, n)
-        for layer in self.layers:
+        for layer in self.kv:
             layer.n_slots = min(layer.n_slots, self.n_slots)
 
     def align(self) -> None:
-        """Let all rows append at the same slot from now on; what is skipped stays unused."""
-        self.counts[:] = self.n_slots
+        """Let all rows append at the same slot from now on; what is skipped stays unused.
+
+        Not where layers are recurrent, which continue the last slot.
+        """
+        if not self.states:
+            self.counts[:] = self.n_slots
 
     def clear(self, row: int) -> None:
         """Forget the slots of a row."""
         self.counts[row] = 0
 
     def _empty(self, batch_size: int) -> "BatchedKVCache":
-        windows = [layer.window for layer in self.layers]
-        return BatchedKVCache(batch_size, windows, self._as_offset, self._grouped_scores)
+        empty = BatchedKVCache(batch_size, self._kinds, self._spread_rows, self._grouped_scores)
+        empty.keeps_states = self.keeps_states
+        return empty
+
+    def _live_places(self) -> np.ndarray:
+        """Places of the states that slots have, ascending."""
+        present = np.arange(self._places.shape[1]) < self.counts[:, None]
+        places = np.unique(self._places[present])
+        return places[places != NONE]
+
+    def _renumber(self, old: np.ndarray, new: np.ndarray) -> None:
+        """States have moved from the places ``old``, ascending, to ``new``."""
+        at = np.searchsorted(old, self._places)
+        found = (at < len(old)) & (self._places != NONE)
+        found[found] = old[at[found]] == self._places[found]
+        self._places = np.where(found, new[np.where(found, at, 0)] if len(new) else NONE, NONE)
+
+    def _take_states(
+        self, row: int, slots: np.ndarray, other: "BatchedKVCache", source: int, theirs: np.ndarray
+    ) -> None:
+        """Copy the states of another cache's slots to slots of this one."""
+        places = other._places[source, theirs]
+        have = places != NONE
+        if not have.any():
+            return
+        chosen, of_slot = np.unique(places[have], return_inverse=True)
+        live = self._live_places()
+        moved, first = self.states.give(other.states.taken(chosen), len(chosen), live)
+        self._renumber(live, moved)
+        self._places[row, slots[have]] = first + of_slot
 
     def _widen(self, needed: int) -> None:
-        """Room in the table of positions for ``needed`` slots."""
+        """Room in the tables for ``needed`` slots."""
+        if self.states and needed > self._places.shape[1]:
+            more = max(needed, 2 * self._places.shape[1]) - self._places.shape[1]
+            self._places = np.pad(self._places, ((0, 0), (0, more)), constant_values=NONE)
         width = self._table.shape[1]
         if needed > width:
             grown = np.zeros((self.batch_size, max(needed, 2 * width)), np.int32)
@@ -384,73 +500,104 @@ class BatchedKVCache:
         positions: np.ndarray,
         mask: mx.array | str,
         recorder: AttentionRecorder | None,
-        layout: Layout | None = None,
-        packed: bool = False,
-    ) -> np.ndarray:
+        rows: TokenRows | None = None,
+        parents: np.ndarray | None = None,
+    ) -> None:
         """Open a forward pass over new tokens.
 
         Args:
-            positions: of the new tokens, [B, T], by rows.
-            mask: "causal" or [B, 1, T, S + T'], as they see the slots after this pass.
+            positions: of the new tokens, [B, T] of a chunk or [N, 1] of a step.
+            mask: "causal" or an array broadcast to [B, 1, T, S'] or [N, 1, 1, S'], over the slots
+                that there are after this pass, S' of the longest sequence.
             recorder: takes note of attention.
-            layout: how the tokens lie in the rows; None where every row has T of them.
-            packed: whether the model sees the tokens as [1, N], not by rows.
-
-        Returns:
-            the positions as the model is to see them.
+            rows: of a step, the sequences of its tokens.
+            parents: where layers are recurrent, the slot that each row continues, in its own
+                sequence, [R]; -1 where nothing was read before. None for the last slots.
         """
         positions = np.asarray(positions)
-        B, T = positions.shape
-        if self.batch_size != B:
-            raise TempoError(f"positions have {B} rows, the cache has {self.batch_size}")
-        counts = np.full(B, T) if layout is None else layout.counts
-        after = self.counts + counts
+        R, T = positions.shape
+        if rows is None and self.batch_size != R:
+            raise TempoError(f"positions have {R} rows, the cache has {self.batch_size}")
+        after = self.counts + (T if rows is None else rows.counts)
         end = int(after.max())
         if isinstance(mask, str):
             if mask != "causal":
                 raise TempoError(f'mask must be "causal" or an array, got {mask!r}')
-            if (after != end).any() or (counts != T).any():
+            if (after != end).any() or (rows is not None and not rows.is_aligned):
                 raise TempoError('mask "causal" needs rows of equally many slots; give an array')
-        elif mask.ndim != 4 or mask.shape[-2:] != (T, end) or mask.shape[0] not in (1, B):
-            raise TempoError(f"mask must be [{B}, 1, {T}, {end}], got {list(mask.shape)}")
-        start = slots = None
-        if not packed and (counts == T).all() and (self.counts == self.counts[0]).all():
-            start, layout = int(self.counts[0]), None
-        elif layout is None:
-            layout = Layout(np.repeat(np.arange(B), T), B)
+        elif mask.ndim != 4 or mask.shape[-2:] != (T, end) or mask.shape[0] not in (1, R):
+            raise TempoError(f"mask must be [{R}, 1, {T}, {end}], got {list(mask.shape)}")
         self._widen(end)
-        if layout is None:
-            self._table[:, end - T : end] = positions
+        alike = (self.counts == self.counts[0]).all()
+        start = sequences = slots = None
+        if alike and (rows is None or rows.is_rectangular):
+            start = int(self.counts[0])
+            columns = positions if rows is None else positions.reshape(rows.batch_size, -1)
+            self._table[:, start:end] = columns
         else:
-            slots = self.counts[layout.rows] + layout.rank
-            self._table[layout.rows, slots] = positions[layout.rows, layout.rank]
-        seen = positions
-        if packed and layout is not None:
-            seen = positions[layout.rows, layout.rank][None]
+            sequences = np.repeat(np.arange(R), T) if rows is None else rows.sequences
+            rank = np.tile(np.arange(T), R) if rows is None else rows.rank
+            slots = self.counts[sequences] + rank
+            self._table[sequences, slots] = positions.reshape(-1)
+        keys = self._table[:, :end]
+        if rows is not None and self.batch_size > 1:
+            keys = keys[rows.sequences]
         self.running = ForwardPass(
-            self._as_offset(seen),
             positions,
-            self._table[:, :end],
+            keys,
             mask,
             start,
-            layout,
+            rows,
+            sequences,
             slots,
-            packed,
+            self._spread_rows,
             recorder,
             self._grouped_scores,
         )
         self._after = after
-        return seen
+        if self.states:
+            self._load_states(rows, parents)
+
+    def _load_states(self, rows: TokenRows | None, parents: np.ndarray | None) -> None:
+        sequences = np.arange(self.batch_size) if rows is None else rows.sequences
+        if parents is None:
+            parents = self.counts[sequences] - 1
+        read = parents >= 0
+        places = np.where(read, self._places[sequences, np.maximum(parents, 0)], NONE)
+        if (places[read] == NONE).any():
+            raise RuntimeError("a token continues a slot whose state was let go of")
+        if read.any() and not read.all():
+            raise RuntimeError("a step mixes tokens that begin a text with others")
+        self.states.load(places)
+
+    def _store_states(self) -> None:
+        """The states that the pass has made belong to its tokens; of a chunk, to the last ones."""
+        assert self.running is not None
+        rows = self.running.rows
+        sequences = np.arange(self.batch_size) if rows is None else rows.sequences
+        rank = self._after[sequences] - self.counts[sequences] - 1 if rows is None else rows.rank
+        slots = self.counts[sequences] + rank
+        if not self.keeps_states:
+            self._places[np.unique(sequences)] = NONE
+        for row in np.unique(sequences):
+            self._places[row, self.counts[row] : self._after[row]] = NONE
+        live = self._live_places()
+        moved, first = self.states.store(len(sequences), live)
+        self._renumber(live, moved)
+        self._places[sequences, slots] = first + np.arange(len(sequences))
 
     def end(self) -> None:
         """Close the forward pass: the new tokens are slots now."""
+        if self.states:
+            self._store_states()
         self.counts = self._after
         self.running = None
 
     def abandon(self) -> None:
         """Close a forward pass that failed: forget what it appended."""
-        for layer in self.layers:
+        for layer in self.kv:
             layer.n_slots = min(layer.n_slots, self.n_slots)
+        self.states.release_layers()
         self.running = None
 
     def mask_within(self, window: int | None, return_array: bool) -> mx.array | str | None:

@@ -1,72 +1,82 @@
 """One forward pass: where its tokens go in the cache, and what they see."""
 
-from collections.abc import Callable
-from typing import Any
+from typing import Literal
 
 import mlx.core as mx
 import numpy as np
 
 from .attention import AttentionRecorder
-from .layout import Layout
+from .rows import TokenRows
+
+#: Whether rows get keys of their own: never, where there are several sequences, or always.
+Spread = bool | Literal["always"]
 
 
 class ForwardPass:
     """What the layers' caches need to know of the running forward pass.
 
+    A chunk is T consecutive tokens of each of R sequences, [R, T]. A step is R tokens of any
+    sequences, [R, 1].
+
     Args:
-        offset: what the model hands to its rotary modules.
-        positions: logical positions of the new tokens by rows, [B, T].
-        keys: logical positions of all slots, the new ones included, [B, S].
-        mask: "causal" or an array broadcast to [B, 1, T, S].
-        start: the slot at which all rows append; None where it differs.
-        layout: where tokens come packed or padded, how they lie in the rows.
-        slots: the slot of each of the N tokens, [N], where ``start`` is None.
-        packed: whether the model sees the tokens as [1, N].
+        positions: logical positions of the new tokens, [R, T].
+        keys: logical positions of the slots that each row sees, the new ones included, [R or 1, S].
+        mask: "causal" or an array broadcast to [R, 1, T, S].
+        start: the slot at which all sequences append; None where it differs.
+        rows: of a step, the sequences of its tokens; None for a chunk.
+        sequences, slots: of each of the R x T tokens its sequence and its slot, where ``start`` is
+            None.
+        spread: hand every row the keys of its own sequence, [R, ..], for models whose attention
+            cannot be given the tokens of a sequence side by side; keys of one sequence may be
+            [1, ..] unless it is "always".
         recorder: takes note of attention.
         grouped_scores: give masks an axis for the query heads of a group.
     """
 
     def __init__(
         self,
-        offset: Any,
         positions: np.ndarray,
         keys: np.ndarray,
         mask: mx.array | str,
         start: int | None,
-        layout: Layout | None = None,
+        rows: TokenRows | None = None,
+        sequences: np.ndarray | None = None,
         slots: np.ndarray | None = None,
-        packed: bool = False,
+        spread: Spread = False,
         recorder: AttentionRecorder | None = None,
         grouped_scores: bool = False,
     ):
-        self.offset = offset
+        #: what the model hands to its rotary modules: an integer, or one for each row, [R]
+        self.offset = _offset(positions)
         self.recorder = recorder
         self.start = start
         self.end = keys.shape[1]
-        #: how the model's [1, N] tokens lie in rows; None where it sees rows itself
-        self.packing = layout if packed else None
-        self._layout = layout
+        self.rows = rows
+        #: whether keys come [R, ..], each row's own
+        several = rows is not None and (rows.batch_size > 1 or spread == "always")
+        self.spread = bool(spread) and several
         self._positions, self._keys, self._mask = positions, keys, mask
         self._grouped_scores = grouped_scores
         self._masks: dict[int, mx.array] = {}
-        self._rows = self._slots = mx.zeros(0)
-        if layout is not None and slots is not None:
-            self._rows = mx.array(layout.rows.astype(np.int32))
+        self._by_sequence: dict[int, mx.array] = {}
+        if sequences is not None and slots is not None:
+            self._sequences = mx.array(sequences.astype(np.int32))
             self._slots = mx.array(slots.astype(np.int32))
 
     def write(self, buffer: mx.array, new: mx.array) -> None:
-        """Put the new tokens' keys or values into a layer's buffer [B, H, capacity, D]."""
+        """Put the new tokens' keys or values [R, H, T, D] into a buffer [B, H, capacity, D]."""
         if self.start is not None:
+            new = new if self.rows is None else self.rows.by_sequence(new)
             buffer[..., self.start : self.end, :] = new
-            return
-        buffer[self._rows, :, self._slots] = self.side_by_side(new)[0].transpose(1, 0, 2)
+        else:
+            buffer[self._sequences, :, self._slots] = token_by_token(new)
 
-    def side_by_side(self, new: mx.array) -> mx.array:
-        """Keys or values as the model made them, [1, H, N, D] of all tokens."""
-        if self.packing is not None:
-            return new
-        assert self._layout is not None
-        return self._layout.pack(new)
+    def fetched(self, stored: mx.array) -> mx.array:
+        """Keys or values of the sequences, [B, H, S, D], as the model is to see them."""
+        if not self.spread:
+            return stored
+        assert self.rows is not None
+        return stored[mx.array(self.rows.sequences.astype(np.int32))]
 
     def mask_within(self, window: int | None, return_array: bool) -> mx.array | str | None:
         """The mask, narrowed to keys less than ``window`` logical positions behind."""
@@ -80,6 +90,19 @@ class ForwardPass:
             narrowed = self._narrowed(window)
             self._masks[window] = narrowed[:, :, None] if self._grouped_scores else narrowed
         return self._masks[window]
+
+    def mask_by_sequence(self, mask: mx.array | str | None) -> mx.array | str | None:
+        """A mask [R or 1, H, 1, S] of a step as [B, H, T, S]; moved once for all layers."""
+        if mask is None or isinstance(mask, str) or self.rows is None or self.rows.is_aligned:
+            return mask
+        if mask.shape[0] == 1 or self._grouped_scores:
+            return mask
+        if not any(mask is made for made in self._masks.values()):
+            return self.rows.by_sequence(mask)
+        key = id(mask)
+        if key not in self._by_sequence:
+            self._by_sequence[key] = self.rows.by_sequence(mask)
+        return self._by_sequence[key]
 
     def _narrowed(self, window: int) -> mx.array:
         mask = self._mask
@@ -95,5 +118,19 @@ class ForwardPass:
         return mx.where(near, mask, mx.array(mx.finfo(mask.dtype).min, mask.dtype))
 
 
-#: Makes of positions [B, T] what a model hands to its rotary modules.
-AsOffset = Callable[[np.ndarray], Any]
+def _offset(positions: np.ndarray) -> int | mx.array:
+    starts = positions[:, 0]
+    if (starts == starts[0]).all():
+        return int(starts[0])
+    return mx.array(starts.astype(np.int32))
+
+
+def token_by_token(new: mx.array) -> mx.array:
+    """[R, H, T, D] of rows to [R T, H, D] of their tokens."""
+    R, H, T, D = new.shape
+    return new[:, :, 0] if T == 1 else new.transpose(0, 2, 1, 3).reshape(R * T, H, D)
+
+
+def is_consecutive(positions: np.ndarray) -> bool:
+    """Whether the positions [B, T] of each row follow each other."""
+    return bool((np.diff(positions, axis=1) == 1).all())

@@ -17,7 +17,13 @@ import mlx.nn as nn
 from ..errors import TempoError
 
 #: Where the layers are, in mlx-lm's model files.
-PATHS = ("model", "transformer", "language_model.model", "language_model.transformer")
+PATHS = (
+    "model",
+    "transformer",
+    "backbone",
+    "language_model.model",
+    "language_model.transformer",
+)
 
 
 class Tap:

@@ -10,14 +10,15 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import cache as mlx_cache
 
 from ..errors import TempoError
-from . import attention, positions
-from .architectures import ARRAY_OFFSETS, EXACT, GROUPED_SCORES, names, refusal
+from . import attention, reused_keys
+from .architectures import EXACT, GROUPED_SCORES, names, refusal
 from .attention import AttentionRecorder, Capture
-from .cache import BatchedKVCache
+from .cache import BatchedKVCache, Kind
+from .forward_pass import Spread, is_consecutive
 from .halves import Halves
-from .layout import Layout
 from .pool import SlotPool
-from .positions import Positions
+from .rows import TokenRows
+from .states import States
 
 
 class UnsupportedModelError(TempoError):
@@ -41,10 +42,20 @@ class PositionedModel:
         self.architecture = type(model).__module__.removeprefix("mlx_lm.models.")
         if reason := refusal(model):
             raise self._unsupported(reason)
-        self._windows = _layer_windows(self.architecture, model)
-        if not positions.install(model):
-            raise self._unsupported("has no rotary embedding that could take positions")
+        self._kinds = [
+            _kind(self.architecture, layer, stock)
+            for layer, stock in enumerate(mlx_cache.make_prompt_cache(model))
+        ]
+        #: whether layers have recurrent state
+        self.is_recurrent = any(map(_has_states, self._kinds))
+        #: whether masks need an axis for the query heads of a group
+        self.grouped_scores = self.architecture in GROUPED_SCORES and any(
+            getattr(module, "repeats", 1) > 1 for module in model.modules()
+        )
+        #: whether attention must be given each token's own copy of the keys of its sequence
+        self.spreads_rows: Spread = False
         attention.install(model)
+        reused_keys.install(model)
         try:
             self._halves = Halves(model)
         except TempoError as error:
@@ -56,9 +67,13 @@ class PositionedModel:
         #: token ids that the model's embedding has, [0, vocabulary_size)
         self.vocabulary_size = 0
         #: whether attention can be captured, and whether masks may be additive
-        self.captures_attention, self.takes_additive_masks = self._trace()
-        #: whether rows of different lengths need no padding
-        self.packs_rows = self._packs_rows()
+        try:
+            self.captures_attention, self.takes_additive_masks = self._trace()
+        except UnsupportedModelError:
+            # The kernel may be called without mlx-lm's function, where no row can be moved.
+            self.spreads_rows = "always"
+            self.captures_attention, self.takes_additive_masks = self._trace()
+        self.spreads_rows = self._spreads_rows()
         if not EXACT & set(names(model)):
             raise self._unsupported("has not been compared with mlx-lm's own results")
         #: positions that the model was made for, or None where its configuration does not say
@@ -82,15 +97,20 @@ class PositionedModel:
         """An empty cache for ``batch_size`` rows."""
         return BatchedKVCache(
             batch_size,
-            self._windows,
-            as_offset=self.as_offset,
-            grouped_scores=self.architecture in GROUPED_SCORES,
+            self._kinds,
+            spread_rows=self.spreads_rows,
+            grouped_scores=self.grouped_scores,
         )
 
     def make_pool(self, limit: int) -> SlotPool:
-        """An empty pool of at most ``limit`` slots."""
-        grouped = self.architecture in GROUPED_SCORES
-        return SlotPool(self._windows, limit, self.as_offset, grouped)
+        """An empty pool of at most ``limit`` slots.
+
+        Raises:
+            UnsupportedModelError: if layers are recurrent, whose states a pool does not hold.
+        """
+        if self.is_recurrent:
+            raise self._unsupported("recurrent states are not held for every token of a trie")
+        return SlotPool(self._kinds, limit, self.spreads_rows, self.grouped_scores)
 
     def require_capture(self) -> None:
         """Raise UnsupportedModelError unless the model's attention can be captured."""
@@ -100,6 +120,15 @@ class PositionedModel:
                 "attention call; use a rule that needs no attention"
             )
 
+    def require_merging(self, visibility: str) -> None:
+        """Raise UnsupportedModelError unless a token may see sets of several tokens whole."""
+        if self.is_recurrent:
+            raise self._unsupported(
+                f"visibility {visibility} has no exact meaning here: a recurrent state sums up one "
+                "text, not sets; use visibility recombined or tree, without pruning, weighting or "
+                "a temperature"
+            )
+
     def require_additive_masks(self) -> None:
         """Raise UnsupportedModelError unless masks may be additive, so that keys have weights."""
         if not self.takes_additive_masks:
@@ -107,11 +136,6 @@ class PositionedModel:
                 "keys cannot be weighted, the model rewrites its masks and understands boolean "
                 "ones only; use weighting none"
             )
-
-    def as_offset(self, positions: np.ndarray) -> Positions | mx.array:
-        """Positions [B, T] as this architecture takes them in place of its cache's offset."""
-        in_array = self.architecture in ARRAY_OFFSETS
-        return mx.array(positions) if in_array else Positions(positions)
 
     @overload
     def __call__(
@@ -123,6 +147,7 @@ class PositionedModel:
         capture: None = None,
         rows: np.ndarray | None = None,
         layers_only: bool = False,
+        parents: np.ndarray | None = None,
     ) -> mx.array: ...
 
     @overload
@@ -135,9 +160,20 @@ class PositionedModel:
         capture: Capture,
         rows: np.ndarray | None = None,
         layers_only: bool = False,
+        parents: np.ndarray | None = None,
     ) -> tuple[mx.array, dict[int, mx.array]]: ...
 
-    def __call__(self, tokens, positions, mask, cache, capture=None, rows=None, layers_only=False):
+    def __call__(
+        self,
+        tokens,
+        positions,
+        mask,
+        cache,
+        capture=None,
+        rows=None,
+        layers_only=False,
+        parents=None,
+    ):
         """One forward pass over T new tokens for each row, which become slots of the cache.
 
         Rows may also carry different numbers of tokens. Then all N tokens come side by side, and
@@ -157,6 +193,9 @@ class PositionedModel:
                 for the tokens, [N] or [layers, N], where ``rows`` is given.
             rows: the cache row of each token, [N].
             layers_only: return the output of the layers, of which :meth:`logits` makes logits.
+            parents: where layers are recurrent, the slot that each token continues, of the slots of
+                its own row with the new ones, of the shape of ``tokens``; -1 at the beginning of a
+                text. None where each token of a row continues the one before.
 
         Returns:
             logits [B, T, V] or [1, N, V], or the layers' output [.., D]; with ``capture`` also a
@@ -176,63 +215,43 @@ class PositionedModel:
         if capture is not None:
             self.require_capture()
         positions = np.asarray(positions)
-        layout = None if rows is None else Layout(rows, cache.batch_size)
-        if layout is not None and capture is not None and capture.row_weights is not None:
-            spread = layout.spread(np.asarray(capture.row_weights, np.float32))
-            capture = replace(capture, row_weights=spread)
+        step = None if rows is None else TokenRows(rows, cache.batch_size)
+        if step is None and positions.shape[1] > 1 and not is_consecutive(positions):
+            B, T = positions.shape
+            step = TokenRows(np.repeat(np.arange(B), T), B)
+        if step is not None and capture is not None and capture.row_weights is not None:
+            weights = np.asarray(capture.row_weights, np.float32)
+            if rows is not None:
+                capture = replace(capture, row_weights=step.spread(weights))
         recorder = AttentionRecorder(capture) if capture is not None else None
+        shape = tokens.shape
+        if step is not None:
+            first = None
+            if self.is_recurrent:
+                first = cache.counts[step.sequences] + step.rank - 1
+                parents = first if parents is None else np.asarray(parents).reshape(-1)
+            tokens, positions, mask, step, parents = _arranged(
+                tokens, positions, mask, step, parents, first
+            )
+        call = tokens, positions, mask, cache, recorder, step, parents
         if layers_only:
             with self._halves.layers_only() as tap:
-                self._in_rows(tokens, positions, mask, cache, recorder, layout)
-                output = self._arranged(tap.taken, layout)
+                self._forward(*call)
+                output = tap.taken
         else:
-            output = self._arranged(
-                self._in_rows(tokens, positions, mask, cache, recorder, layout), layout
-            )
+            output = self._forward(*call)
+        output = output.reshape(*shape, output.shape[-1])
         return output if recorder is None else (output, recorder.weights)
 
     def logits(self, hidden: mx.array) -> mx.array:
         """The layers' output [B, T, D] through the vocabulary layer: logits [B, T, V], lazy."""
         return self._halves.logits(hidden)
 
-    def _in_rows(self, tokens, positions, mask, cache, recorder, layout):
-        """A pass over [1, N] tokens: by rows if they are rectangular, else packed or padded."""
-        if layout is None:
-            return self._forward(tokens, positions, mask, cache, recorder)
-        by_row = positions[0][layout.tokens]
-        if layout.is_rectangular:
-            shape = (cache.batch_size, layout.width)
-            if not isinstance(mask, str):
-                mask = mask.reshape(*shape, -1)[:, None]
-            return self._forward(tokens.reshape(shape), by_row, mask, cache, recorder)
-        if (layout.counts == 0).any():
-            # What stands for a row without tokens looks at that row's first slot.
-            empty = layout.counts == 0
-            by_row[empty] = cache.slot_positions[empty, :1] if cache.n_slots else 0
-        if not isinstance(mask, str):
-            mask = mask[0, 0][mx.array(layout.tokens)][:, None]  # [B, 1, T, S']
-            if (layout.counts == 0).any():
-                first = mx.arange(mask.shape[-1]) == 0
-                if mask.dtype != mx.bool_:
-                    first = mx.where(first, 0.0, -mx.inf).astype(mask.dtype)
-                mask = mx.where(mx.array(layout.counts == 0)[:, None, None, None], first, mask)
-        if self.packs_rows:
-            return self._forward(tokens, by_row, mask, cache, recorder, layout, packed=True)
-        padded = tokens[0][mx.array(layout.tokens)]
-        return self._forward(padded, by_row, mask, cache, recorder, layout)
-
-    def _arranged(self, output, layout):
-        """The output of a pass in the order of its tokens: [B, T, ..], or [1, N, ..] with rows."""
-        if layout is None:
-            return output
-        if layout.is_rectangular:
-            return output.reshape(1, -1, output.shape[-1])
-        return output if self.packs_rows else layout.in_order(output)
-
-    def _forward(self, tokens, positions, mask, cache, recorder, layout=None, packed=False):
-        cache.begin(positions, mask, recorder, layout, packed)
+    def _forward(self, tokens, positions, mask, cache, recorder, rows=None, parents=None):
+        cache.begin(positions, mask, recorder, rows, parents)
         try:
-            logits = self.model(tokens, cache=cache.layers)
+            with attention.during(cache.running):
+                logits = self.model(tokens, cache=cache.layers)
         except BaseException:
             cache.abandon()
             raise
@@ -240,58 +259,98 @@ class PositionedModel:
         return logits
 
     def _trace(self) -> tuple[bool, bool]:
-        """Check on an unevaluated pass that positions and masks reach the model's attention.
+        """Check on an unevaluated step that masks reach the model's attention.
 
         Returns whether attention can be captured (every layer goes through mlx-lm's call) and
         whether masks may be additive (they arrive there as they were made).
         """
         cache = self.make_cache(1)
         trace = _Trace(cache)
-        mask = mx.array(np.array([[1, 0, 0], [1, 1, 0], [1, 0, 1]], bool))[None, None]
-        cache.begin(np.array([[0, 1, 1]]), mask, trace)
+        mask = mx.array(np.array([[1, 0, 0], [1, 1, 0], [1, 0, 1]], bool))[:, None, None]
+        cache.begin(np.array([[0], [1], [1]]), mask, trace, TokenRows(np.zeros(3, int), 1))
         try:
-            with self._halves.layers_only() as tap:
-                logits = self.model(mx.zeros((1, 3), mx.int32), cache=cache.layers)
+            with attention.during(cache.running), self._halves.layers_only() as tap:
+                logits = self.model(mx.zeros((3, 1), mx.int32), cache=cache.layers)
                 hidden = tap.taken
         except Exception as error:
             raise self._unsupported(
                 "computes with the cache's offset or state instead of handing them to a rotary "
                 f"embedding and mlx-lm's attention, so tokens cannot share a position ({error})"
             ) from error
-        appended = [layer.n_slots for layer in cache.layers]
-        if not any(appended) or any(n not in (0, 3) for n in appended):
+        appended = [layer.n_slots for layer in cache.kv]
+        if any(n not in (0, 3) for n in appended) or not (any(appended) or self.is_recurrent):
             raise self._unsupported(
                 "its layers do not append keys to the cache once for each token"
             )
-        if not trace.made:
+        if not trace.made and appended:
             raise self._unsupported("builds its own attention mask")
-        if logits.shape[:2] != (1, 3):
+        if logits.shape[:2] != (3, 1):
             raise self._unsupported(f"returns logits of shape {logits.shape}")
         if not self._halves.divide(logits, hidden):
             raise self._unsupported("does not make its logits of its layers' output alone")
         self.n_layers = trace.calls
         self.vocabulary_size = logits.shape[-1]
-        #: bytes of one slot's keys and values in all layers, and of what the layers make of it
-        self.slot_bytes = cache.nbytes // cache.capacity
+        cache.end()
+        #: bytes of one slot's keys and values in all layers, of one branch's states, and of what
+        #: the layers make of one token
+        slots = sum(array.nbytes for layer in cache.kv for array in layer.state)
+        self.slot_bytes = slots // max(1, cache.capacity)
+        self.state_bytes = cache.states.nbytes // 3
         self.hidden_bytes = hidden.nbytes // 3
-        captures = trace.calls >= sum(n > 0 for n in appended)
+        captures = trace.calls >= sum(n > 0 for n in appended) > 0
         return captures, captures and trace.masks_arrive_unchanged()
 
-    def _packs_rows(self) -> bool:
-        """Whether packed rows can be put side by side wherever they meet: in attention only."""
-        if not self.takes_additive_masks or self.architecture in GROUPED_SCORES:
-            return False
-        cache, layout = self.make_cache(2), Layout(np.array([0, 1, 1]), 2)
-        mask = mx.array(np.tri(2, dtype=bool))[None, None]
+    def _spreads_rows(self) -> Spread:
+        """Whether attention does more with queries and keys than to hand them to mlx-lm's call.
+
+        Tokens of a sequence can be put side by side in that call only. An unevaluated step of three
+        tokens in two sequences fails, for want of shapes that fit, where the rows meet elsewhere.
+        """
+        if self.architecture in GROUPED_SCORES or self.spreads_rows:
+            return self.spreads_rows or True
+        cache, rows = self.make_cache(2), TokenRows(np.array([0, 1, 1]), 2)
+        mask = mx.array(np.tri(3, 2, dtype=bool))[:, None, None]
+        cache.begin(np.array([[0], [0], [1]]), mask, None, rows)
         try:
-            cache.begin(np.array([[0, 0], [0, 1]]), mask, None, layout, packed=True)
-            return self.model(mx.zeros((1, 3), mx.int32), cache=cache.layers).shape[:2] == (1, 3)
+            with attention.during(cache.running):
+                logits = self.model(mx.zeros((3, 1), mx.int32), cache=cache.layers)
+            return logits.shape[:2] != (3, 1)
         except ValueError:
-            # Layers that share another layer's keys do not go through its cache.
-            return False
+            return True
 
     def _unsupported(self, reason: str) -> UnsupportedModelError:
         return UnsupportedModelError(f"{self.architecture}: {reason}")
+
+
+def _arranged(
+    tokens: mx.array,
+    positions: np.ndarray,
+    mask: mx.array | str,
+    step: TokenRows,
+    parents: np.ndarray | None,
+    before: np.ndarray | None,
+) -> tuple[mx.array, np.ndarray, mx.array | str, TokenRows | None, np.ndarray | None]:
+    """Tokens and positions [B, T] or [1, N], their mask and parents, as a step of rows; or as a
+    chunk, if they are consecutive and (where layers are recurrent) continue what is ``before``
+    them."""
+    flat = positions.reshape(-1)
+    by_sequence = flat[step.tokens]
+    chunk = step.is_rectangular and is_consecutive(by_sequence) and step.width > 1
+    if parents is not None and before is not None:
+        chunk = chunk and bool((parents == before)[step.rank > 0].all())
+    if chunk:
+        if parents is not None:
+            parents = parents[step.rank == 0]
+        if not isinstance(mask, str):
+            mask = mask.reshape(step.batch_size, step.width, -1)[:, None]
+        return tokens.reshape(step.batch_size, step.width), by_sequence, mask, None, parents
+    if isinstance(mask, str):
+        if step.width > 1:
+            raise TempoError('mask "causal" needs consecutive positions; give an array')
+    else:
+        mask = mx.broadcast_to(mask, (tokens.shape[0], 1, *mask.shape[2:]))
+        mask = mask.reshape(-1, 1, 1, mask.shape[-1])
+    return tokens.reshape(-1, 1), flat[:, None], mask, step, parents
 
 
 class _Trace(AttentionRecorder):
@@ -304,8 +363,11 @@ class _Trace(AttentionRecorder):
         make = cache.mask_within
 
         def watched(*args):
-            self.made.append(make(*args))
-            return self.made[-1]
+            mask = make(*args)
+            assert cache.running is not None
+            # As attention gets it, moved from tokens to their sequence.
+            self.made.append(cache.running.mask_by_sequence(mask))
+            return mask
 
         cache.mask_within = watched  # type: ignore[method-assign]
 
@@ -349,33 +411,21 @@ def context_length_of(model: nn.Module) -> int | None:
     return None
 
 
-def _is_recurrent(stock: object) -> bool:
-    inner = getattr(stock, "caches", ())
-    return any(isinstance(part, mlx_cache.ArraysCache) for part in inner)
+def _has_states(kind: Kind) -> bool:
+    return any(map(_has_states, kind)) if isinstance(kind, tuple) else isinstance(kind, States)
 
 
-def _layer_windows(architecture: str, model: nn.Module) -> list[int | None]:
-    """Sliding window of each layer, from the caches that mlx-lm itself would use."""
-    windows: list[int | None] = []
-    for layer, stock in enumerate(mlx_cache.make_prompt_cache(model)):
-        kind = type(stock)
-        if kind in (mlx_cache.KVCache, mlx_cache.ConcatenateKVCache):
-            windows.append(None)
-        elif kind is mlx_cache.RotatingKVCache and stock.keep == 0:
-            windows.append(stock.max_size)
-        elif kind is mlx_cache.ArraysCache or _is_recurrent(stock):
-            raise UnsupportedModelError(
-                f"{architecture}: layer {layer} has recurrent state, which cannot hold parallel "
-                "tokens in one sequence; replicate the rows of a batch instead (`replicate`)"
-            )
-        elif kind is mlx_cache.CacheList:
-            raise UnsupportedModelError(
-                f"{architecture}: layer {layer} keeps a second cache beside its keys and values, "
-                "which the model reads in an order of its own"
-            )
-        else:
-            raise UnsupportedModelError(
-                f"{architecture}: layer {layer} keeps a {kind.__name__}, "
-                "which cannot hold parallel tokens"
-            )
-    return windows
+def _kind(architecture: str, layer: int, stock: Any) -> Kind:
+    """What a layer keeps, from the cache that mlx-lm itself would use."""
+    kind = type(stock)
+    if kind in (mlx_cache.KVCache, mlx_cache.ConcatenateKVCache):
+        return None
+    if kind is mlx_cache.RotatingKVCache and stock.keep == 0:
+        return int(stock.max_size)
+    if kind is mlx_cache.ArraysCache:
+        return States(len(stock.cache))
+    if kind is mlx_cache.CacheList:
+        return tuple(_kind(architecture, layer, part) for part in stock.caches)
+    raise UnsupportedModelError(
+        f"{architecture}: layer {layer} keeps a {kind.__name__}, which cannot hold parallel tokens"
+    )

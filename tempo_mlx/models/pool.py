@@ -4,14 +4,15 @@ Texts that come and go, and share their beginnings, do not fit into the rows of 
 slot stands by itself; for a forward pass, the slots that its tokens see are gathered into rows.
 """
 
+from collections.abc import Sequence
+
 import mlx.core as mx
 import numpy as np
 
 from .attention import AttentionRecorder
-from .cache import LayerCache
-from .forward_pass import AsOffset, ForwardPass
-from .layout import Layout
-from .positions import Positions
+from .cache import Kind, LayerCache, layer_of
+from .forward_pass import ForwardPass, Spread, token_by_token
+from .rows import TokenRows
 
 #: Slots by which a pool grows at least.
 BLOCK = 256
@@ -30,9 +31,11 @@ class PooledLayer(LayerCache):
         return self.keys_and_values()
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
-        """Keys and values of the slots that the rows see, [B, H_kv, S, D]."""
+        """Keys and values of the slots that the sequences see, [B, H_kv, S, D]."""
         assert self.keys is not None and self.values is not None
-        return self.owner.gathered(self.keys), self.owner.gathered(self.values)
+        pool, running = self.owner, self.running
+        keys, values = pool.gathered(self.keys), pool.gathered(self.values)
+        return running.fetched(keys), running.fetched(values)
 
 
 class SlotPool:
@@ -42,19 +45,25 @@ class SlotPool:
     :meth:`plan`.
 
     Args:
-        windows, as_offset, grouped_scores: as of :class:`.cache.BatchedKVCache`.
+        kinds, spread_rows, grouped_scores: as of :class:`.cache.BatchedKVCache`.
         limit: slots that it may have room for, at least 1.
     """
 
     def __init__(
         self,
-        windows: list[int | None],
+        kinds: Sequence[Kind],
         limit: int,
-        as_offset: AsOffset = Positions,
+        spread_rows: Spread = False,
         grouped_scores: bool = False,
     ):
-        self._as_offset, self._grouped_scores = as_offset, grouped_scores
-        self.layers = [PooledLayer(self, window) for window in windows]  # type: ignore[arg-type]
+        self._spread_rows, self._grouped_scores = spread_rows, grouped_scores
+        #: keys and values of the attention layers, in order
+        self.kv: list[PooledLayer] = []
+        #: what the model's layers get
+        self.layers = [
+            layer_of(kind, lambda window: PooledLayer(self, window), self.kv, [])  # type: ignore[arg-type]
+            for kind in kinds
+        ]
         self.limit = limit
         #: slots that the buffers have room for
         self.capacity = 0
@@ -74,7 +83,7 @@ class SlotPool:
     @property
     def state(self) -> list[mx.array]:
         """The arrays to evaluate with what a pass returns."""
-        arrays = [array for layer in self.layers for array in layer.state]
+        arrays = [array for layer in self.kv for array in layer.state]
         return arrays if self._hidden is None else [*arrays, self._hidden]
 
     @property
@@ -90,7 +99,7 @@ class SlotPool:
         capacity = max(needed, min(self.limit, -(-wanted // BLOCK) * BLOCK))
         more = capacity - self.capacity
         self._positions = np.append(self._positions, np.zeros(more, np.int32))
-        for layer in self.layers:
+        for layer in self.kv:
             for name in ("keys", "values"):
                 buffer = getattr(layer, name)
                 if buffer is not None:
@@ -126,27 +135,23 @@ class SlotPool:
         positions: np.ndarray,
         mask: mx.array | str,
         recorder: AttentionRecorder | None,
-        layout: Layout | None = None,
-        packed: bool = False,
+        rows: TokenRows | None = None,
+        parents: np.ndarray | None = None,
     ) -> None:
         """Open the planned pass; arguments as of :meth:`.cache.BatchedKVCache.begin`."""
-        B, T = positions.shape
-        if layout is None:
-            layout = Layout(np.repeat(np.arange(B), T), B)
-        in_order = positions[layout.rows, layout.rank]
-        self._positions[self._slots] = in_order
-        seen = in_order[None] if packed else positions
+        self._positions[self._slots] = positions.reshape(-1)
+        keys = self._positions[self._seen]
+        if rows is not None and self.batch_size > 1:
+            keys = keys[rows.sequences]
         self.running = ForwardPass(
-            self._as_offset(seen),
             positions,
-            self._positions[self._seen],
+            keys,
             mask,
             None,
-            layout,
-            None,
-            packed,
-            recorder,
-            self._grouped_scores,
+            rows,
+            spread=self._spread_rows,
+            recorder=recorder,
+            grouped_scores=self._grouped_scores,
         )
 
     def end(self) -> None:
@@ -164,11 +169,10 @@ class SlotPool:
 
     def written(self, buffer: mx.array | None, new: mx.array) -> mx.array:
         """A buffer [1, H_kv, capacity, D] with the new tokens' keys or values in their slots."""
-        assert self.running is not None
-        new = self.running.side_by_side(new)
+        tokens = token_by_token(new).transpose(1, 0, 2)[None]  # [1, H_kv, N, D]
         if buffer is None:
-            buffer = mx.zeros((1, new.shape[1], self.capacity, new.shape[3]), new.dtype)
-        buffer[:, :, self._write] = new
+            buffer = mx.zeros((1, tokens.shape[1], self.capacity, tokens.shape[3]), new.dtype)
+        buffer[:, :, self._write] = tokens
         return buffer
 
     def gathered(self, buffer: mx.array) -> mx.array:

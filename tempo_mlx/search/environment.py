@@ -70,6 +70,8 @@ class TextEnvironment:
         self._lattice = Lattice(prompt)
         self._sequence = SequenceState(self._lattice, "tree")
         self._batch = Batch(model, [self._sequence])
+        # Any node may be continued.
+        self._batch.cache.keeps_states = True
         room = (model.context_length or len(prompt) + settings.max_tokens) - len(prompt)
         self._longest = min(settings.max_tokens, room)
         #: why the longest text ends
@@ -215,7 +217,7 @@ class TextEnvironment:
                 f"{budget:,}; raise it, or search with fewer leaves_per_batch, simulations or depth"
             )
         if budget is not None:
-            self._batch.cache.capacity_limit = budget // self.model.slot_bytes
+            self._batch.cache.capacity_limit = budget // max(1, self.model.slot_bytes)
 
     def _rollouts(self, nodes: list[int]) -> list[float]:
         """Continue the nodes' texts side by side; the geometric mean of all their probabilities."""

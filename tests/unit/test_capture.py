@@ -74,7 +74,7 @@ def inputs_of_attention(layers, monkeypatch):
     original = kind.__call__
 
     def recording(self, x, *args, **kwargs):
-        collected[id(self)].append(x[0])
+        collected[id(self)].append(x.reshape(-1, x.shape[-1]))
         return original(self, x, *args, **kwargs)
 
     monkeypatch.setattr(kind, "__call__", recording)
@@ -102,7 +102,7 @@ def test_captured_attention_is_what_numpy_computes(name, visibility, monkeypatch
     allowed = may_attend(visibility, slots, slots)
     for number, layer in enumerate(model.layers):
         x = np.concatenate([np.array(part, np.float64) for part in collected[number]])
-        window = state.cache.layers[number].window
+        window = state.cache.kv[number].window
         expected = weights_of(name, layer, x, positions, allowed, window)
         for step, tokens in enumerate(SETS):
             rows = np.flatnonzero(slots.step == step)

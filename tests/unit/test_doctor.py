@@ -6,7 +6,7 @@ import sys
 from tempo_mlx import checks, cli, doctor, inventory
 from tempo_mlx.checks import FORMS, ORACLES, TOLERANCE, Check, Subject, check
 from tempo_mlx.errors import TempoError
-from tempo_mlx.models import PositionedModel, attention, positions
+from tempo_mlx.models import PositionedModel, attention, forward_pass
 from tempo_mlx.models.recipes import HOME_VARIABLE
 from tempo_mlx.random_models import CONFIGS, VOCABULARY, Letters, random_model
 from tempo_mlx.visibility import VISIBILITY
@@ -77,13 +77,14 @@ def failed(of):
 
 def test_siblings_at_consecutive_positions_fail(monkeypatch):
     # What feeding a set one token after another would do.
-    def consecutive(rope, x, offsets):
-        return rope(x, offset=offsets[0].item())
+    offset = forward_pass._offset
 
-    monkeypatch.setattr(positions, "_rotate_each", consecutive)
+    def consecutive(positions):
+        return offset(positions + np.arange(len(positions))[:, None])
+
+    monkeypatch.setattr(forward_pass, "_offset", consecutive)
     found = failed(subject())
     assert "isolated: set = mlx-lm's" in found
-    # The replay shares the rotation, but not the passes that it happens in.
     assert {f"{name}: cached = replay" for name in VISIBILITY} <= found
 
 
@@ -265,7 +266,9 @@ def test_models_of_the_hub_are_judged_by_their_configuration(run, tmp_path, monk
     data = json.loads(out)
     problems = {model["repo"]: model["problem"] for model in data["hub"]}
     assert problems["some/llama"] is None and problems["some/huge"] is None
-    assert "recurrent state" in problems["some/mamba"]
+    assert problems["some/mamba"] is None
+    branches = {model["repo"]: model["branch_bytes"] for model in data["hub"]}
+    assert branches["some/mamba"] > 0 and branches["some/llama"] == 0
     assert problems["some/bert"] == "mlx-lm has no architecture 'bert'"
     assert "GGUF" in problems["some/gguf"]
     assert "no weights" in problems["some/tokenizer"]

@@ -1,6 +1,6 @@
 """Trees and recombined sets against beam search and sequential decoding by stock mlx-lm."""
 
-from tempo_mlx import Settings, UnsupportedModelError, batch_generate, generate
+from tempo_mlx import Settings, batch_generate, generate
 from tempo_mlx.branching import branch
 from tempo_mlx.selection import Candidates
 
@@ -17,7 +17,16 @@ from ..tiny_tokenizer import TinyTokenizer
 ENDS = (7, 30)
 PROMPT = [3, 17, 41, 5, 22, 9]
 #: The windows of gemma3's and gpt_oss's tiny models are shorter than prompt and text together.
-NAMES = ["llama", "gemma3_text", "gpt_oss", "qwen3_moe"]
+NAMES = [
+    "llama",
+    "gemma3_text",
+    "gpt_oss",
+    "qwen3_moe",
+    "qwen3_next",
+    "lfm2",
+    "mamba2",
+    "falcon_h1",
+]
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -182,21 +191,17 @@ def test_rows_of_a_batch_with_different_trees_do_not_mix():
         assert result.verification.max_logit_difference < 1e-4
 
 
-@pytest.mark.parametrize("name", [*NAMES, "mamba2", "qwen3_next", "rwkv7"])
+@pytest.mark.parametrize("name", [*NAMES, "rwkv7"])
 def test_branches_in_rows_of_their_own_make_the_same_tree(name):
     model = tiny_model(name, seed=1)
     tokenizer = TinyTokenizer(60, end_tokens=ENDS)
     given_ = {"threshold": 1e-6, "max_leaves": 4, "max_parallel": 4, "max_tokens": 9}
     rows = generate(model, tokenizer, PROMPT, visibility="tree", branching="replicate", **given_)
-    if name in NAMES:
-        shared = generate(model, tokenizer, PROMPT, visibility="tree", **given_)
-        assert [p.tokens for p in rows.paths(9)] == [p.tokens for p in shared.paths(9)]
-        np.testing.assert_allclose(
-            [p.logprob for p in rows.paths(9)], [p.logprob for p in shared.paths(9)], atol=1e-3
-        )
-        return
-    with pytest.raises(UnsupportedModelError, match="replicate"):
-        generate(model, tokenizer, PROMPT, visibility="tree", **given_)
+    shared = generate(model, tokenizer, PROMPT, visibility="tree", **given_)
+    assert [p.tokens for p in rows.paths(9)] == [p.tokens for p in shared.paths(9)]
+    np.testing.assert_allclose(
+        [p.logprob for p in rows.paths(9)], [p.logprob for p in shared.paths(9)], atol=1e-3
+    )
     beams, ended = beam_search(Stock(model), 4, 9)
     found = {tuple(p.tokens): p.logprob for p in rows.paths(99) if not p.ended}
     assert found.keys() == {tokens for tokens, _ in beams}

@@ -1,0 +1,137 @@
+"""States of recurrent layers: one for each token that can still be continued.
+
+A recurrent layer sums up all that was read in arrays of a fixed size. Where texts branch, each
+branch has its own: before a step the states of the tokens' parents are gathered, the rows of the
+step advance them, and what they make of them belongs to the new tokens.
+"""
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.models.cache import ArraysCache
+
+#: Place of a token that has no state.
+NONE = -1
+
+
+@dataclass(frozen=True)
+class States:
+    """A recurrent layer that keeps this many arrays."""
+
+    n_arrays: int
+
+
+class BranchStates:
+    """The states of all recurrent layers, numbered by places.
+
+    A state is never changed, so that several tokens may name one place.
+
+    Args:
+        layers: what the model's recurrent layers read and write during a pass.
+    """
+
+    def __init__(self, layers: list[ArraysCache]):
+        self._layers = layers
+        #: of each layer its arrays, [capacity, ..]; None before the first pass
+        self._arrays: list[list[mx.array | None]] = [[None] * len(x.cache) for x in layers]
+        #: places that are in use or were, the first of all
+        self.used = 0
+        self.capacity = 0
+
+    def __bool__(self) -> bool:
+        """Whether the model has recurrent layers."""
+        return bool(self._layers)
+
+    @property
+    def n_arrays(self) -> int:
+        """Arrays of all layers."""
+        return sum(map(len, self._arrays))
+
+    @property
+    def state(self) -> list[mx.array]:
+        """All arrays."""
+        return [array for arrays in self._arrays for array in arrays if array is not None]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays, room for more included."""
+        return sum(array.nbytes for array in self.state)
+
+    def load(self, places: np.ndarray) -> None:
+        """Give the layers the states of a pass's rows: places [R], or all NONE for none yet."""
+        index = None if (places == NONE).all() else mx.array(places.astype(np.int32))
+        whole = np.array_equal(places, np.arange(self.capacity))
+        for layer, arrays in zip(self._layers, self._arrays, strict=True):
+            found: list[Any] = [None] * len(arrays)
+            if index is not None:
+                found = [x if x is None or whole else x[index] for x in arrays]
+            layer.cache = found
+            layer.lengths = layer.left_padding = None
+
+    def store(self, n: int, live: np.ndarray) -> tuple[np.ndarray, int]:
+        """Take the states that the pass made of its n rows.
+
+        Args:
+            n: rows of the pass.
+            live: places that are still needed, in ascending order.
+
+        Returns:
+            the new place of each of the ``live`` ones, and the first place of the rows.
+        """
+        if not len(live):
+            self._arrays = [list(layer.cache) for layer in self._layers]
+            self.release_layers()
+            self.used = self.capacity = n
+            return live, 0
+        first = self.used
+        moved = live
+        if first + n > self.capacity:
+            # What is not needed goes when room is made for more.
+            moved, first = np.arange(len(live)), len(live)
+            self._move(live, max(len(live) + n, 2 * len(live)))
+        for number, layer in enumerate(self._layers):
+            for entry, new in enumerate(cast(list[mx.array], layer.cache)):
+                array = self._arrays[number][entry]
+                if array is None:
+                    array = mx.zeros((self.capacity, *new.shape[1:]), new.dtype)
+                array[first : first + n] = new
+                self._arrays[number][entry] = array
+        self.release_layers()
+        self.used = first + n
+        return moved, first
+
+    def keep(self, live: np.ndarray) -> None:
+        """Let go of all but the places ``live``, which become 0, 1, .."""
+        if len(live) < self.capacity:
+            self._move(live, len(live))
+        self.used = len(live)
+
+    def taken(self, places: np.ndarray) -> list[mx.array | None]:
+        """The arrays of these places [n, ..], of all layers one after another."""
+        index = mx.array(places.astype(np.int32))
+        return [x if x is None else x[index] for arrays in self._arrays for x in arrays]
+
+    def give(
+        self, given: list[mx.array | None], n: int, live: np.ndarray
+    ) -> tuple[np.ndarray, int]:
+        """As :meth:`store`, of arrays that :meth:`taken` returned elsewhere."""
+        given = list(given)
+        for layer in self._layers:
+            layer.cache = [given.pop(0) for _ in layer.cache]  # type: ignore[misc]
+        return self.store(n, live)
+
+    def _move(self, live: np.ndarray, capacity: int) -> None:
+        index = mx.array(live.astype(np.int32))
+        for arrays in self._arrays:
+            for entry, array in enumerate(arrays):
+                if array is not None:
+                    more = mx.zeros((capacity - len(live), *array.shape[1:]), array.dtype)
+                    arrays[entry] = mx.concatenate([array[index], more])
+        self.capacity = capacity
+
+    def release_layers(self) -> None:
+        """Let go of what the layers were given."""
+        for layer in self._layers:
+            layer.cache = [None] * len(layer.cache)
