@@ -19,7 +19,6 @@ os.environ["TERM"] = "xterm"
 
 from tempo_mlx.models.loading import load  # noqa: E402
 
-import mlx.core as mx  # noqa: E402
 import psutil  # noqa: E402
 import pytest  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
@@ -29,14 +28,6 @@ settings.register_profile(
     "no deadlines", deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("no deadlines")
-
-
-@pytest.fixture(scope="module")
-def uncompiled():
-    """On a CPU, mx.compile takes a C++ compiler to each model's functions: minutes in all."""
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ import itertools
 import math
 import pkgutil
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from types import ModuleType
 
 from tests.tiny_configs import GENERIC, OUTER, SPECIAL, WRAPPERS, Config
@@ -127,19 +127,13 @@ def tiny_model(name: str, seed: int = 0, **overrides) -> nn.Module:
 shared_model = functools.cache(tiny_model)
 
 
-def each_architecture(names: Iterable[str]) -> Callable[[Callable], Callable]:
+def each_architecture(names: Iterable[str]) -> pytest.MarkDecorator:
     """Parametrizes a sweep over architectures by ``name``.
 
-    All sweeps test one architecture in the same process, where they share its model, and on a CPU
-    they go without mx.compile: the C++ compiler takes longer than a tiny model computes.
+    All sweeps test one architecture in the same process, where they share its model.
     """
-    parameters = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in names]
-
-    def mark(test: Callable) -> Callable:
-        test = pytest.mark.parametrize("name", parameters)(test)
-        return pytest.mark.sweep(pytest.mark.usefixtures("uncompiled")(test))
-
-    return mark
+    marks = {name: [pytest.mark.sweep, pytest.mark.xdist_group(name)] for name in names}
+    return pytest.mark.parametrize("name", [pytest.param(n, marks=m) for n, m in marks.items()])
 
 
 def window_fields(name: str) -> dict[str, int]:

@@ -6,7 +6,16 @@ from tempo_mlx import cli
 from tempo_mlx.experiments import analysis
 from tests.tiny_folder import save_tiny_model
 
+import mlx.core as mx
 import pytest
+
+
+@pytest.fixture(scope="module", autouse=True)
+def uncompiled():
+    """On a CPU, mx.compile runs a C++ compiler, for longer than tiny models compute."""
+    mx.disable_compile()
+    yield
+    mx.enable_compile()
 
 
 @pytest.fixture(scope="module")

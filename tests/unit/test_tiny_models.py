@@ -28,7 +28,7 @@ RUNNING = [name for name in architectures() if name not in KNOWN_STOCK_FAILURES]
 WINDOWED = [(name, field) for name in RUNNING for field in window_fields(name)]
 
 # What mlx-lm gives for its own tiny models changes with mlx-lm only.
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("uncompiled")]
+pytestmark = pytest.mark.slow
 
 
 def text(length: int = PROMPT_LENGTH + 1) -> mx.array:
