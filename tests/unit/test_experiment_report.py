@@ -9,6 +9,7 @@ from dataclasses import replace
 from html.parser import HTMLParser
 
 from tempo_mlx.cli import experiment_analysis
+from tempo_mlx.experiments import analysis as analysis_module
 from tempo_mlx.experiments import tables as tables_module
 from tempo_mlx.experiments.analysis import analyze, save
 from tempo_mlx.experiments.document import MOST_ROWS, interval, number
@@ -286,10 +287,23 @@ def test_pictures_are_the_same_again(analysis, tmp_path):
 # Commands.
 
 
+@pytest.fixture(scope="module")
+def made():
+    """Analyses that commands made, by their settings."""
+    return {}
+
+
 @pytest.fixture
-def run(tables, monkeypatch, own_rules_only):
+def run(tables, made, monkeypatch, own_rules_only):
     """Call the commands with these tables for any folder's; returns Typer's result."""
     monkeypatch.setattr(tables_module, "load_tables", lambda folder: tables)
+
+    def analyze_once(tables, *settings):
+        if settings not in made:
+            made[settings] = analyze(tables, *settings)
+        return made[settings]
+
+    monkeypatch.setattr(analysis_module, "analyze", analyze_once)
     app = typer.Typer()
     for command in ("analyze", "plot", "report"):
         app.command(command)(getattr(experiment_analysis, command))
