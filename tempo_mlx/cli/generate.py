@@ -476,7 +476,9 @@ def generate(
         if output is not None:
             say_written(output, notes)
         if failures:
-            notes.print(f"{failures} prompts failed, see their records", style="yellow")
+            notes.print(
+                f"{failures} of {len(rows)} prompts failed, see their records", style="yellow"
+            )
             raise typer.Exit(1)
         return
     content: Any = text

@@ -241,13 +241,14 @@ def overall(rows: DataFrame) -> DataFrame:
 
 def influences(rows: DataFrame, by: list[str]) -> DataFrame:
     """Outliers and leave-one-out influence of the prompts, over all layers and set sizes."""
+    compared = overall(rows)
+    groups: list[tuple[Any, DataFrame]] = list(compared.groupby(by, sort=False))
     parts = []
-    for labels, group in overall(rows).groupby(by, sort=False):
+    # Where nothing was compared, a table without rows has the same columns.
+    for labels, group in groups or [((None,) * len(by), compared)]:
         named: dict[str, Any] = dict(zip(by, labels, strict=True))
-        values = group.set_index("prompt_id")["effect"]
+        values = group.set_index("prompt_id")["effect"].astype(float)
         parts.append(influence(values).reset_index().assign(**named))
-    if not parts:
-        return DataFrame(columns=[*by, "prompt_id", "value"])
     found = pd.concat(parts, ignore_index=True)
     flags = {"outlier": "boolean", "influential": "boolean"}
     return found[[*by, *found.columns.drop(by)]].astype(flags)

@@ -14,6 +14,7 @@ from tempo_mlx.experiments import tables as tables_module
 from tempo_mlx.experiments.analysis import analyze, save
 from tempo_mlx.experiments.document import MOST_ROWS, interval, number
 from tempo_mlx.experiments.ledger import Ledger
+from tempo_mlx.experiments.matching import Rules
 from tempo_mlx.experiments.pictures import (
     PICTURES,
     categories_figure,
@@ -403,3 +404,11 @@ def test_missing_packages_are_named_with_the_extra(run, tmp_path, monkeypatch):
     result = run("analyze", tmp_path)
     assert isinstance(result.exception, ImportError)
     assert "pip install 'tempo-mlx[experiments]'" in str(result.exception)
+
+
+def test_a_suite_in_which_nothing_matched_has_a_report(tmp_path):
+    tables = Planted(modes=("isolated",)).tables(5)
+    found = analyze(tables, Rules(caliper=1e-12, window=0), resamples=9)
+    assert found["influence"].empty or found["influence"]["value"].notna().all()
+    write_report(found, tmp_path)
+    assert (tmp_path / "report.html").stat().st_size > 0
