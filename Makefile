@@ -15,7 +15,7 @@ WITHOUT_DEPENDENCIES := pyctcdecode==0.5.0
 help:
 	@echo "make demo      set up, then generate text from the embedded model"
 	@echo "make test      set up, then lint, type-check and test, as continuous integration does"
-	@echo "make check     the same in under a minute: no sweep over architectures, no real model"
+	@echo "make check     the same in a minute: no sweeps, no processes, no real model"
 	@echo "make test-all  the same with the tests that only mlx-lm or chance can break"
 	@echo "make setup     set up .venv alone"
 	@echo "make lint      set up, then lint and type-check"
@@ -74,7 +74,7 @@ lint: setup
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist loadgroup
 
 check: lint
-	$(PYTEST) -m "not slow and not sweep" tests/unit
+	$(PYTEST) -m "not slow and not thorough" tests/unit
 
 test: lint
 	$(PYTEST) -m "not slow"

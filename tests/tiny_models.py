@@ -132,7 +132,7 @@ def each_architecture(names: Iterable[str]) -> pytest.MarkDecorator:
 
     All sweeps test one architecture in the same process, where they share its model.
     """
-    marks = {name: [pytest.mark.sweep, pytest.mark.xdist_group(name)] for name in names}
+    marks = {name: [pytest.mark.thorough, pytest.mark.xdist_group(name)] for name in names}
     return pytest.mark.parametrize("name", [pytest.param(n, marks=m) for n, m in marks.items()])
 
 

@@ -1,6 +1,7 @@
 """What tests of the command line share."""
 
 import sys
+from pathlib import Path
 
 from tempo_mlx import cli
 from tempo_mlx.experiments import analysis
@@ -8,6 +9,21 @@ from tests.tiny_folder import save_tiny_model
 
 import mlx.core as mx
 import pytest
+
+#: Modules that start processes, analyse suites of experiments or compare hundreds of runs.
+THOROUGH = """
+    batching bench blas cli_experiment cli_generate cli_outputs cli_prompts doctor
+    experiment_analysis experiment_report experiment_runners experiment_store recipes scoring
+    search_text stopping truecase
+"""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    modules = {f"test_{name}" for name in THOROUGH.split()}
+    for item in items:
+        if item.path.parent == Path(__file__).parent and item.path.stem in modules:
+            item.add_marker("thorough")
 
 
 @pytest.fixture(scope="module", autouse=True)
