@@ -170,7 +170,12 @@ def test_chat_rows_fail_alone_and_so_do_they_again(run, strict, tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     command = ["generate", "--prompts-file", path, "--model", strict, "-m", 2, "-o", output]
     code, out, err = run(*command)
-    assert (code, out) == (1, "") and "10 prompts failed" in err and "Traceback" not in err
+    assert (
+        (code, out) == (1, "")
+        and "10 of " in err
+        and "prompts failed" in err
+        and "Traceback" not in err
+    )
     records = lines(output.read_text())
     assert [record["row"] for record in records] == list(range(len(rows)))
     reasons = {
@@ -194,7 +199,12 @@ def test_chat_rows_fail_alone_and_so_do_they_again(run, strict, tmp_path):
     assert records[0]["prompt"] == records[4]["prompt"] == "hi;answer:"
     # Again, only what failed is tried, and counts again.
     code, _, err = run(*command)
-    assert code == 1 and "3 of 13 prompts are done already" in err and "10 prompts failed" in err
+    assert (
+        code == 1
+        and "3 of 13 prompts are done already" in err
+        and "10 of " in err
+        and "prompts failed" in err
+    )
     assert lines(output.read_text()) == records
 
 
@@ -203,7 +213,7 @@ def test_a_system_prompt_that_the_template_refuses_fails_each_row(run, strict, t
     path.write_text("one\ntwo\n")
     chat = ["--chat", "--system-prompt", "Be kind.", "--model", strict, "-m", 2]
     code, out, err = run("generate", "--prompts-file", path, *chat)
-    assert code == 1 and "2 prompts failed" in err
+    assert code == 1 and "2 of " in err and "prompts failed" in err
     assert all("System role not supported" in record["error"] for record in lines(out))
     refused(run("generate", "one", *chat), "System role not supported")
 
@@ -223,7 +233,7 @@ def test_no_row_is_valid_json_that_is_not(run, folder, tmp_path):
     path.write_text("\n".join([*bad, '{"prompt": "a", "max_tokens": 1}']))
     code, out, err = run("generate", "--prompts-file", path, "--model", folder)
     records = [json.loads(line, parse_constant=pytest.fail) for line in out.splitlines()]
-    assert code == 1 and "3 prompts failed" in err
+    assert code == 1 and "3 of " in err and "prompts failed" in err
     for record, word in zip(records, ("twice", "NaN", "too large", None), strict=True):
         assert (word in record["error"]) if word else "error" not in record
 
@@ -233,7 +243,7 @@ def test_a_file_without_one_good_row_has_a_record_for_each(run, folder, tmp_path
     path = Path(tmp_path / name)
     path.write_bytes(b"\xff\n\xfe\n")
     code, out, err = run("generate", "--prompts-file", path, "--model", folder)
-    assert code == 1 and "2 prompts failed" in err
+    assert code == 1 and "2 of " in err and "prompts failed" in err
     assert ["not UTF-8" in record["error"] for record in lines(out)] == [True, True]
 
 

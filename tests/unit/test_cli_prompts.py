@@ -49,7 +49,12 @@ def test_every_row_has_a_line_in_order_and_is_what_it_gives_alone(run, folder, p
         "generate", "--prompts-file", prompts, *common, "-o", output, "--batch-size", 2
     )
     records = lines(output)
-    assert (code, out) == (1, "") and "2 prompts failed" in err and "Traceback" not in err
+    assert (
+        (code, out) == (1, "")
+        and "2 of " in err
+        and "prompts failed" in err
+        and "Traceback" not in err
+    )
     assert [record["row"] for record in records] == list(range(6))
     assert records[0]["id"] == "a" and records[2]["id"] == 7
     assert "empty" in records[2]["error"]
@@ -86,7 +91,7 @@ def test_a_row_that_failed_is_tried_again_and_decides_the_exit_code(run, folder,
     command = ["generate", "--prompts-file", prompts, "--model", folder, "-m", 4, "-o", output]
     for _ in range(2):
         code, _, err = run(*command, "--max-kv-bytes", "20kB")
-        assert code == 1 and "1 prompts failed" in err
+        assert code == 1 and "1 of " in err and "prompts failed" in err
         assert ["error" in record for record in lines(output)] == [False, True, False]
     assert "2 of 3 prompts are done already" in err
     good = output.read_text().splitlines()[::2]
