@@ -60,7 +60,7 @@ class BatchStatus:
         displaced: times that a prompt had to start again because others needed its memory.
         steps, passes, tokens: logical steps of all prompts, forward passes, and tokens in sets.
         seconds: since the start.
-        cache_bytes: of the keys and values, room for slots to come included.
+        cache_bytes: of the keys, values and states, room for more included.
         waste: share of the slots held that no running prompt uses; its largest value so far is
             ``largest_waste``.
     """
@@ -173,8 +173,9 @@ def stream_batch_generate(
     Args:
         model, tokenizer, prompts, settings: as in :func:`batch_generate`.
         batch_size: prompts that generate at the same time, at least 1.
-        max_kv_bytes: bytes that keys and values may take; prompts wait while they do not fit, and
-            one that does not fit alone fails. None is half of the memory that is left.
+        max_kv_bytes: bytes that keys, values and recurrent states may take; prompts wait while
+            they do not fit, and one that does not fit alone fails. None is half of the memory that
+            is left.
         prompt_cache: read already; prompts that begin with its tokens go on from there, others
             are appended to its text: see :meth:`PromptCache.join`.
         paths: if above 0, paths that are found for each result before it is yielded; where the run
@@ -265,7 +266,7 @@ class Schedule:
         new_run: makes the run of a prompt; ValueError fails it.
         total: prompts.
         batch_size: runs that generate at the same time.
-        max_kv_bytes: bytes of keys and values.
+        max_kv_bytes: bytes of keys, values and recurrent states.
         prompt_cache: of a beginning that prompts may have.
     """
 
@@ -386,7 +387,7 @@ class Schedule:
         needed = (run.length + 1) * model.slot_bytes + model.state_bytes
         if needed > self._max_kv_bytes:
             raise CacheBudgetError(
-                f"the prompt's {run.length} tokens need {needed:,} bytes for keys and values, "
+                f"the prompt's {run.length} tokens need a cache of {needed:,} bytes, "
                 f"max_kv_bytes is {self._max_kv_bytes:,}; raise it, or shorten the prompt"
             )
 
@@ -397,7 +398,8 @@ class Schedule:
         slots = sum(len(run.sequence.held) + width * (run.limit - run.step) for run in runs)
         slots += sum(run.length + width * run.limit for run in newcomers)
         model = self._decoder.model
-        states = width * (len(runs) + len(newcomers))
+        # Those of a set are let go of once the next one has been read.
+        states = 2 * width * (len(runs) + len(newcomers))
         return slots * model.slot_bytes + states * model.state_bytes <= self._max_kv_bytes
 
     def _read_together(self, runs: list[Run]) -> bool:

@@ -26,7 +26,7 @@ CLEAR_CACHE_EVERY = 256
 
 
 class CacheBudgetError(TempoError):
-    """A run does not fit into the memory that its keys and values may take."""
+    """A run does not fit into the memory that its cache may take."""
 
 
 class Decoder:
@@ -57,7 +57,7 @@ class Decoder:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all keys and values, room for slots to come included."""
+        """Bytes of all keys, values and states, room for more included."""
         reading = self._reading[1].cache.nbytes if self._reading else 0
         return reading + (self.batch.cache.nbytes if self.runs else 0)
 
@@ -251,13 +251,11 @@ class Decoder:
             growth = {id(run.sequence): len(run.pending) for run in runs if run in self.runs}
             needed = self.batch.bytes_after(growth)
             if needed <= budget:
-                row_bytes = self.batch.cache.batch_size * self.model.slot_bytes
-                if row_bytes:
-                    self.batch.cache.capacity_limit = budget // row_bytes
+                self.batch.limit_room(growth, budget)
                 return
             if not compacted:
                 compacted = True
-                self.batch.compact(0.0)
+                self.batch.shrink()
             elif len(self.runs) > 1:
                 youngest = self.runs[-1]
                 self.displaced.append(youngest)
@@ -266,7 +264,7 @@ class Decoder:
             else:
                 alone = self.runs[0]
                 alone.error = CacheBudgetError(
-                    f"its keys and values need {needed:,} bytes after {alone.step} steps, "
+                    f"its cache needs {needed:,} bytes after {alone.step} steps, "
                     f"max_kv_bytes is {self._max_kv_bytes:,}; raise it, or make fewer or narrower "
                     "sets (max_tokens, max_parallel, threshold)"
                 )

@@ -29,7 +29,7 @@ class StepResponse:
         step: the step just made; its tokens are final except for ``pruned_at``.
         result: the run so far; complete with the last response.
         slots_held: slots in the cache.
-        cache_bytes: bytes of its keys and values, room for slots to come included.
+        cache_bytes: bytes of its keys, values and states, room for more included.
         finish_reason: None, or "stop" (end of text or a stop text), "length" (``max_tokens``) or
             "context" (the model's context is full).
     """
@@ -87,9 +87,9 @@ def stream_generate(
 
     Args:
         model, tokenizer, prompt: as in :func:`generate`.
-        verify: after the last step, replay the run in one uncached pass and put the largest
-            difference into ``result.verification``. Keeps every step's logits in memory. Refused
-            for visibilities that are not among :data:`.verification.KNOWN`.
+        verify: after the last step, replay the run (see :func:`.verification.verify`) and put the
+            largest difference into ``result.verification``. Keeps every step's logits in memory.
+            Refused for visibilities that are not among :data:`.verification.KNOWN`.
         model_name: what the result calls the model.
         prompt_cache: read already; a prompt that begins with its tokens goes on from there, any
             other one is appended to its text: see :meth:`PromptCache.join`.

@@ -1,7 +1,8 @@
 """The best paths through a lattice's sets, each scored as the text that it is.
 
 The hypotheses of the beam live in one sequence as a tree: a slot sees the prompt, its ancestors
-and itself, so its logits are those of a separate sequential decode of its path.
+and itself, and recurrent layers go on from its parent's state, so its logits are those of a
+separate sequential decode of its path.
 """
 
 from collections.abc import Sequence
@@ -53,6 +54,7 @@ class _Beam:
         self.scores = np.zeros(1)  # [R], nats
         self.chains: list[list[int]] = [[]]
         self.sees = np.ones((1, len(prompt)), bool)  # [R, S]: slots that each path's last one sees
+        self.last = np.array([len(prompt) - 1])  # [R]: slot of each path's last token
         self.step = 0
 
     @property
@@ -72,8 +74,20 @@ class _Beam:
         self.scores = joint[parents, choice]
         ids = np.array(self.ids)[choice]
         self.chains = [[*self.chains[p], int(t)] for p, t in zip(parents, ids, strict=True)]
-        self.sees = self.sees[parents]
+        self.sees, self.last = self.sees[parents], self.last[parents]
         self.step += 1
+
+    def read(self) -> np.ndarray:
+        """Append the paths' last tokens; the slots that they continue, [R]."""
+        continued, (n, first) = self.last, self.sees.shape
+        self.sees = np.concatenate([self.sees, np.eye(n, dtype=bool)], axis=1)
+        self.last = np.arange(first, first + n)
+        return continued
+
+    def keep(self, slots: np.ndarray) -> None:
+        """Only these slots are left, ascending."""
+        self.sees = self.sees[:, slots]
+        self.last = np.searchsorted(slots, self.last)
 
 
 class PathSearch:
@@ -84,6 +98,7 @@ class PathSearch:
         prompts: of each problem, ids of at least one token.
         beam: hypotheses kept at each step, at least 1.
         cache: a row for each problem that holds the beginning of its prompt, not the last token.
+            None to read the prompts.
     """
 
     def __init__(
@@ -95,11 +110,10 @@ class PathSearch:
     ):
         self._model = model
         self._beams = [_Beam(prompt, beam) for prompt in prompts]
-        reading = Batch(model, [SequenceState(Lattice(prompt)) for prompt in prompts], cache)
         #: of the last tokens that were read, [N, V], and the problem of each
-        self._logits: mx.array | None = reading.prefill(CHUNK)
+        self._logits: mx.array | None
+        self._cache, self._logits = _read_prompts(model, prompts, cache)
         self._rows = np.arange(len(self._beams))
-        self._cache = reading.cache
 
     def extend(
         self, sets: Sequence[list[list[int]]], last: bool = False
@@ -148,6 +162,20 @@ def best_paths(
     return search.extend([sets for _, sets in problems], last=True)
 
 
+def _read_prompts(
+    model: PositionedModel, prompts: Sequence[list[int]], cache: BatchedKVCache | None
+) -> tuple[BatchedKVCache, mx.array]:
+    """A cache with a row for each prompt, and logits of their last tokens, [B, V]."""
+    sequences = [SequenceState(Lattice(prompt)) for prompt in prompts]
+    # Recurrent layers read texts of several lengths one at a time.
+    alone = model.is_recurrent and cache is None
+    batches = [Batch(model, [s]) for s in sequences] if alone else [Batch(model, sequences, cache)]
+    logits = mx.concatenate([batch.prefill(CHUNK) for batch in batches])
+    if len(batches) == 1:
+        return batches[0].cache, logits
+    return BatchedKVCache.merge([batch.cache for batch in batches]), logits
+
+
 def _read_last(
     model: PositionedModel, cache: BatchedKVCache, beams: list[_Beam], going: list[int]
 ) -> tuple[np.ndarray, mx.array]:
@@ -156,16 +184,16 @@ def _read_last(
     rows = np.repeat(going, sizes)
     added = np.bincount(rows, minlength=len(beams))
     mask = np.zeros((len(rows), int((cache.counts + added).max())), bool)
-    done = 0
+    done, parents = 0, []
     for row, n in zip(going, sizes, strict=True):
         each = beams[row]
-        each.sees = np.concatenate([each.sees, np.eye(n, dtype=bool)], axis=1)
+        parents.append(each.read())
         mask[done : done + n, : each.sees.shape[1]] = each.sees
         done += n
     tokens = mx.array([chain[-1] for row in going for chain in beams[row].chains])
     positions = np.repeat([len(beams[r].prompt) + beams[r].step - 1 for r in going], sizes)
-    mask_ = mx.array(mask)[None, None]
-    return rows, model(tokens[None], positions[None], mask_, cache, rows=rows)[0]
+    call = tokens[None], positions[None], mx.array(mask)[None, None], cache
+    return rows, model(*call, rows=rows, parents=np.concatenate(parents))[0]
 
 
 def _drop_unused(cache: BatchedKVCache, beams: list[_Beam], last: bool) -> None:
@@ -175,4 +203,4 @@ def _drop_unused(cache: BatchedKVCache, beams: list[_Beam], last: bool) -> None:
     if sum(int(u.sum()) for u in used) < (1 - MAX_UNUSED) * cache.counts.sum():
         cache.compact([np.flatnonzero(u) for u in used])
         for each, chosen in zip(beams, used, strict=True):
-            each.sees = each.sees[:, chosen]
+            each.keep(np.flatnonzero(chosen))

@@ -156,7 +156,8 @@ class GenerationResult:
         """Attention that each step's rows paid to each slot, [S], by one more pass.
 
         Raises:
-            UnsupportedModelError: if the model's attention cannot be captured.
+            UnsupportedModelError: if the model's attention cannot be captured, or layers are
+                recurrent.
         """
         if not isinstance(self.model, PositionedModel):
             raise TempoError("attention is captured with branching shared")

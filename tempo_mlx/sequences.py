@@ -256,8 +256,13 @@ class Batch:
                 self.keep([np.ones(len(self.sequences[0].held), bool)])
             self.append(mx.array(ids), parts)
 
-    def prompt_slots(self, sequence: SequenceState) -> BatchedKVCache:
-        """A cache of its own with the slots of a sequence's prompt, its last token left out."""
+    def prompt_slots(self, sequence: SequenceState) -> BatchedKVCache | None:
+        """A cache of its own with the slots of a sequence's prompt, its last token left out.
+
+        None where layers are recurrent, whose states have gone on from the prompt's.
+        """
+        if self.model.is_recurrent:
+            return None
         prompt = sequence.held < len(sequence.lattice.prompt_tokens) - 1
         alone = self.cache.extract(sequence.row)
         alone.compact(sequence.at[prompt])
@@ -315,11 +320,31 @@ class Batch:
 
     def bytes_after(self, growth: Mapping[int, int]) -> int:
         """Bytes that the cache needs for sequences, by their ``id``, to append so many slots."""
-        slots = max(self.width_after(growth), self.cache.capacity)
-        states = self.cache.states.used + sum(growth.values())
-        return (
-            slots * self.cache.batch_size * self.model.slot_bytes + states * self.model.state_bytes
-        )
+        slots, states = self._room_after(growth)
+        row_bytes = self.cache.batch_size * self.model.slot_bytes
+        return slots * row_bytes + states * self.model.state_bytes
+
+    def limit_room(self, growth: Mapping[int, int], budget: int) -> None:
+        """Keep the room for more that comes with this growth within a budget of bytes.
+
+        Args:
+            growth: as for :meth:`bytes_after`.
+            budget: at least what that says.
+        """
+        slots, states = self._room_after(growth)
+        row_bytes = self.cache.batch_size * self.model.slot_bytes
+        spare = budget - self.bytes_after(growth)
+        if self.model.state_bytes:
+            # One half for states, one for slots.
+            spare //= 2
+            self.cache.states.limit = states + spare // self.model.state_bytes
+        if row_bytes:
+            self.cache.capacity_limit = slots + spare // row_bytes
+
+    def _room_after(self, growth: Mapping[int, int]) -> tuple[int, int]:
+        """Slots of a row and states that there must be room for after this growth."""
+        states = self.cache.states_after(sum(growth.values())) if self.model.is_recurrent else 0
+        return max(self.width_after(growth), self.cache.capacity), states
 
     def waste(self) -> float:
         """Share of the slots in the cache that hold nothing of a running sequence."""
@@ -341,6 +366,10 @@ class Batch:
             return False
         self.keep(live)
         return True
+
+    def shrink(self) -> None:
+        """Drop what no later step can see, and the room for more."""
+        self.keep([sequence.seen_by_next() for sequence in self.sequences])
 
     def keep(self, live: list[np.ndarray]) -> None:
         """Keep only these of each sequence's held slots, in as many rows as waste little."""

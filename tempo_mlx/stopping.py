@@ -79,7 +79,7 @@ class StopWatch:
     def __init__(self, result: GenerationResult):
         self._result = result
         #: makes a cache that has read the prompt but its last token; None to read it
-        self.prompt_slots: Callable[[], BatchedKVCache] | None = None
+        self.prompt_slots: Callable[[], BatchedKVCache | None] | None = None
         self._automaton = StopAutomaton(result.settings.stop, result.vocabulary.bytes_of)
         self._search: PathSearch | None = None
         self._sets: list[list[int]] = []

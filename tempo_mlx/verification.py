@@ -22,6 +22,11 @@ from .settings import Settings
 KNOWN = ("isolated", "visible", "hidden", "tree", "recombined")
 
 
+def oracle_of(model: PositionedModel) -> str:
+    """What :func:`verify` compares a run with, in words."""
+    return "mlx-lm's own decode of each text" if model.is_recurrent else "one uncached pass"
+
+
 def require_known(settings: Settings) -> None:
     """Raise TempoError for a visibility of which a replay would not know who sees whom."""
     if settings.visibility not in KNOWN:
@@ -105,7 +110,7 @@ def verify(
 ) -> Verification:
     """Compare the logits that a cached run saw with one uncached pass over all its slots.
 
-    Where layers are recurrent: with mlx-lm's own reading of each text of the run by itself.
+    Where layers are recurrent: with mlx-lm's own decode of each text of the run by itself.
 
     Args:
         model: the model that made the run.
@@ -167,14 +172,11 @@ def received_attention(
         step -> [S], the mean over the step's rows, all heads and all layers.
 
     Raises:
-        UnsupportedModelError: if the model's attention cannot be captured.
+        UnsupportedModelError: if the model's attention cannot be captured, or layers are recurrent.
         TempoError: for a visibility that is not among :data:`KNOWN`.
     """
     model.require_capture()
-    if model.is_recurrent:
-        raise TempoError(
-            "attention received needs one pass over all slots, which recurrent layers do not have"
-        )
+    model.require_replay()
     recorder = AttentionRecorder(Capture(full=True))
     mx.eval(replay(model, lattice, settings, recorder)[:1])
     layers = [weights[0].mean(axis=0) for weights in recorder.weights.values()]  # [S, S] each

@@ -104,15 +104,21 @@ def tiny_config(name: str, **overrides) -> Config:
     return copy.deepcopy(config)
 
 
-def tiny_model(name: str, seed: int = 0, **overrides) -> nn.Module:
-    """A stock mlx-lm model with random fp32 weights that depend on the seed only, evaluated."""
+def tiny_model(name: str, seed: int = 0, most: int = MAX_PARAMETERS, **overrides) -> nn.Module:
+    """A stock mlx-lm model with random fp32 weights that depend on the seed only, evaluated.
+
+    Args:
+        name, overrides: as for :func:`tiny_config`.
+        seed: of the weights.
+        most: parameters that it may have.
+    """
     module = _module(name)
     args = module.ModelArgs.from_dict(tiny_config(name, **overrides))
     model = module.Model(args)
     parameters = dict(tree_flatten(model.parameters()))
     # Weights are lazy: a field that kept its full-size default is noticed before memory is used.
     n_parameters = sum(value.size for value in parameters.values())
-    if n_parameters > MAX_PARAMETERS:
+    if n_parameters > most:
         raise ValueError(f"{name} is not tiny: {n_parameters} parameters")
     if name == "phi3small":
         # Ids beyond a tiny vocabulary, at which it would write out of bounds.

@@ -6,10 +6,12 @@ from rich.table import Table
 from rich.text import Text
 
 from ..console import Console
+from ..models import PositionedModel
 from ..printable import quoted
 from ..rendering import Span, StepWriter
 from ..rendering import plain as plain_text
 from ..result import GenerationResult
+from ..verification import oracle_of
 
 
 def verdicts(result: GenerationResult) -> Table:
@@ -65,7 +67,8 @@ def report(result: GenerationResult, console: Console) -> None:
         console.print(f"seed {result.settings.seed}", style="dim")
     if result.verification is not None:
         found = result.verification
+        assert isinstance(result.model, PositionedModel)
         console.print(
             f"verified: largest difference {found.max_logit_difference:.2e} of a logit "
-            f"over {found.rows} rows, cached run against one uncached pass"
+            f"over {found.rows} rows, cached run against {oracle_of(result.model)}"
         )

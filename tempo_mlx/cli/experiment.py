@@ -101,7 +101,8 @@ def run(
     max_kv_bytes: Annotated[
         str | None,
         typer.Option(
-            metavar="SIZE", help="Memory for keys and values, such as 800MB; default: half of it."
+            metavar="SIZE",
+            help="Memory for keys, values and states, such as 800MB; default: half of it.",
         ),
     ] = None,
     capture: Annotated[

@@ -113,7 +113,7 @@ def generate(
     max_kv_bytes: Annotated[
         str | None,
         typer.Option(
-            help="Memory for the keys and values of --prompts-file, such as 800MB or 2GiB; "
+            help="Memory for the keys, values and states of --prompts-file, such as 800MB or 2GiB; "
             "prompts wait while they do not fit. Half of what the model leaves, by default."
         ),
     ] = None,
@@ -342,7 +342,9 @@ def generate(
     verify: Annotated[
         bool,
         typer.Option(
-            "--verify", help="Replay the run in one uncached pass and report the difference."
+            "--verify",
+            help="Replay the run in one uncached pass and report the difference; where layers are "
+            "recurrent, each of its texts by mlx-lm alone.",
         ),
     ] = False,
     output: Annotated[
@@ -452,7 +454,9 @@ def generate(
     for token in extra_eos_token or ():
         add_end_token(tokenizer, token)
     if plot_attention:
-        PositionedModel.of(language_model).require_capture()
+        positioned = PositionedModel.of(language_model)
+        positioned.require_capture()
+        positioned.require_replay()
     known = None
     if prompt_cache is not None and prompt_cache.exists():
         known = PromptCache.load(prompt_cache, language_model)

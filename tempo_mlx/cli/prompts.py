@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -109,13 +109,17 @@ def generate_from_file(
             prompt = [*system, {"role": "user", "content": prompt}]
         try:
             settings = row_settings(row, defaults)
-            joined = None
+        except TempoError as error:
+            failed[number] = str(error)  # with file and line
+            continue
+        joined = None
+        try:
             if prompt_cache is not None:
                 joined = prompt_cache.join(positioned, tokenizer, prompt)
         except TempoError as error:
-            failed[number] = str(error)
-        else:
-            jobs[number] = Job(number, prompt, settings, joined)
+            failed[number] = row.told(error)
+            continue
+        jobs[number] = Job(number, prompt, settings, joined)
     common = [identify(positioned.model, tokenizer), max(1, paths), verify]
     keys = [key_of(rows[i], jobs.get(i), common) for i in range(len(rows))]
     with results_sink(output, keys, overwrite) as sink:
@@ -149,8 +153,10 @@ def generate_from_file(
             )
             for i, outcome in outcomes:
                 number = todo[i].number
+                if isinstance(outcome, Failure):
+                    failures += 1
+                    outcome = replace(outcome, error=rows[number].told(outcome.error))
                 sink.add(number, record(rows[number], outcome, max(1, paths)))
-                failures += isinstance(outcome, Failure)
     return failures
 
 
@@ -186,11 +192,11 @@ def join_note(cache: PromptCache, joined: Sequence[JoinedPrompt]) -> str:
 
 
 def record(row: PromptRow, outcome: GenerationResult | Failure, paths: int = 1) -> dict[str, Any]:
-    """The line of a result."""
+    """The line of a result, or of a failure that names file and line."""
     named = {} if row.id is None else {"id": row.id}
     if isinstance(outcome, GenerationResult):
         return {**named, **outcome.to_dict(paths)}
-    return {**named, **Failure(outcome.prompt, row.told(outcome.error)).to_dict()}
+    return {**named, **outcome.to_dict()}
 
 
 def summary(status: BatchStatus) -> str:

@@ -135,7 +135,7 @@ def search(
         typer.Option(help="End this long after the prompt was read, with what is known."),
     ] = None,
     max_kv_bytes: Annotated[
-        str | None, typer.Option(help="Memory for keys and values, such as 800MB or 2GiB.")
+        str | None, typer.Option(help="Memory for keys, values and states, such as 800MB or 2GiB.")
     ] = None,
     explain: Annotated[
         bool,

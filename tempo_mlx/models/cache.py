@@ -395,6 +395,12 @@ class BatchedKVCache:
             self._take_states(row, slots, other, source, np.arange(count))
         return slots
 
+    def states_after(self, n: int) -> int:
+        """States that there is room for once n more are kept beside those of the slots."""
+        if self.states.used + n <= self.states.capacity:
+            return self.states.capacity
+        return len(self._live_places()) + n
+
     def last_states(self) -> dict[str, mx.array]:
         """States of each row's last slot, ``states.<i>`` [B, ..]; empty where there are none."""
         if not self.states or (self.counts == 0).any():

@@ -120,6 +120,14 @@ class PositionedModel:
                 "attention call; use a rule that needs no attention"
             )
 
+    def require_replay(self) -> None:
+        """Raise UnsupportedModelError unless one pass can read all slots of a run."""
+        if self.is_recurrent:
+            raise self._unsupported(
+                "the attention that tokens receive is found in one pass over all tokens of a run, "
+                "and a recurrent layer reads one text in a pass; leave it out"
+            )
+
     def require_merging(self, visibility: str) -> None:
         """Raise UnsupportedModelError unless a token may see sets of several tokens whole."""
         if self.is_recurrent:

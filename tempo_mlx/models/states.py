@@ -39,6 +39,8 @@ class BranchStates:
         #: places that are in use or were, the first of all
         self.used = 0
         self.capacity = 0
+        #: places that there may be room for, where that is less than twice those in use
+        self.limit: int | None = None
 
     def __bool__(self) -> bool:
         """Whether the model has recurrent layers."""
@@ -90,7 +92,8 @@ class BranchStates:
         if first + n > self.capacity:
             # What is not needed goes when room is made for more.
             moved, first = np.arange(len(live)), len(live)
-            self._move(live, max(len(live) + n, 2 * len(live)))
+            room = 2 * len(live) if self.limit is None else min(2 * len(live), self.limit)
+            self._move(live, max(len(live) + n, room))
         for number, layer in enumerate(self._layers):
             for entry, new in enumerate(cast(list[mx.array], layer.cache)):
                 array = self._arrays[number][entry]

@@ -83,7 +83,7 @@ class TextEnvironment:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys and values, room for slots to come included."""
+        """Bytes of keys, values and states, room for more included."""
         return self._batch.cache.nbytes
 
     @property
@@ -210,14 +210,19 @@ class TextEnvironment:
 
     def _require_room(self, n: int) -> None:
         budget = self.settings.max_kv_bytes
-        needed = self._batch.bytes_after({id(self._sequence): n})
-        if budget is not None and needed > budget:
+        if budget is None:
+            return
+        growth = {id(self._sequence): n}
+        if self._batch.bytes_after(growth) > budget:
+            # Without the room for more that is there.
+            self._batch.keep([np.ones(len(self._sequence.held), bool)])
+        needed = self._batch.bytes_after(growth)
+        if needed > budget:
             raise CacheBudgetError(
-                f"{n} more leaves need {needed:,} bytes for keys and values, max_kv_bytes is "
+                f"{n} more leaves need a cache of {needed:,} bytes, max_kv_bytes is "
                 f"{budget:,}; raise it, or search with fewer leaves_per_batch, simulations or depth"
             )
-        if budget is not None:
-            self._batch.cache.capacity_limit = budget // max(1, self.model.slot_bytes)
+        self._batch.limit_room(growth, budget)
 
     def _rollouts(self, nodes: list[int]) -> list[float]:
         """Continue the nodes' texts side by side; the geometric mean of all their probabilities."""

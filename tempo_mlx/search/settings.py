@@ -49,7 +49,7 @@ class SearchSettings:
             prompt included; the batch that reaches the number is finished. None sets no bound.
         max_seconds: the search ends once so many seconds have passed since the prompt was read;
             None sets no bound.
-        max_kv_bytes: bytes of keys and values at most; None sets no bound.
+        max_kv_bytes: bytes of keys, values and recurrent states at most; None sets no bound.
         prefill_step_size: prompt tokens in one forward pass, at least 1.
 
     Raises:
