@@ -23,7 +23,7 @@ def stock_logprob(model, prompt, path):
     return sum(logp[len(prompt) - 1 + i, token] for i, token in enumerate(path))
 
 
-@pytest.fixture(scope="module", params=["llama", "gemma3_text", "qwen3_moe"])
+@pytest.fixture(scope="module", params=["llama", "gemma3_text", "qwen3_moe", "qwen3_next", "mamba"])
 def model(request):
     return tiny_model(request.param, seed=3)
 
@@ -47,6 +47,16 @@ def test_narrow_beam_scores_are_exact_and_ordered(model):
     for ids, score in found:
         assert all(token in ids_of_step for token, ids_of_step in zip(ids, sets, strict=True))
         assert score == pytest.approx(stock_logprob(model, PROMPT, ids), abs=1e-3)
+
+
+def test_problems_side_by_side_are_as_each_alone(model):
+    sets = [[1, 2, 3], [4], [5, 6], [7, 8, 9]]
+    problems = [(PROMPT, sets), (PROMPT[:1], sets[2:]), (PROMPT[4:], sets[:3])]
+    found = best_paths(PositionedModel.of(model), problems, beam=18)
+    for (prompt, own), paths in zip(problems, found, strict=True):
+        every = [(stock_logprob(model, prompt, p), list(p)) for p in itertools.product(*own)]
+        assert [ids for ids, _ in paths] == [ids for _, ids in sorted(every, reverse=True)]
+        np.testing.assert_allclose([s for _, s in paths], sorted(s for s, _ in every)[::-1], 1e-3)
 
 
 def test_text_is_the_best_path_and_paths_are_kept(model):

@@ -1,19 +1,31 @@
 """Recurrent layers: a state for each branch, in trees, batches, prompt caches and searches."""
 
-from tempo_mlx import PositionedModel, Settings, UnsupportedModelError, batch_generate, generate
-from tempo_mlx.decoder import Decoder
+from tempo_mlx import (
+    PositionedModel,
+    Settings,
+    UnsupportedModelError,
+    batch_generate,
+    generate,
+    search,
+    stream_generate,
+)
+from tempo_mlx.batching import Failure
+from tempo_mlx.decoder import CacheBudgetError, Decoder
 from tempo_mlx.generation import begin
 from tempo_mlx.prompt_cache import PromptCache
 from tempo_mlx.pruning import Pruning
 from tempo_mlx.run import Run
+from tempo_mlx.sequences import Batch
 from tests.architectures import branches_difference
 from tests.tiny_models import tiny_model
 from tests.tiny_tokenizer import TinyTokenizer
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mlx_lm.models.cache import make_prompt_cache
 
 #: Attention beside a gated delta rule, a short convolution, a Mamba in every layer; Mamba alone.
 NAMES = ["qwen3_next", "lfm2", "falcon_h1", "mamba"]
@@ -117,11 +129,96 @@ def test_sets_that_are_seen_whole_are_refused(model, given_):
         generate(model, TOKENIZER, PROMPTS[0], threshold=0.1, **given_)
 
 
-@pytest.mark.parametrize("visibility", ["isolated", "visible", "recombined"])
-def test_at_threshold_one_every_visibility_is_plain_decoding(model, visibility):
-    result = generate(
-        model, TOKENIZER, PROMPTS[0], threshold=1.0, max_tokens=8, visibility=visibility,
-        verify=True,
-    )  # fmt: skip
+@pytest.mark.parametrize("paths", [0, 2])
+@pytest.mark.parametrize(
+    "given_",
+    [
+        {"visibility": "isolated", "threshold": 1.0, "stop": ("}",)},
+        {"visibility": "visible", "threshold": 1.0, "temp": 0.5},
+        {"visibility": "hidden", "max_parallel": 1, "pruning": Pruning()},
+        {"visibility": "recombined", "threshold": 1.0},
+    ],
+)
+def test_with_one_token_a_step_every_visibility_is_plain_decoding(model, given_, paths):
+    results = []
+    for response in stream_generate(
+        model, TOKENIZER, PROMPTS[0], max_tokens=8, verify=True, paths=paths, **given_
+    ):
+        results.append(response.result)
+    result = results[-1]
     assert result.verification.max_logit_difference < 1e-3
-    assert all(len(step.tokens) == 1 for step in result.lattice.steps)
+    assert all(len(tokens) == 1 for tokens in result.lattice.sets)
+    [path] = result.paths(2)
+    assert path.tokens == [tokens[0].id for tokens in result.lattice.sets]
+    if not path.ended:
+        assert path.logprob == pytest.approx(logprob(model, PROMPTS[0], path.tokens), abs=1e-3)
+    [alone] = batch_generate(
+        model, TOKENIZER, PROMPTS[:1], max_tokens=8, verify=True, paths=paths, **given_
+    ).results
+    assert alone.paths(2)[0].tokens == path.tokens
+
+
+def test_attention_received_is_refused(model):
+    result = generate(model, TOKENIZER, PROMPTS[0], threshold=0.1, max_tokens=2)
+    with pytest.raises(UnsupportedModelError, match="recurrent layer|cannot be captured"):
+        result.received_attention()
+
+
+def logprob(model, prompt, tokens):
+    """Of the tokens behind the prompt, by one pass of mlx-lm's own model."""
+    logits = model.model(mx.array([*prompt, *tokens])[None], cache=make_prompt_cache(model.model))
+    rows = np.array(logits[0, len(prompt) - 1 : -1].astype(mx.float32), np.float64)
+    rows -= np.logaddexp.reduce(rows, axis=1, keepdims=True)
+    return rows[np.arange(len(tokens)), tokens].sum()
+
+
+@pytest.fixture
+def held(monkeypatch):
+    """Bytes of the caches of all passes that branch."""
+    append, found = Batch.append, []
+
+    def watched(self, tokens, parts, *args, **options):
+        outcome = append(self, tokens, parts, *args, **options)
+        if any((queries.step >= 0).any() for _, queries in parts):
+            found.append(self.cache.nbytes)
+        return outcome
+
+    monkeypatch.setattr(Batch, "append", watched)
+    return found
+
+
+def test_a_search_stays_within_its_budget(model, held):
+    chosen = {"max_tokens": 3, "simulations": 12, "threshold": 0.01, "max_parallel": 4}
+    free = search(model, TOKENIZER, PROMPTS[0], **chosen)
+    unbounded = max(held)
+    refused = passed = 0
+    for share in np.linspace(0.05, 1, 12):
+        held.clear()
+        budget = int(share * unbounded)
+        try:
+            bounded = search(model, TOKENIZER, PROMPTS[0], max_kv_bytes=budget, **chosen)
+        except CacheBudgetError:
+            refused += 1
+        else:
+            passed += 1
+            assert bounded.tokens == free.tokens
+        assert max(held, default=0) <= budget
+    # Some of what an unbounded search holds is room for more.
+    assert refused and passed > 1
+
+
+def test_a_batch_stays_within_its_budget(model, held):
+    prompts = [PROMPTS[0], PROMPTS[1], PROMPTS[3]]
+    one = Settings(max_tokens=5, threshold=1e-6, max_leaves=3, max_parallel=3, visibility="tree")
+    free = batch_generate(model, TOKENIZER, prompts, one)
+    unbounded, outcomes = max(held), set()
+    for share in np.geomspace(0.01, 1, 6):
+        held.clear()
+        budget = int(share * unbounded)
+        bounded = batch_generate(model, TOKENIZER, prompts, one, max_kv_bytes=budget)
+        assert max(held, default=0) <= budget
+        for found, expected in zip(bounded.results, free.results, strict=True):
+            outcomes.add(type(found))
+            if not isinstance(found, Failure):
+                assert found.paths(3)[0].tokens == expected.paths(3)[0].tokens
+    assert len(outcomes) == 2
