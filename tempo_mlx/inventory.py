@@ -1,17 +1,23 @@
 """Which models are on this machine, and whether they can hold parallel tokens."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
+import mlx.core as mx
+import mlx.nn as nn
 from huggingface_hub.errors import CacheNotFound
+from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.utils import _get_classes
 
 from .errors import TempoError
 from .models import PositionedModel
-from .models.loading import check_layers
+from .models.loading import WEIGHTS, check_layers
 from .models.recipes import VARIANTS, Recipe, recipes
 
 
@@ -92,8 +98,8 @@ def problem(folder: Path) -> str | None:
 def examined(folder: Path) -> PositionedModel | str:
     """The model in a folder without its weights, or why it cannot hold parallel tokens.
 
-    The model is built from its config.json with weights that are never evaluated, and put through
-    the checks that a loaded model goes through.
+    The model is built from its config.json with weights that are never evaluated, of the types that
+    those in the folder have, and put through the checks that a loaded model goes through.
     """
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -120,10 +126,31 @@ def examined(folder: Path) -> PositionedModel | str:
         return str(error)
     except Exception as error:
         return f"config.json does not fit {model_type!r}: {type(error).__name__}: {error}"
+    _take_dtypes(model, folder)
     try:
         return PositionedModel(model)
     except TempoError as error:
         return str(error)
+
+
+def _take_dtypes(model: nn.Module, folder: Path) -> None:
+    """Give a model the precision that its weights have in the folder, as far as they tell.
+
+    States are computed in the precision of the activations: that of most weights, or of the scales
+    of quantised ones.
+    """
+    stored: dict[str, mx.Dtype] = {}
+    for file in folder.glob(WEIGHTS):
+        # Damaged files are for loading to complain about.
+        with suppress(RuntimeError, ValueError, OSError):
+            arrays: Any = mx.load(str(file))  # reads the names only
+            stored |= {name: array.dtype for name, array in arrays.items()}
+    floating = {n: dtype for n, dtype in stored.items() if mx.issubdtype(dtype, mx.floating)}
+    if floating:
+        model.set_dtype(Counter(floating.values()).most_common(1)[0][0])
+        own: Any = tree_flatten(model.parameters())
+        kept = [(name, x.astype(floating[name])) for name, x in own if name in floating]
+        model.update(tree_unflatten(kept))
 
 
 def folder_bytes(path: Path) -> int:
@@ -135,4 +162,6 @@ def folder_bytes(path: Path) -> int:
 
 def size(n_bytes: int) -> str:
     """Bytes for people: "98.4 MB"."""
-    return f"{n_bytes / 1e9:.2f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.1f} MB"
+    if n_bytes >= 1e9:
+        return f"{n_bytes / 1e9:.2f} GB"
+    return f"{n_bytes / 1e6:.1f} MB" if n_bytes >= 1e6 else f"{n_bytes / 1e3:.1f} kB"
