@@ -16,7 +16,7 @@ help:
 	@echo "make demo      set up, then generate text from the embedded model"
 	@echo "make test      set up, then lint, type-check and test, as continuous integration does"
 	@echo "make check     the same in a minute: no sweeps, no processes, no real model"
-	@echo "make test-all  the same with the tests that only mlx-lm or chance can break"
+	@echo "make test-all  the same with the tests that take long, or that only mlx-lm or chance breaks"
 	@echo "make setup     set up .venv alone"
 	@echo "make lint      set up, then lint and type-check"
 	@echo "make docs      compare every architecture with mlx-lm and write docs/architectures.md"

@@ -133,12 +133,51 @@ def tiny_model(name: str, seed: int = 0, most: int = MAX_PARAMETERS, **overrides
 shared_model = functools.cache(tiny_model)
 
 
+#: One architecture of each kind of attention, state and refusal; `make test-all` sweeps the others.
+EVERY_KIND = frozenset(
+    [
+        "afm7",
+        "baichuan_m1",
+        "cohere2",
+        "deepseek_v3",
+        "deepseek_v32",
+        "falcon_h1",
+        "gemma2",
+        "gemma3_text",
+        "gemma3n",
+        "gemma4_text",
+        "gpt2",
+        "gpt_bigcode",
+        "gpt_oss",
+        "jamba",
+        "kimi_linear",
+        "lfm2",
+        "llama",
+        "llama4",
+        "longcat_flash",
+        "mamba",
+        "ministral3",
+        "mistral4",
+        "mixtral",
+        "olmo",
+        "phi3",
+        "plamo2",
+        "qwen3",
+        "qwen3_5",
+        "qwen3_next",
+        "rwkv7",
+    ]
+)
+
+
 def each_architecture(names: Iterable[str]) -> pytest.MarkDecorator:
     """Parametrizes a sweep over architectures by ``name``.
 
     All sweeps test one architecture in the same process, where they share its model.
     """
     marks = {name: [pytest.mark.thorough, pytest.mark.xdist_group(name)] for name in names}
+    for name in marks.keys() - EVERY_KIND:
+        marks[name].append(pytest.mark.slow)
     return pytest.mark.parametrize("name", [pytest.param(n, marks=m) for n, m in marks.items()])
 
 

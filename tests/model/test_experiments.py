@@ -17,6 +17,7 @@ def found(embedded):
     return groups, dict(run_batched(*embedded, groups, 32))
 
 
+@pytest.mark.slow
 def test_a_batch_makes_what_every_run_makes_alone(embedded, found):
     groups, batched = found
     allowed = tolerance(PositionedModel.of(embedded[0]))

@@ -49,7 +49,7 @@ def test_stops_of_split_characters_and_of_paths(embedded):
     assert run.finish_reason == "stop"
     # In merged sets the argmax tokens are no text: " in the" is on the best path only.
     prompt = "Once upon a time, there was a"
-    settings = {"threshold": 0.1, "max_tokens": 16, "visibility": "isolated"}
+    settings = {"threshold": 0.1, "max_tokens": 12, "visibility": "isolated"}
     free = generate(model, tokenizer, prompt, **settings)
     argmax = "".join(step.tokens[0].text for step in free.lattice.steps)
     stop = next(

@@ -347,6 +347,7 @@ def test_rivals_of_the_search_find_the_same_values(loaded, kind):
     np.testing.assert_allclose(ours.value, theirs.value, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_score_bench_finds_the_same_scores_in_every_way(tmp_path, run):
     folder = save_tiny_model(tmp_path / "tiny", max_position_embeddings=512)
     output = tmp_path / "bench.json"

@@ -38,6 +38,7 @@ def test_a_suite_is_run_once_and_its_state_is_shown(run, suite, tmp_path):
     assert data["in_use"] is False and data["failures"] == {} and data["seconds_left"] is None
 
 
+@pytest.mark.slow
 def test_all_runners_leave_the_same_tables(run, suite, tmp_path):
     tables = {}
     with LocalCluster(

@@ -226,6 +226,7 @@ def boxes(figure):
         return [(text.get_text(), text.get_window_extent(renderer)) for text in found]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "draw", [heads_figure, prompts_figure, categories_figure, distances_figure, kl_figure]
 )
@@ -339,6 +340,7 @@ def test_tables_of_someone_else_are_kept_unless_they_may_be_overwritten(run, tmp
     assert run(*analyze_it).exit_code == 0
 
 
+@pytest.mark.slow
 def test_reports_of_someone_else_are_kept_unless_they_may_be_overwritten(run, tmp_path):
     assert run("analyze", tmp_path, "--resamples", 99).exit_code == 0
     (tmp_path / "plots").mkdir()

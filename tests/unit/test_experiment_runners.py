@@ -318,6 +318,7 @@ def test_processes_make_the_same_and_one_that_dies_is_replaced(
     assert_same(found, alone)
 
 
+@pytest.mark.slow
 def test_a_group_whose_process_always_dies_is_given_up(loaded, folder, monkeypatch):
     identity, groups, _ = tasks(loaded, folder)
     monkeypatch.setattr(workers, "perform", os._exit)  # called with the model's name
@@ -349,6 +350,7 @@ def test_memory_is_checked_before_processes_are_started(monkeypatch):
         workers.require_memory(50)
 
 
+@pytest.mark.slow
 def test_a_cluster_makes_the_same_and_lost_workers_are_retried(loaded, folder, monkeypatch):
     monkeypatch.setattr(workers, "PATIENCE", 600)
     identity, groups, alone = tasks(loaded, folder, settings={"max_tokens": 30, "threshold": 0.03})
@@ -383,6 +385,7 @@ def test_a_mismatch_is_found(loaded, folder):
     assert "slot" in compare(replace(run, arrays=changed), run, 1.0)[0]
 
 
+@pytest.mark.slow
 def test_the_bench_runs_the_same_runs_in_every_way(folder, monkeypatch):
     monkeypatch.setattr(bench, "RELOADED", 1)
     model, tokenizer = load(folder)

@@ -209,6 +209,7 @@ def command(suite, where):
     return ["experiment", "run", suite, "-o", where, "--batch-size", "2"]
 
 
+@pytest.mark.slow
 def test_killed_at_random_it_goes_on_to_the_same_tables(folder, tmp_path, loaded):
     changes = {"prompts": {"a": [f"text number {i}" for i in range(12)]}}
     suite = save_suite(tmp_path / "suite.yaml", folder, **changes)

@@ -22,7 +22,7 @@ ENDS = (7, 30)
 PROMPT = [3, 17, 41, 5, 22, 9]
 
 
-@pytest.fixture(scope="module", params=["llama", "gemma3_text", "qwen3_moe", "qwen3_next", "mamba"])
+@pytest.fixture(scope="module", params=["llama", "gemma3_text", "qwen3_moe", "qwen3_next"])
 def model(request):
     return tiny_model(request.param, seed=1)
 

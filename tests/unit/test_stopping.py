@@ -110,7 +110,7 @@ class SplitTokenizer(TinyTokenizer):
 
 
 @pytest.mark.parametrize("visibility", ["recombined", "isolated", "tree"])
-@pytest.mark.parametrize("threshold", [0.03, 1.0])
+@pytest.mark.parametrize("threshold", [0.1, 1.0])
 def test_a_stop_that_tokens_split_is_found(visibility, threshold):
     settings = {"threshold": threshold, "max_parallel": 2, "visibility": visibility}
     stopped = 0
@@ -118,12 +118,12 @@ def test_a_stop_that_tokens_split_is_found(visibility, threshold):
         model = tiny_model("llama", seed=seed)
         tokenizer = SplitTokenizer(model.args.vocab_size, ())
         stop = tokenizer.character
-        free = generate(model, tokenizer, PROMPT, max_tokens=16, **settings)
-        run = generate(model, tokenizer, PROMPT, max_tokens=16, stop=(stop,), **settings)
+        free = generate(model, tokenizer, PROMPT, max_tokens=12, **settings)
+        run = generate(model, tokenizer, PROMPT, max_tokens=12, stop=(stop,), **settings)
         assert stop not in run.text
         if stop in free.text:
             assert run.finish_reason == "stop" and len(run.lattice) <= len(free.lattice)
             stopped += 1
-        if stopped == 2:
+        if stopped == 1:
             break
     assert stopped
