@@ -2,6 +2,7 @@
 
 import gc
 import os
+import sys
 
 # OpenBLAS's threads spin while they wait for each other. Where other work wants the same cores, a
 # second test run for example, that makes everything ten times slower and more.
@@ -17,8 +18,10 @@ for name in [*TERMINAL, *LOOK, "TEMPO_MLX_DEBUG"]:
     os.environ.pop(name, None)
 os.environ["TERM"] = "xterm"
 
+from tempo_mlx import cli  # noqa: E402
 from tempo_mlx.models.loading import load  # noqa: E402
 
+import mlx.core as mx  # noqa: E402
 import psutil  # noqa: E402
 import pytest  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
@@ -28,6 +31,30 @@ settings.register_profile(
     "no deadlines", deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("no deadlines")
+
+
+@pytest.fixture(scope="module")
+def uncompiled():
+    """On a CPU, mx.compile runs a C++ compiler, for longer than tiny models compute."""
+    mx.disable_compile()
+    yield
+    mx.enable_compile()
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run the command line in this process; returns (exit code, stdout, stderr)."""
+
+    def call(*arguments, stdin=None):
+        monkeypatch.setattr(sys, "argv", ["tempo-mlx", *map(str, arguments)])
+        if stdin is not None:
+            monkeypatch.setattr(sys, "stdin", stdin)
+        with pytest.raises(SystemExit) as exit:
+            cli.main()
+        out, err = capsys.readouterr()
+        return exit.value.code, out, err
+
+    return call
 
 
 @pytest.fixture(scope="session")

@@ -1,13 +1,10 @@
-"""What tests of the command line share."""
+"""What tests with tiny models share."""
 
-import sys
 from pathlib import Path
 
-from tempo_mlx import cli
 from tempo_mlx.experiments import analysis
 from tests.tiny_folder import save_tiny_model
 
-import mlx.core as mx
 import pytest
 
 #: Modules that start processes, analyse suites of experiments or compare hundreds of runs.
@@ -27,32 +24,13 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def uncompiled():
-    """On a CPU, mx.compile runs a C++ compiler, for longer than tiny models compute."""
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
+def never_compiled(uncompiled):
+    """All models here are tiny."""
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return str(save_tiny_model(tmp_path_factory.mktemp("tiny")))
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Run the command line in this process; returns (exit code, stdout, stderr)."""
-
-    def call(*arguments, stdin=None):
-        monkeypatch.setattr(sys, "argv", ["tempo-mlx", *map(str, arguments)])
-        if stdin is not None:
-            monkeypatch.setattr(sys, "stdin", stdin)
-        with pytest.raises(SystemExit) as exit:
-            cli.main()
-        out, err = capsys.readouterr()
-        return exit.value.code, out, err
-
-    return call
 
 
 @pytest.fixture

@@ -40,7 +40,6 @@ def model(request):
 
 @given(seed=st.integers(0, 10**6))
 @settings(max_examples=6)
-@pytest.mark.usefixtures("uncompiled")
 def test_branches_of_random_trees_are_separate_decodes(model, seed):
     """Nodes are dropped half-way, any other may be continued: no state leaks into a sibling."""
     assert branches_difference(model, seed) < 5e-4
