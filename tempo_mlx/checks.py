@@ -59,6 +59,8 @@ EMBEDDED_THRESHOLD, RANDOM_THRESHOLD = 0.05, 0.04
 
 #: Slots that scores are read in: fewer than the texts have tokens, so that some are dropped.
 SCORE_SLOTS = 64
+#: Recurrent states beside them: fewer than the texts have ends.
+SCORE_STATES = 6
 
 #: Precisions of weights and activations.
 FORMS = ("fp32", "fp16", "bf16", "4-bit")
@@ -339,7 +341,8 @@ def score_difference(subject: Subject, model: PositionedModel) -> tuple[float, s
     texts = [(*prompt[:end], *prompt[:3]) for end in range(2, n)]
     texts += [(*prompt[::-1], *prompt[:end]) for end in range(1, 4)]
     questions = [Question(text, min(n, len(text) - 2), after=True) for text in texts]
-    reader = TreeReader(model, SCORE_SLOTS * model.slot_bytes, n, [[0]])
+    budget = SCORE_SLOTS * model.slot_bytes + SCORE_STATES * model.state_bytes
+    reader = TreeReader(model, budget, n, [[0]])
     largest = 0.0
     for part in (questions[::2], questions):
         for question, answer in zip(part, reader.answer(part), strict=True):

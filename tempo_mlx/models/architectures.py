@@ -4,6 +4,8 @@ Names are those of mlx-lm's model files. tests/unit/test_architectures.py compar
 the stock model and holds these tables against what it finds; docs/architectures.md has the result.
 """
 
+from typing import Any, cast
+
 import mlx.nn as nn
 
 #: Files whose tiny random models gave the stock model's numbers.
@@ -152,6 +154,14 @@ def names(model: nn.Module) -> list[str]:
         for holder in holders
         if holder is not None and type(holder).__module__.startswith("mlx_lm.models.")
     ]
+
+
+def ids_kept(model: nn.Module) -> int:
+    """Token ids that the model's first layer keeps for its n-grams; 0 for all but one type."""
+    for module in model.modules():
+        if type(module).__name__ == "NgramEmbedding":
+            return cast(Any, module).n - 1
+    return 0
 
 
 def refusal(model: nn.Module) -> str | None:

@@ -6,13 +6,13 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.models.cache import ArraysCache, CacheList
+from mlx_lm.models.cache import CacheList
 
 from ..errors import TempoError
 from .attention import AttentionRecorder
 from .forward_pass import ForwardPass, Spread
 from .rows import TokenRows
-from .states import NONE, BranchStates, States
+from .states import NONE, BranchStates, RecurrentLayer, States
 
 #: Slots by which the buffers of a single row grow.
 BLOCK = 256
@@ -96,7 +96,7 @@ def layer_of(
     kind: Kind,
     make: Callable[[int | None], Any],
     attention: list[Any],
-    recurrent: list[ArraysCache],
+    recurrent: list[RecurrentLayer],
 ) -> Any:
     """What a layer of a model gets as its cache.
 
@@ -108,7 +108,7 @@ def layer_of(
     if isinstance(kind, tuple):
         return CacheList(*(layer_of(part, make, attention, recurrent) for part in kind))
     if isinstance(kind, States):
-        recurrent.append(ArraysCache(kind.n_arrays))
+        recurrent.append(RecurrentLayer(kind))
         return recurrent[-1]
     attention.append(make(kind))
     return attention[-1]
@@ -141,7 +141,7 @@ class BatchedKVCache:
         self._kinds = tuple(kinds)
         #: keys and values of the attention layers, in order
         self.kv: list[LayerCache] = []
-        recurrent: list[ArraysCache] = []
+        recurrent: list[RecurrentLayer] = []
         #: what the model's layers get
         self.layers = [
             layer_of(kind, lambda window: LayerCache(self, window), self.kv, recurrent)
@@ -500,6 +500,10 @@ class BatchedKVCache:
             grown = np.zeros((self.batch_size, max(needed, 2 * width)), np.int32)
             grown[:, :width] = self._table
             self._table = grown
+
+    def preceding(self, rows: TokenRows) -> np.ndarray:
+        """The slot before each new token in its sequence, [N]."""
+        return self.counts[rows.sequences] + rows.rank - 1
 
     def begin(
         self,

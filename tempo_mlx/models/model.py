@@ -11,7 +11,7 @@ from mlx_lm.models import cache as mlx_cache
 
 from ..errors import TempoError
 from . import attention, reused_keys
-from .architectures import EXACT, GROUPED_SCORES, names, refusal
+from .architectures import EXACT, GROUPED_SCORES, ids_kept, names, refusal
 from .attention import AttentionRecorder, Capture
 from .cache import BatchedKVCache, Kind
 from .forward_pass import Spread, is_consecutive
@@ -43,7 +43,7 @@ class PositionedModel:
         if reason := refusal(model):
             raise self._unsupported(reason)
         self._kinds = [
-            _kind(self.architecture, layer, stock)
+            _kind(self.architecture, layer, stock, 0 if layer else ids_kept(model))
             for layer, stock in enumerate(mlx_cache.make_prompt_cache(model))
         ]
         #: whether layers have recurrent state
@@ -102,15 +102,9 @@ class PositionedModel:
             grouped_scores=self.grouped_scores,
         )
 
-    def make_pool(self, limit: int) -> SlotPool:
-        """An empty pool of at most ``limit`` slots.
-
-        Raises:
-            UnsupportedModelError: if layers are recurrent, whose states a pool does not hold.
-        """
-        if self.is_recurrent:
-            raise self._unsupported("recurrent states are not held for every token of a trie")
-        return SlotPool(self._kinds, limit, self.spreads_rows, self.grouped_scores)
+    def make_pool(self, limit: int, n_states: int = 0) -> SlotPool:
+        """An empty pool of at most ``limit`` slots and ``n_states`` recurrent states."""
+        return SlotPool(self._kinds, limit, n_states, self.spreads_rows, self.grouped_scores)
 
     def require_capture(self) -> None:
         """Raise UnsupportedModelError unless the model's attention can be captured."""
@@ -236,7 +230,7 @@ class PositionedModel:
         if step is not None:
             first = None
             if self.is_recurrent:
-                first = cache.counts[step.sequences] + step.rank - 1
+                first = cache.preceding(step)
                 parents = first if parents is None else np.asarray(parents).reshape(-1)
             tokens, positions, mask, step, parents = _arranged(
                 tokens, positions, mask, step, parents, first
@@ -423,7 +417,7 @@ def _has_states(kind: Kind) -> bool:
     return any(map(_has_states, kind)) if isinstance(kind, tuple) else isinstance(kind, States)
 
 
-def _kind(architecture: str, layer: int, stock: Any) -> Kind:
+def _kind(architecture: str, layer: int, stock: Any, n_ids: int) -> Kind:
     """What a layer keeps, from the cache that mlx-lm itself would use."""
     kind = type(stock)
     if kind in (mlx_cache.KVCache, mlx_cache.ConcatenateKVCache):
@@ -431,9 +425,9 @@ def _kind(architecture: str, layer: int, stock: Any) -> Kind:
     if kind is mlx_cache.RotatingKVCache and stock.keep == 0:
         return int(stock.max_size)
     if kind is mlx_cache.ArraysCache:
-        return States(len(stock.cache))
+        return States(len(stock.cache), n_ids)
     if kind is mlx_cache.CacheList:
-        return tuple(_kind(architecture, layer, part) for part in stock.caches)
+        return tuple(_kind(architecture, layer, part, n_ids) for part in stock.caches)
     raise UnsupportedModelError(
         f"{architecture}: layer {layer} keeps a {kind.__name__}, which cannot hold parallel tokens"
     )

@@ -13,6 +13,7 @@ from .attention import AttentionRecorder
 from .cache import Kind, LayerCache, layer_of
 from .forward_pass import ForwardPass, Spread, token_by_token
 from .rows import TokenRows
+from .states import NONE, BranchStates, RecurrentLayer
 
 #: Slots by which a pool grows at least.
 BLOCK = 256
@@ -39,7 +40,8 @@ class PooledLayer(LayerCache):
 
 
 class SlotPool:
-    """Keys, values and outputs of the layers, of tokens that are numbered by their slots.
+    """Keys, values and outputs of the layers, of tokens that are numbered by their slots; and
+    recurrent states, numbered by places, of those tokens that the caller wants to continue.
 
     Made by :meth:`.PositionedModel.make_pool`; a forward pass takes it in place of a cache, after
     :meth:`plan`.
@@ -47,24 +49,28 @@ class SlotPool:
     Args:
         kinds, spread_rows, grouped_scores: as of :class:`.cache.BatchedKVCache`.
         limit: slots that it may have room for, at least 1.
+        n_states: states that it may have room for.
     """
 
     def __init__(
         self,
         kinds: Sequence[Kind],
         limit: int,
+        n_states: int = 0,
         spread_rows: Spread = False,
         grouped_scores: bool = False,
     ):
         self._spread_rows, self._grouped_scores = spread_rows, grouped_scores
         #: keys and values of the attention layers, in order
         self.kv: list[PooledLayer] = []
+        recurrent: list[RecurrentLayer] = []
         #: what the model's layers get
         self.layers = [
-            layer_of(kind, lambda window: PooledLayer(self, window), self.kv, [])  # type: ignore[arg-type]
+            layer_of(kind, lambda window: PooledLayer(self, window), self.kv, recurrent)  # type: ignore[arg-type]
             for kind in kinds
         ]
-        self.limit = limit
+        self.states = BranchStates(recurrent)
+        self.limit, self._n_states = limit, n_states
         #: slots that the buffers have room for
         self.capacity = 0
         self.running: ForwardPass | None = None
@@ -72,6 +78,7 @@ class SlotPool:
         self._hidden: mx.array | None = None  # [capacity, D]
         self._slots = np.zeros(0, np.int64)
         self._seen = np.zeros((1, 0), np.int64)
+        self._sources = self._targets = np.zeros(0, np.int64)
         self._write: mx.array | slice = slice(0, 0)
         self._gather = mx.zeros(0)
 
@@ -83,7 +90,7 @@ class SlotPool:
     @property
     def state(self) -> list[mx.array]:
         """The arrays to evaluate with what a pass returns."""
-        arrays = [array for layer in self.kv for array in layer.state]
+        arrays = [array for layer in self.kv for array in layer.state] + self.states.state
         return arrays if self._hidden is None else [*arrays, self._hidden]
 
     @property
@@ -114,14 +121,26 @@ class SlotPool:
             self._hidden = mx.concatenate([self._hidden, new])
         self.capacity = capacity
 
-    def plan(self, slots: np.ndarray, seen: np.ndarray) -> None:
+    def plan(
+        self,
+        slots: np.ndarray,
+        seen: np.ndarray,
+        sources: np.ndarray | None = None,
+        targets: np.ndarray | None = None,
+    ) -> None:
         """Say where the tokens of the next pass go, and what its rows see.
 
         Args:
             slots: of the tokens, [N], below ``capacity``.
             seen: slots of each row, its own tokens' included, [B, S]; a row that sees fewer names
                 any of them again, masked.
+            sources, targets: where layers are recurrent, the places of the states from which the
+                model's rows start, all NONE at the beginning of texts, and of those that they end
+                with, [R]: a row is a token, or a chunk of tokens of which each continues the one
+                before.
         """
+        if sources is not None and targets is not None:
+            self._sources, self._targets = sources, targets
         self._slots, self._seen = slots, seen
         first, n = int(slots[0]), len(slots)
         if (slots == np.arange(first, first + n)).all():
@@ -129,6 +148,10 @@ class SlotPool:
         else:
             self._write = mx.array(slots.astype(np.int32))
         self._gather = mx.array(seen.reshape(-1).astype(np.int32))
+
+    def preceding(self, rows: TokenRows) -> np.ndarray:
+        """The slot before each planned token in its row, [N]; of a row's first one, any."""
+        return np.append(NONE, self._slots[:-1])
 
     def begin(
         self,
@@ -153,13 +176,18 @@ class SlotPool:
             recorder=recorder,
             grouped_scores=self._grouped_scores,
         )
+        if self.states:
+            self.states.load(self._sources)
 
     def end(self) -> None:
         """Close the pass."""
+        if self.states:
+            self.states.put(self._targets, self._n_states)
         self.running = None
 
     def abandon(self) -> None:
         """Close a pass that failed."""
+        self.states.release_layers()
         self.running = None
 
     def mask_within(self, window: int | None, return_array: bool) -> mx.array | str | None:

@@ -18,9 +18,29 @@ NONE = -1
 
 @dataclass(frozen=True)
 class States:
-    """A recurrent layer that keeps this many arrays."""
+    """What a recurrent layer keeps.
+
+    Args:
+        n_arrays: arrays, each of one size however long the text is.
+        n_ids: its array is the ids of that many last tokens, 0 in front of a text; 0 if it is not.
+    """
 
     n_arrays: int
+    n_ids: int = 0
+
+    def beginning(self, n: int) -> list[Any]:
+        """The state of n texts that begin. mlx-lm knows None, and lets ids fill up their array."""
+        if self.n_ids:
+            return [mx.zeros((n, self.n_ids), mx.int64)]
+        return [None] * self.n_arrays
+
+
+class RecurrentLayer(ArraysCache):
+    """What a recurrent layer reads and writes during a pass."""
+
+    def __init__(self, kind: States):
+        super().__init__(kind.n_arrays)
+        self.kind = kind
 
 
 class BranchStates:
@@ -29,10 +49,10 @@ class BranchStates:
     A state is never changed, so that several tokens may name one place.
 
     Args:
-        layers: what the model's recurrent layers read and write during a pass.
+        layers: the model's recurrent layers.
     """
 
-    def __init__(self, layers: list[ArraysCache]):
+    def __init__(self, layers: list[RecurrentLayer]):
         self._layers = layers
         #: of each layer its arrays, [capacity, ..]; None before the first pass
         self._arrays: list[list[mx.array | None]] = [[None] * len(x.cache) for x in layers]
@@ -66,10 +86,10 @@ class BranchStates:
         index = None if (places == NONE).all() else mx.array(places.astype(np.int32))
         whole = np.array_equal(places, np.arange(self.capacity))
         for layer, arrays in zip(self._layers, self._arrays, strict=True):
-            found: list[Any] = [None] * len(arrays)
-            if index is not None:
-                found = [x if x is None or whole else x[index] for x in arrays]
-            layer.cache = found
+            if index is None:
+                layer.cache = layer.kind.beginning(len(places))
+            else:
+                layer.cache = [x if x is None or whole else x[index] for x in arrays]  # type: ignore[misc]
             layer.lengths = layer.left_padding = None
 
     def store(self, n: int, live: np.ndarray) -> tuple[np.ndarray, int]:
@@ -94,16 +114,18 @@ class BranchStates:
             moved, first = np.arange(len(live)), len(live)
             room = 2 * len(live) if self.limit is None else min(2 * len(live), self.limit)
             self._move(live, max(len(live) + n, room))
-        for number, layer in enumerate(self._layers):
-            for entry, new in enumerate(cast(list[mx.array], layer.cache)):
-                array = self._arrays[number][entry]
-                if array is None:
-                    array = mx.zeros((self.capacity, *new.shape[1:]), new.dtype)
-                array[first : first + n] = new
-                self._arrays[number][entry] = array
-        self.release_layers()
+        self._write(slice(first, first + n))
         self.used = first + n
         return moved, first
+
+    def put(self, places: np.ndarray, limit: int) -> None:
+        """Take the states that the pass made of its rows to these places, [R], below ``limit``."""
+        self.used = max(self.used, int(places.max()) + 1)
+        if self.used > self.capacity:
+            held = np.arange(self.capacity)
+            self._move(held, max(self.used, min(limit, 2 * self.capacity)))
+            mx.eval(self.state)
+        self._write(mx.array(places.astype(np.int32)))
 
     def keep(self, live: np.ndarray) -> None:
         """Let go of all but the places ``live``, which become 0, 1, .."""
@@ -124,6 +146,16 @@ class BranchStates:
         for layer in self._layers:
             layer.cache = [given.pop(0) for _ in layer.cache]  # type: ignore[misc]
         return self.store(n, live)
+
+    def _write(self, where: mx.array | slice) -> None:
+        for arrays, layer in zip(self._arrays, self._layers, strict=True):
+            for entry, new in enumerate(cast(list[mx.array], layer.cache)):
+                array = arrays[entry]
+                if array is None:
+                    array = mx.zeros((self.capacity, *new.shape[1:]), new.dtype)
+                array[where] = new
+                arrays[entry] = array
+        self.release_layers()
 
     def _move(self, live: np.ndarray, capacity: int) -> None:
         index = mx.array(live.astype(np.int32))

@@ -53,6 +53,7 @@ class ScoringStats:
         rows: tokens that went through the vocabulary layer.
         slots: tokens that are held.
         dropped: tokens that were held and had to make room.
+        states: recurrent states that are held, each of one of these tokens.
         bytes: of all that is held, room for more included.
     """
 
@@ -63,6 +64,7 @@ class ScoringStats:
     rows: int = 0
     slots: int = 0
     dropped: int = 0
+    states: int = 0
     bytes: int = 0
 
     def to_dict(self) -> dict[str, Any]:

@@ -120,8 +120,9 @@ class ContinuationScorer:
             Vocabulary Pose a Confound for Calculating Word Probabilities".)
         aggregate: "max" or "logsumexp", of the homophones' log-probabilities where a candidate is
             a list of spellings; those that come to the same tokens count once.
-        max_kv_bytes: bytes that may be held; what was used longest ago makes room. None is half
-            of the memory that is left. A model that is read in full passes holds nothing.
+        max_kv_bytes: bytes that may be held, recurrent states included; what was used longest ago
+            makes room. None is half of the memory that is left. A model that is read in full
+            passes holds nothing.
         chunk_size: tokens of a forward pass, at least 1.
 
     Raises:

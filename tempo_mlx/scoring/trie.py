@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from .state_places import StatePlaces
+
 #: Parent of a text's first token.
 NONE = -1
 
@@ -13,10 +15,13 @@ class TokenTrie:
 
     Args:
         limit: nodes at most, at least 1.
+        n_states: nodes with a recurrent state at most.
     """
 
-    def __init__(self, limit: int):
+    def __init__(self, limit: int, n_states: int = 0):
         self.limit = limit
+        #: the nodes that have a state
+        self.states = StatePlaces(n_states)
         #: of each slot: the slot before it, its place in its texts, and when it was used last
         self.parent = np.zeros(0, np.int64)
         self.depth = np.zeros(0, np.int64)
@@ -78,8 +83,18 @@ class TokenTrie:
                 return np.stack(columns, axis=1)
             columns.append(before)
 
+    def shared(self, slots: np.ndarray) -> np.ndarray:
+        """Of each slot but the first: how many of its text's slots the one before it has, too."""
+        chains, depth = self.chains(slots), self.depth[slots]
+        paths = np.full(chains.shape, NONE)
+        node, back = np.nonzero(chains != NONE)
+        paths[node, depth[node] - back] = chains[node, back]
+        same = (paths[1:] == paths[:-1]) & (paths[1:] != NONE)
+        return np.logical_and.accumulate(same, axis=1).sum(axis=1)
+
     def clear(self) -> None:
         """Drop all nodes."""
+        self.states.clear()
         self._children.clear()
         self._free, self.size = [], 0
         self.parent = self.depth = self.used = self.token = np.zeros(0, np.int64)
@@ -99,6 +114,7 @@ class TokenTrie:
         ):
             del self._children[node, token]
             self._free.append(slot)
+        self.states.remove(gone.tolist())
         self.dropped += len(gone)
         return True
 

@@ -6,6 +6,8 @@ import re
 
 from tempo_mlx import ContinuationScorer, PositionedModel, UnsupportedModelError
 from tempo_mlx.decoder import CacheBudgetError
+from tempo_mlx.scoring.tree_reader import TreeReader
+from tempo_mlx.scoring.trie import NONE
 from tempo_mlx.selection import NonFiniteLogitsError
 from tempo_mlx.tokens import encode_prompt
 from tests.brute_scorer import BruteScorer
@@ -63,12 +65,20 @@ def same(scores, expected):
     np.testing.assert_allclose(np.concatenate(scores), np.concatenate(expected), atol=TOLERANCE)
 
 
-@pytest.fixture(scope="module", params=["llama", "gemma3_text", "gemma2", "deepseek_v2", "lfm2"])
+#: Attention of several kinds.
+NAMES = ["llama", "gemma3_text", "gemma2", "deepseek_v2"]
+#: Short convolutions beside attention, gated delta rules beside attention, Mamba without attention,
+#: ids of the last tokens.
+RECURRENT = ["lfm2", "qwen3_next", "mamba", "longcat_flash_ngram"]
+
+
+@pytest.fixture(scope="module", params=[*NAMES, *RECURRENT])
 def model(request):
     return tiny_model(request.param, seed=1)
 
 
 @settings(max_examples=25, phases=[Phase.generate])
+@pytest.mark.usefixtures("uncompiled")
 @given(
     calls=st.lists(
         st.lists(st.tuples(CONTEXTS, st.lists(WORDS, max_size=4)), min_size=1, max_size=6),
@@ -77,11 +87,16 @@ def model(request):
     ),
     chunk_size=st.sampled_from([1, 3, 8, 512]),
     slots=st.sampled_from([60, 10_000]),
+    states=st.sampled_from([3, 8, 10_000]),
     kept=st.sampled_from([None, 3, 11]),
     correct=st.booleans(),
 )
-def test_scores_are_those_of_every_text_alone(model, calls, chunk_size, slots, kept, correct):
+def test_scores_are_those_of_every_text_alone(
+    model, calls, chunk_size, slots, states, kept, correct
+):
     positioned = PositionedModel.of(model)
+    slot_bytes = positioned.slot_bytes + positioned.hidden_bytes
+    budget = slots * slot_bytes + states * positioned.state_bytes
     scorer = ContinuationScorer(
         positioned,
         TOKENIZER,
@@ -90,7 +105,7 @@ def test_scores_are_those_of_every_text_alone(model, calls, chunk_size, slots, k
         max_context_tokens=kept,
         trailing_space_correction=correct,
         chunk_size=chunk_size,
-        max_kv_bytes=slots * (positioned.slot_bytes + positioned.hidden_bytes),
+        max_kv_bytes=budget,
     )
     brute = BruteScorer(model, TOKENIZER, 0.7, 1.5, None, kept, correct)
     for call in calls:
@@ -100,8 +115,9 @@ def test_scores_are_those_of_every_text_alone(model, calls, chunk_size, slots, k
                 scorer.score_continuations(contexts, words),
                 brute.score_continuations(contexts, words),
             )
-    assert scorer.stats().slots <= slots
-    assert scorer.stats().bytes <= 1.1 * slots * (positioned.slot_bytes + positioned.hidden_bytes)
+    stats = scorer.stats()
+    assert stats.bytes <= budget
+    assert stats.slots * slot_bytes + stats.states * positioned.state_bytes <= stats.bytes
 
 
 #: Those that stock mlx-lm cannot run on every device.
@@ -116,8 +132,8 @@ def test_every_architecture_is_scored_one_way_or_the_other(name):
     expected = BruteScorer(model, TOKENIZER).score_continuations(contexts, words)
     scorer = ContinuationScorer(model, TOKENIZER)
     try:
-        # Recurrent states are not held for every token of a trie.
-        method = "full passes" if PositionedModel.of(model).is_recurrent else "tree"
+        PositionedModel(model)
+        method = "tree"
     except UnsupportedModelError:
         method = "full passes"
     assert scorer.stats().method == method
@@ -190,6 +206,119 @@ def test_what_was_used_longest_ago_is_dropped(llama):
     # Nothing is lost by that but what was held.
     assert scorer.stats().slots == 0 and scorer.stats().dropped > 100
     same(scorer.score_continuations(["a b"], [["c"]]), brute.score_continuations(["a b"], [["c"]]))
+
+
+@pytest.fixture(scope="module", params=["lfm2", "mamba"])
+def recurrent(request):
+    return PositionedModel(tiny_model(request.param, seed=1))
+
+
+def computed(scorer, contexts, words):
+    """Passes and tokens that a call takes, whose scores are those of every text alone."""
+    before = scorer.stats()
+    passes, tokens = before.passes, before.tokens_computed
+    brute = BruteScorer(scorer._reader.model.model, TOKENIZER)
+    same(scorer.score_continuations(contexts, words), brute.score_continuations(contexts, words))
+    after = scorer.stats()
+    return after.passes - passes, after.tokens_computed - tokens
+
+
+def test_what_is_read_continues_the_state_of_the_token_before_it(recurrent, monkeypatch):
+    """Every token is read once, behind its parent's state; and a node's place holds its state."""
+    rng = random.Random(3)
+    states, single, chunks = {}, 0, 0
+    read = TreeReader._read
+
+    def watched(reader, slots, rows, sources, targets):
+        nonlocal single, chunks
+        trie = reader._trie
+        assert len(slots) <= reader._chunk_size
+        # One row of the model for each state.
+        each = slots.reshape(len(sources), -1)
+        single, chunks = single + (each.shape[1] == 1), chunks + (each.shape[1] > 1)
+        assert (trie.parent[each[:, 1:]] == each[:, :-1]).all()
+        found = [states.get(place, NONE) for place in sources.tolist()]
+        assert found == trie.parent[each[:, 0]].tolist()
+        assert len({*targets.tolist()}) == len(targets)
+        states.update(zip(targets.tolist(), each[:, -1].tolist(), strict=True))
+        read(reader, slots, rows, sources, targets)
+
+    monkeypatch.setattr(TreeReader, "_read", watched)
+    for n_states in (3, 7, 40):
+        budget = 90 * (recurrent.slot_bytes + recurrent.hidden_bytes)
+        budget += 2 * n_states * recurrent.state_bytes
+        scorer = ContinuationScorer(recurrent, TOKENIZER, chunk_size=16, max_kv_bytes=budget)
+        states.clear()
+        for _ in range(8):
+            contexts = [" ".join(rng.choices("abcde", k=rng.randint(1, 20))) for _ in range(6)]
+            contexts += [f"{context} {rng.choice('abcde')}" for context in contexts[:3]]
+            scorer.score_continuations(contexts, [["b ca e", "dead", "b ca b"]] * len(contexts))
+            trie = scorer._reader._trie
+            held = {slot: trie.states.use(slot) for slot in range(trie.size) if slot in trie.states}
+            assert all(states[place] == slot for slot, place in held.items())
+            assert len(held) == len(trie.states) == scorer.stats().states <= trie.states.limit
+            assert set(held) <= set(trie._children.values())
+    assert single and chunks
+
+
+def test_long_texts_are_read_in_chunks(recurrent):
+    context = " ".join(random.Random(0).choices("abcde", k=300))
+    scorer = ContinuationScorer(recurrent, TOKENIZER, chunk_size=128)
+    assert computed(scorer, [context], [["b"]]) == (3, 300)
+    # A word more is a token more.
+    assert computed(scorer, [f"{context} e"], [["b"]]) == (1, 1)
+    # Two texts of the same length side by side.
+    assert computed(scorer, [f"{context} a b c", f"{context} b b c"], [["b"], ["b"]]) == (1, 6)
+
+
+def test_texts_of_different_lengths_take_few_passes(recurrent):
+    rng = random.Random(0)
+    contexts = [
+        f"{first} {' '.join(rng.choices('abcde', k=n))}"
+        for first, n in zip("abcde" * 4, range(10, 30), strict=True)
+    ]
+    passes, tokens = computed(ContinuationScorer(recurrent, TOKENIZER), contexts, [["b"]] * 20)
+    # A pass for each depth would be 31.
+    assert tokens > 300 and passes <= 15
+
+
+def test_a_text_that_goes_on_where_no_state_is_held(recurrent):
+    scorer = ContinuationScorer(recurrent, TOKENIZER)
+    assert computed(scorer, ["a b c d e"], [["b"]]) == (1, 5)
+    # Its own tokens and those before it: a chunk's only state is that of its last token.
+    assert computed(scorer, ["a b c b"], [["b"]])[1] == 4
+    # Nothing goes on here.
+    assert computed(scorer, ["a b", "a b c"], [["b", "c"], ["d"]]) == (0, 0)
+    # There is a state now where texts branched.
+    assert computed(scorer, ["a b c b b", "a b c b e"], [["b"], ["b"]])[1] == 2
+
+
+def test_states_are_held_where_contexts_and_texts_end(recurrent):
+    scorer = ContinuationScorer(recurrent, TOKENIZER)
+    computed(scorer, ["a b"], [["c d e"]])
+    # "b" and "d"; "e" is looked up only.
+    assert scorer.stats().states == 2
+    assert computed(scorer, ["a b"], [["e d e"]])[1] == 2
+    assert scorer.stats().states == 3
+    assert scorer.stats().bytes >= 3 * recurrent.state_bytes
+
+
+def test_no_more_states_than_there_is_room_for(recurrent):
+    least = 3 * recurrent.state_bytes + recurrent.slot_bytes + recurrent.hidden_bytes
+    with pytest.raises(CacheBudgetError, match=f"at least {least:,}, the bytes of 3 states"):
+        ContinuationScorer(recurrent, TOKENIZER, max_kv_bytes=least - 1)
+    room = least + 30 * (recurrent.slot_bytes + recurrent.hidden_bytes)
+    scorer = ContinuationScorer(recurrent, TOKENIZER, max_kv_bytes=room)
+    rng = random.Random(2)
+    for _ in range(6):
+        contexts = [" ".join(rng.choices("abcde", k=rng.randint(1, 12))) for _ in range(5)]
+        computed(scorer, contexts, [["ca b", "dead"]] * 5)
+        assert scorer.stats().bytes <= room
+    assert scorer.stats().dropped > 0
+    with pytest.raises(CacheBudgetError, match="max_kv_bytes allows .* beside recurrent states"):
+        scorer.score_continuations(["a " * 60], [["b"]])
+    assert (scorer.stats().slots, scorer.stats().states) == (0, 0)
+    computed(scorer, ["a b"], [["c"]])
 
 
 def test_words_that_change_the_tokens_of_their_context(llama):
