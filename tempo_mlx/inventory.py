@@ -75,6 +75,8 @@ def hub_models(cache: Path | None = None) -> Iterator[HubModel]:
     Args:
         cache: the cache's folder; None for the user's.
     """
+    # Named, as the scan's own default is fixed when its module is first imported.
+    cache = cache or Path(huggingface_hub.constants.HF_HUB_CACHE)
     try:
         repos = huggingface_hub.scan_cache_dir(cache).repos
     except CacheNotFound:
