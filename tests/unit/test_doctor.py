@@ -12,6 +12,7 @@ from tempo_mlx.random_models import CONFIGS, VOCABULARY, Letters, random_model
 from tempo_mlx.visibility import VISIBILITY
 from tests.tiny_folder import save_tiny_model
 
+import huggingface_hub
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -249,6 +250,7 @@ def cached(hub, repo, **files):
 
 def test_models_of_the_hub_are_judged_by_their_configuration(run, tmp_path, monkeypatch):
     hub = tmp_path / "hub"
+    huggingface_hub.scan_cache_dir  # noqa: B018 - its module keeps the cache of the time of import
     monkeypatch.setattr(inventory.huggingface_hub.constants, "HF_HUB_CACHE", str(hub))
     good = CONFIGS["llama"]
     weights = {"model__safetensors": "never read"}
