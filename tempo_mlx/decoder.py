@@ -97,6 +97,8 @@ class Decoder:
 
     def _admit(self, runs: list[Run], batch: Batch, logits: mx.array) -> None:
         """Take runs whose prompts were read by a batch, logits [prompts, V], into this one."""
+        # Room for the prompts alone was enough while they were read.
+        batch.cache.capacity_limit = None
         places = {
             tuple(sequence.lattice.prompt_tokens): (place, sequence)
             for place, sequence in enumerate(batch.sequences)

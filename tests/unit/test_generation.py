@@ -306,6 +306,15 @@ def test_one_forward_pass_a_step(model, tokenizer, monkeypatch):
     assert calls == [(1, len(PROMPT) - 1), (1, 1)] + [(1, n) for n in sizes[:-1]]
 
 
+@pytest.mark.parametrize("threshold", [1.0, 0.05])
+def test_buffers_are_not_copied_at_every_step(model, tokenizer, threshold):
+    responses = stream_generate(
+        model, tokenizer, PROMPT, threshold=threshold, max_parallel=3, max_tokens=30
+    )
+    # Of the prompt's size before they have to grow, then of a block.
+    assert len({response.cache_bytes for response in responses}) <= 2
+
+
 def test_dictionary_is_json_of_schema_two(model, tokenizer):
     result = generate(model, tokenizer, PROMPT, threshold=0.05, max_tokens=6, verify=True)
     data = json.loads(json.dumps(result.to_dict()))
