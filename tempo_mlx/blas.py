@@ -17,6 +17,11 @@ from pathlib import Path
 #: A path loads that library, "none" keeps mlx's own BLAS.
 VARIABLE = "TEMPO_MLX_BLAS"
 
+#: How long OpenBLAS's threads wait for work without sleeping: 2 to this power, in processor cycles.
+#: Its own value is 26, some 20 ms, in which they take the processor from the threads of mlx that
+#: would give them work: steps of a small model take twice as long, those of a large one 5 to 10 %.
+PATIENCE_VARIABLE, PATIENCE = "OPENBLAS_THREAD_TIMEOUT", "16"
+
 CUDA_BACKENDS = ("mlx-cuda-12", "mlx-cuda-13", "mlx-cuda")
 INSTALL_OPENBLAS = f"{sys.executable} -m pip install cmeel-openblas"
 INSTALL_LIBGFORTRAN = "sudo apt-get install libgfortran5"
@@ -121,6 +126,7 @@ def _load_openblas() -> BlasInfo:
 
 def _load(library: str) -> None:
     """Load a BLAS over mlx's own, with mlx's libgfortran where it needs one and finds none."""
+    os.environ.setdefault(PATIENCE_VARIABLE, PATIENCE)
     try:
         ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
     except OSError as error:

@@ -75,6 +75,20 @@ def test_variable_names_the_library():
 
 
 @linux_only
+@pytest.mark.parametrize("own", [None, "20"], ids=["default", "user's"])
+def test_threads_wait_as_long_as_the_user_says_and_else_a_short_time(monkeypatch, before_mlx, own):
+    monkeypatch.delenv("OPENBLAS_THREAD_TIMEOUT", raising=False)
+    if own is not None:
+        monkeypatch.setenv("OPENBLAS_THREAD_TIMEOUT", own)
+    when_loaded = []
+    monkeypatch.setattr(
+        ctypes, "CDLL", lambda *_, **__: when_loaded.append(os.getenv("OPENBLAS_THREAD_TIMEOUT"))
+    )
+    blas._preload()
+    assert when_loaded[0] == (own or "16")
+
+
+@linux_only
 def test_variable_that_names_no_library_is_said_and_everything_runs():
     with pytest.raises(subprocess.CalledProcessError) as raised:
         run(
