@@ -66,7 +66,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-def random_model(name: str, seed: int = 0) -> nn.Module:
+def random_model(name: str, seed: int = 0, **changed: Any) -> nn.Module:
     """A stock mlx-lm model with random fp32 weights.
 
     Attention, logits and every norm deviate from their neutral values enough for an error in any
@@ -75,8 +75,9 @@ def random_model(name: str, seed: int = 0) -> nn.Module:
     Args:
         name: a key of :data:`CONFIGS`.
         seed: of the weights.
+        changed: fields of the configuration that differ from the ones in :data:`CONFIGS`.
     """
-    config = CONFIGS[name]
+    config = CONFIGS[name] | changed
     module = importlib.import_module(f"mlx_lm.models.{config['model_type']}")
     model = module.Model(module.ModelArgs.from_dict(config))
     key = mx.random.key(seed)
@@ -96,18 +97,25 @@ def random_model(name: str, seed: int = 0) -> nn.Module:
 
 
 class Letters:
-    """A tokenizer for the vocabulary of the random models: one character a token, no end."""
+    """A tokenizer for the vocabulary of the random models: one character a token, no end.
+
+    Args:
+        size: of the vocabulary.
+    """
 
     bos_token = None
     name_or_path = "random"
     has_chat_template = False
     eos_token_ids: frozenset[int] = frozenset()
 
+    def __init__(self, size: int = VOCABULARY):
+        self._size = size
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        return [ord(character) % VOCABULARY for character in text]
+        return [ord(character) % self._size for character in text]
 
     def decode(self, ids: list[int]) -> str:
         return "".join(map(chr, ids))
 
     def __len__(self) -> int:
-        return VOCABULARY
+        return self._size

@@ -76,6 +76,11 @@ def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Spread:
     return Spread.of([a / b for a, b in zip(numerators, denominators, strict=True)])
 
 
+def difference(greater: Sequence[float], less: Sequence[float]) -> Spread:
+    """Spread of the differences of measurements that were taken next to each other."""
+    return Spread.of([a - b for a, b in zip(greater, less, strict=True)])
+
+
 def copy_bandwidth(n_bytes: int = COPIED_BYTES, repeats: int = 5) -> float:
     """Bytes that the device reads and writes in a second when it copies a large array."""
     size = n_bytes // 4

@@ -8,6 +8,7 @@ from rich.table import Table
 
 from ..bench.batch import MIN_SPEEDUP, SETS, bench_batch
 from ..bench.decode import bench_decode
+from ..bench.host import VARIANTS, bench_host
 from ..bench.pruning import bench_pruning
 from ..bench.runs import LONG_BLOCKS
 from ..bench.score import bench_score, workloads
@@ -125,6 +126,45 @@ def decode(
         )
     console = wide_console(output)
     print_decoding(report, console)
+    conclude(report, console, output)
+
+
+@bench.command("host")
+def host(
+    prompt_tokens: PromptTokens = 64,
+    max_tokens: Annotated[
+        int,
+        typer.Option(
+            "--max-tokens", "-m", callback=at_least(4), help="Steps of each run, at least 4."
+        ),
+    ] = 64,
+    rounds: Rounds = 15,
+    output: Measurements = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """What a step costs beside the model, where the model has next to nothing to compute.
+
+    The model is a llama of two small layers with random weights, made here. mlx-lm's steps end
+    with the token on the host; ours also find its text and record the step.
+    """
+    check_report("host", output, overwrite)
+    with ticking((rounds + 1) * len(VARIANTS)) as tick:
+        report = bench_host(
+            prompt_tokens=prompt_tokens, max_tokens=max_tokens, rounds=rounds, progress=tick
+        )
+    console = wide_console(output)
+    print_setting(report.model, report.setting, console)
+    table = Table("variant")
+    for name in ("ms/step", "over mlx-lm's", "ms beyond mlx-lm's"):
+        table.add_column(name, justify="right")
+    for each in report.measured:
+        table.add_row(
+            each.name,
+            spread(each.step_seconds.scaled(1e3), 3),
+            spread(each.time_to_stock, 2),
+            spread(each.over_stock.scaled(1e3), 3),
+        )
+    console.print(table)
     conclude(report, console, output)
 
 

@@ -12,7 +12,7 @@ from tempo_mlx.bench.decode_report import SINGLE, STOCK
 from tempo_mlx.bench.runs import long_run, timed
 from tempo_mlx.bench.search import Copying, Rereading
 from tempo_mlx.bench.setting import prompt_of, weight_bytes
-from tempo_mlx.bench.timing import Spread, alternate, copy_bandwidth, ratio
+from tempo_mlx.bench.timing import Spread, alternate, copy_bandwidth, difference, ratio
 from tempo_mlx.models import PositionedModel
 from tempo_mlx.random_models import random_model
 from tempo_mlx.search import SearchSettings, TreeSearch
@@ -72,9 +72,10 @@ def test_spread_is_median_and_quartiles():
     assert Spread(4, 2, 5).inverse() == Spread(1 / 4, 1 / 5, 1 / 2)
 
 
-def test_ratios_are_paired():
+def test_ratios_and_differences_are_paired():
     # The machine was ten times slower in the second round, for both.
     assert ratio([2, 20, 2], [1, 10, 1]) == Spread(2, 2, 2)
+    assert difference([3, 12, 3], [1, 10, 1]) == Spread(2, 2, 2)
 
 
 def test_copy_counts_bytes_read_and_written(clock, monkeypatch):
@@ -298,6 +299,27 @@ def test_prompts_of_a_batch_differ(loaded):
     prompts = prompts_of(tokenizer, 8, 16)
     assert [len(p) for p in prompts] == [12, 13, 14, 15, 17, 18, 19, 20]
     assert len({tuple(p[:8]) for p in prompts}) == 8
+
+
+def test_host_bench_measures_every_variant_beside_mlx_lm(tmp_path, run):
+    output = tmp_path / "bench.json"
+    code, out, err = run("bench", "host", "-m", 5, "-n", 1, "-p", 8, "-o", output)
+    assert (code, err) == (0, "") and "2 layers" in out
+    report = json.loads(output.read_text())
+    stock, *ours = report["runs"]
+    names = ["threshold 1", "1 sibling", "4 siblings, recombined", "4 siblings, isolated"]
+    assert stock["name"] == "mlx-lm" and [each["name"] for each in ours] == names
+    for each in report["runs"]:
+        seconds, theirs = each["step_seconds"]["median"], stock["step_seconds"]["median"]
+        assert each["over_stock"]["median"] == pytest.approx(seconds - theirs)
+        assert each["time_to_stock"]["median"] == pytest.approx(seconds / theirs)
+    assert [target["wanted"] for target in report["targets"]] == [0.2, 0.7, 0.7]
+    found = [ours[0], *ours[2:]]
+    assert [target["value"] for target in report["targets"]] == [
+        pytest.approx(1e3 * each["over_stock"]["median"]) for each in found
+    ]
+    code, _, err = run("bench", "host", "-m", 3)
+    assert code == 2 and "max-tokens must be at least 4" in err and err.count("\n") == 1
 
 
 def test_tree_bench_measures_every_variant(tmp_path, run):

@@ -297,7 +297,7 @@ def refuses(run, folder, tmp_path, option, value):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(row))
     arguments = [each.format(rows=path) for each in GIVEN.get(option, GIVEN.get(command, []))]
-    if command not in ("schedule", "experiment analyze"):
+    if command not in ("schedule", "experiment analyze", "bench host"):
         arguments += ["--model", folder]
     code, out, err = run(*command.split(), *arguments, flag, value)
     named = re.sub("[-_ ]", "", flag) in re.sub("[-_ ]", "", err)
