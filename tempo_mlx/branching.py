@@ -28,7 +28,7 @@ def recombine(kept: Selected, scores: np.ndarray, slots: Sequence[int]) -> Selec
         return joint.argmax(axis=0), joint.max(axis=0)
 
     parents, logprobs = best(kept.transitions)
-    endings = [
+    endings = kept.endings and [
         replace(ending, parent=int(slots[row]), logprob=float(logprob))
         for ending, row, logprob in zip(kept.endings, *best(kept.end_transitions), strict=True)
     ]

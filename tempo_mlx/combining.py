@@ -1,5 +1,6 @@
 """One next distribution out of the N rows of each parallel set."""
 
+import functools
 from collections.abc import Callable, Sequence
 
 import mlx.core as mx
@@ -79,11 +80,41 @@ def log_p_at(
     return found, None if sets is None else mx.log(powers @ sets) - mx.log(total)
 
 
+def most_probable_of(
+    logits: mx.array, temps: Sequence[float] | None = None
+) -> tuple[mx.array, mx.array]:
+    """The most probable token of each row of logits [N, V]; the distributions are not made.
+
+    Args:
+        temps: of each row its temperature, above 0; None means 1.
+
+    Returns:
+        ids and probabilities, fp32, [N, 1] each.
+    """
+    # The maximum's power is 1.
+    _, _, total = _powers(_at_temperatures(logits, temps))
+    return mx.argmax(logits, axis=-1, keepdims=True), 1 / total
+
+
+def _at_temperatures(logits: mx.array, temps: Sequence[float] | None) -> mx.array:
+    """Logits [N, V], fp32, over the temperature of each row."""
+    logits = logits.astype(mx.float32)
+    if temps is None or all(temp == 1.0 for temp in temps):
+        return logits
+    return tempered(logits, mx.array(np.asarray(temps, np.float32))[:, None])
+
+
+@functools.lru_cache(maxsize=4)
+def _ones(n: int) -> mx.array:
+    """Ones, [n, 1]."""
+    return mx.array(np.ones((n, 1), np.float32))
+
+
 def _powers(logits: mx.array) -> tuple[mx.array, mx.array, mx.array]:
     """Logits below their maximum, exp of them, and its sum [..., 1]."""
     shifted = logits - logits.max(axis=-1, keepdims=True)
     powers = mx.power(2.0, shifted * LOG2_E)
-    return shifted, powers, powers @ mx.ones((powers.shape[-1], 1))
+    return shifted, powers, powers @ _ones(powers.shape[-1])
 
 
 def combine(
@@ -104,10 +135,10 @@ def combine(
         p [G, V] and the rows p_i [N, V], fp32, each summing to 1. Lazy: rows that no rule uses
         and nobody reads are not computed.
     """
-    logits = logits.astype(mx.float32)
     sizes = [len(w) for w in weights]
-    if temps is not None and any(temp != 1.0 for temp in temps):
-        logits = tempered(logits, mx.array(np.repeat(temps, sizes).astype(np.float32))[:, None])
+    if temps is not None:
+        temps = [temp for temp, n in zip(temps, sizes, strict=True) for _ in range(n)]
+    logits = _at_temperatures(logits, temps)
     rows = softmax(logits)
     if all(n == 1 for n in sizes):
         return rows, rows
@@ -117,12 +148,12 @@ def combine(
         factors[group, end : end + len(w)] = COMBINE[rule](np.asarray(w, np.float64))
         end += len(w)
     mixed = mx.array(factors)
-    in_logs = np.array([rule in IN_LOGS for rule in rules])
-    if not in_logs.any():
+    in_logs = [rule in IN_LOGS for rule in rules]
+    if not any(in_logs):
         return mixed @ rows, rows
     # The rows' normalisers are constants of the softmax. A row that excludes a token vetoes it,
     # but 0 x -inf would be NaN.
     products = softmax(mixed @ mx.maximum(logits, -1e30))
-    if in_logs.all():
+    if all(in_logs):
         return products, rows
     return mx.where(mx.array(in_logs)[:, None], products, mixed @ rows), rows

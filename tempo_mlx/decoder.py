@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.generate import generation_stream
 
-from .combining import combine
+from .combining import combine, most_probable_of
 from .errors import TempoError
 from .models import BatchedKVCache, Capture, PositionedModel
 from .observation import Attending, PassAttention, head_capture
@@ -185,29 +185,31 @@ class Decoder:
     ) -> None:
         """Start computing what may come next in each run, and all that the host will read."""
         sizes = [run.sizes(len(each)) for run, each in zip(runs, probabilities, strict=True)]
+        attending = _attending(runs) if attention is not None else ()
         groups = [run for run, each in zip(runs, sizes, strict=True) for _ in each]
-        weights = [
-            np.ones(1) if run.settings.branches else each
-            for run, each, own in zip(runs, probabilities, sizes, strict=True)
-            for _ in own
-        ]
-        rules = [run.settings.combine for run in groups]
-        p, rows = combine(logits, rules, weights, [run.settings.temp for run in groups])
-        keys = [run.noise() for run in groups]
-        scores = p if all(key is None for key in keys) else gumbel(p, keys)
-        observers = [run.observer for run in runs if run.observer is not None]
-        top = max((observer.candidates for observer in observers), default=0)
-        ids = most_probable(scores, max(top, *(run.k for run in runs)))
-        offers = Offers(
-            ids,
-            p,
-            rows,
-            sizes,
-            attention,
-            _attending(runs) if attention is not None else (),
-            (ids[:, :top] if scores is p else most_probable(p, top)) if top else None,
-            any(observer.distributions for observer in observers),
-        )
+        temps = [run.settings.temp for run in groups]
+        if all(run.wants_best_only for run in runs) and len(groups) == len(logits):
+            ids, p = most_probable_of(logits, temps)
+            offers = Offers(ids, p, p, sizes, attention, attending)
+        else:
+            weights = [
+                np.ones(1) if run.settings.branches else each
+                for run, each, own in zip(runs, probabilities, sizes, strict=True)
+                for _ in own
+            ]
+            p, rows = combine(logits, [run.settings.combine for run in groups], weights, temps)
+            keys = [run.noise() for run in groups]
+            scores = p if all(key is None for key in keys) else gumbel(p, keys)
+            ids = most_probable(scores, max(run.k for run in runs))
+            offers = Offers.of_rows(
+                ids,
+                p,
+                rows,
+                sizes,
+                attention=attention,
+                attending=attending,
+                observed=_observed(runs, p),
+            )
         for place, run in enumerate(runs):
             run.upcoming = offers, place
             if run.offers is None:
@@ -307,6 +309,16 @@ def _capture(runs: list[Run], probabilities: list[np.ndarray]) -> Capture | None
     )
     used = np.flatnonzero(weights.any(axis=1))
     return Capture(layers=tuple(used.tolist()), row_weights=weights[used])
+
+
+def _observed(runs: list[Run], p: mx.array) -> list[mx.array]:
+    """What observers want of distributions [G, V]: see :class:`.selection.Offers`."""
+    observers = [run.observer for run in runs if run.observer is not None]
+    if not observers:
+        return []
+    top = most_probable(p, max(observer.candidates for observer in observers))
+    whole = any(observer.distributions for observer in observers)
+    return [top, mx.take_along_axis(p, top, axis=1), *([p] if whole else [])]
 
 
 def _attending(runs: list[Run]) -> list[Attending]:

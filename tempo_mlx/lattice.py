@@ -159,20 +159,21 @@ class Lattice:
             self._set_size = np.concatenate([self._set_size, np.ones(grow, np.int64)])
             self._pruned_at = np.concatenate([self._pruned_at, np.full(grow, NEVER)])
             self._weight = np.concatenate([self._weight, np.ones(grow)])
-        self._step[self.n_slots : end] = step
-        self._set_size[self.n_slots : end] = n
+        new = slice(self.n_slots, end)
+        self._step[new] = step
+        self._set_size[new] = n
         self.n_slots = end
-        reserved = self.slots[end - n : end]
-        if parents is None:
-            return reserved
-        none = np.zeros(0, np.int64)
-        chains = tuple(
-            np.append(self._chains.get(parent, none), slot)
-            for parent, slot in zip(parents, reserved.index, strict=True)
-        )
-        # Only the last set's chains go on.
-        self._chains = dict(zip(reserved.index.tolist(), chains, strict=True))
-        return replace(reserved, chains=chains)
+        index = np.arange(new.start, end)
+        chains = None
+        if parents is not None:
+            none = index[:0]
+            chains = tuple(
+                np.concatenate([self._chains.get(parent, none), index[i : i + 1]])
+                for i, parent in enumerate(parents)
+            )
+            # Only the last set's chains go on.
+            self._chains = dict(zip(index.tolist(), chains, strict=True))
+        return Slots(index, self._step[new], self._set_size[new], self._pruned_at[new], chains)
 
     def with_chains(self, slots: Slots) -> Slots:
         """The slots with the chains that lead to them; none for the prompt's."""

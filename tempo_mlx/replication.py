@@ -74,7 +74,7 @@ class RowTree:
         """Read the leaves' last tokens, [M, 1], and start computing what may follow."""
         logits = self.model(tokens, cache=self.cache)[:, -1].astype(mx.float32)
         p = softmax(logits)
-        offers = Offers(most_probable(p, self.run.k), p, p, [[1] * len(logits)])
+        offers = Offers.of_rows(most_probable(p, self.run.k), p, p, [[1] * len(logits)])
         self.run.offers = offers, 0
         mx.async_eval(*offers.state, [cache.state for cache in self.cache])
 

@@ -65,7 +65,11 @@ class Run:
             if settings.weighting != "none":
                 model.require_additive_masks()
         self.sequence = SequenceState(
-            self.lattice, settings.visibility, settings.weighting != "none", keep_logits
+            self.lattice,
+            settings.visibility,
+            settings.weighting != "none",
+            keep_logits,
+            is_line=settings.always_single,
         )
         self.hindsight: Hindsight | None = None
         if settings.looks_back:
@@ -141,6 +145,11 @@ class Run:
     def sizes(self, n: int) -> list[int]:
         """Rows of each distribution that n rows are combined into: one of all, or each its own."""
         return [1] * n if self.settings.branches else [n]
+
+    @property
+    def wants_best_only(self) -> bool:
+        """Whether the most probable token is all that the run wants of a distribution."""
+        return self.k == 1 and not self.settings.samples and self.observer is None
 
     @property
     def pending(self) -> Slots:

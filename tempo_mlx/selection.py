@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -35,40 +37,50 @@ class Offers:
 
     Args:
         ids: token ids [G, K] of G distributions, in the order in which they would be kept.
-        p: the distributions, [G, V].
-        rows: what they were combined from, [N, V].
+        probabilities: of these tokens, [G, K].
+        transitions: their probabilities in what the distributions were combined from, [N, K].
         sizes: for each run the rows of each of its distributions.
         attention: that the rows paid, if it was captured; and where each run is in it.
-        top: ids [G, K'] of the most probable tokens, for observers; and whether they want p.
+        observed: what observers want of each distribution: ids [G, K'] of the most probable
+            tokens, their probabilities, and, if that is wanted, the distribution itself.
     """
 
     def __init__(
         self,
         ids: mx.array,
-        p: mx.array,
-        rows: mx.array,
+        probabilities: mx.array,
+        transitions: mx.array,
         sizes: Sequence[Sequence[int]],
         attention: PassAttention | None = None,
         attending: Sequence[Attending] = (),
-        top: mx.array | None = None,
-        distributions: bool = False,
+        observed: Sequence[mx.array] = (),
     ):
         self.ids = ids
-        self.probabilities = mx.take_along_axis(p, ids, axis=1)
-        each = [n for run in sizes for n in run]
-        of_row = ids
-        if len(each) != rows.shape[0]:
-            of_row = ids[mx.array(np.repeat(range(len(each)), each))]
-        self.transitions = mx.take_along_axis(rows, of_row, axis=1)
+        self.probabilities = probabilities
+        self.transitions = transitions
         self.attention = attention
         self.attending = attending
-        self._observed: list[mx.array] = []
-        if top is not None:
-            self._observed = [top, mx.take_along_axis(p, top, axis=1), *([p] * distributions)]
-        self._groups = np.cumsum([0, *(len(run) for run in sizes)])
-        self._rows = np.cumsum([0, *(sum(run) for run in sizes)])
+        self._observed = observed
+        self._groups = [0, *accumulate(len(run) for run in sizes)]
+        self._rows = [0, *accumulate(sum(run) for run in sizes)]
         self._seen: list[np.ndarray] | None = None
         self._read: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
+
+    @classmethod
+    def of_rows(
+        cls, ids: mx.array, p: mx.array, rows: mx.array, sizes: Sequence[Sequence[int]], **rest: Any
+    ) -> "Offers":
+        """The candidates ids [G, K] of distributions p [G, V] that were combined from rows [N, V].
+
+        Args:
+            rest: further arguments of the class.
+        """
+        probabilities = mx.take_along_axis(p, ids, axis=1)
+        if rows is p:
+            return cls(ids, probabilities, probabilities, sizes, **rest)
+        each = [n for run in sizes for n in run]
+        of_row = ids if len(each) == 1 else ids[mx.array(np.repeat(range(len(each)), each))]
+        return cls(ids, probabilities, mx.take_along_axis(rows, of_row, axis=1), sizes, **rest)
 
     @property
     def state(self) -> list[mx.array]:
@@ -135,6 +147,9 @@ class Selected:
 #: Neighbours in the vocabulary of which first the best one is found.
 NEIGHBOURS = 64
 
+#: Tokens that are partitioned as fast as blocks of them are looked for.
+FEW = 8192
+
 
 def most_probable(p: mx.array, k: int) -> mx.array:
     """Ids of the k most probable tokens of each row of p [..., V], most probable first."""
@@ -142,7 +157,7 @@ def most_probable(p: mx.array, k: int) -> mx.array:
     k = min(k, V)
     if k == 1:
         return mx.argmax(p, axis=-1, keepdims=True)
-    if 4 * k * NEIGHBOURS >= V:
+    if max(FEW, 4 * k * NEIGHBOURS) >= V:
         ids = mx.argpartition(-p, k - 1, axis=-1)[..., :k]
     else:
         # The k largest lie in the k blocks with the largest maxima: to find those is one pass over
@@ -199,18 +214,22 @@ def keep(
     Raises:
         NonFiniteLogitsError: if a probability is not a number.
     """
-    ids, probabilities = candidates.ids, candidates.probabilities
-    require_finite(probabilities)
-    qualified = np.flatnonzero(probabilities >= threshold)
-    if not qualified.size:
-        qualified = np.array([0])
-    qualified = qualified[np.argsort(-probabilities[qualified], kind="stable")]
-    ends = np.isin(ids[qualified], list(end_tokens))
-    endings = [Ending(int(ids[i]), float(probabilities[i])) for i in qualified[ends]]
-    kept = qualified[~ends][: 0 if ends[0] else max_parallel]
-    rows = candidates.transitions
-    ended = rows[:, qualified[ends]]
-    return Selected(ids[kept], probabilities[kept], rows[:, kept], endings, ended)
+    require_finite(candidates.probabilities)
+    # A handful of candidates: lists are faster than arrays.
+    ids, p = candidates.ids.tolist(), candidates.probabilities.tolist()
+    least = float(np.float32(threshold))
+    qualified = [i for i, each in enumerate(p) if each >= least] or [0]
+    qualified.sort(key=lambda i: -p[i])
+    ended = np.array([i for i in qualified if ids[i] in end_tokens], int)
+    kept = np.array([i for i in qualified if ids[i] not in end_tokens], int)
+    kept = kept[: 0 if ids[qualified[0]] in end_tokens else max_parallel]
+    return Selected(
+        candidates.ids[kept],
+        candidates.probabilities[kept],
+        candidates.transitions[:, kept],
+        [Ending(ids[i], p[i]) for i in ended],
+        candidates.transitions[:, ended],
+    )
 
 
 def require_finite(probabilities: np.ndarray) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 
 from .lattice import NEVER, Lattice, Slots
 from .models import BatchedKVCache, Capture, PositionedModel
-from .visibility import mask_rows, may_attend
+from .visibility import may_attend, weighted_rows
 
 #: Share of unused slots that is left at most where sequences are put together anew.
 REPACKED_WASTE = 0.1
@@ -24,12 +24,14 @@ class SequenceState:
         visibility: a key of :data:`tempo_mlx.visibility.VISIBILITY`.
         weighted: whether keys are weighted by ``lattice.weights`` in the mask.
         keep_logits: keep every pass's logits, [N, V] each, for :mod:`tempo_mlx.verification`.
+        is_line: every set has one token and none is pruned, so that each sees all before it.
     """
 
     lattice: Lattice
     visibility: str = "isolated"
     weighted: bool = False
     keep_logits: bool = False
+    is_line: bool = False
     #: row of the cache
     row: int = 0
     #: lattice slot of each held slot, and its place in the row, [S]
@@ -40,13 +42,29 @@ class SequenceState:
     #: (lattice slots [N], logits [N, V]) of each pass, if they are kept
     logits: list[tuple[np.ndarray, mx.array]] = field(default_factory=list)
     last: tuple[np.ndarray, mx.array] | None = None
+    #: what :meth:`seen_by` found last, and what it was asked of
+    _seen: tuple[Slots, np.ndarray, np.ndarray] | None = None
+
+    def seen_by(self, queries: Slots) -> np.ndarray:
+        """Which held slots and, behind them, new ones each of the new slots may see, [N, S + N].
+
+        Found once for a set, whose visibility is asked for before its pass and in it.
+        """
+        if self._seen is not None and self._seen[0] is queries and self._seen[1] is self.held:
+            return self._seen[2]
+        if self.is_line and len(queries) == 1:
+            seen = np.ones((1, len(self.held) + 1), bool)
+        else:
+            keys = self.lattice.slots[np.concatenate([self.held, queries.index])]
+            seen = may_attend(self.visibility, queries, keys)
+        self._seen = queries, self.held, seen
+        return seen
 
     def seen_by_next(self) -> np.ndarray:
         """Which held slots the pending set, and so any later one, may see, [S]."""
-        if self.pending is None:
+        if self.pending is None or self.is_line:
             return np.ones(len(self.held), bool)
-        keys = self.lattice.slots[self.held]
-        return np.any(may_attend(self.visibility, self.pending, keys), axis=0)
+        return np.any(self.seen_by(self.pending)[:, : len(self.held)], axis=0)
 
     def keep(self, chosen: np.ndarray, at: np.ndarray | None = None) -> None:
         """Hold only the chosen ones of the held slots, at these places."""
@@ -172,14 +190,15 @@ class Batch:
         sizes = [len(queries) for _, queries in parts]
         rows = np.repeat([sequence.row for sequence, _ in parts], sizes)
         positions = np.concatenate([len(s.lattice.prompt_tokens) + q.step for s, q in parts])
+        causal = self._is_causal(parts)
+        seen = [] if causal else [sequence.seen_by(queries) for sequence, queries in parts]
         used = self.cache.counts.copy()
-        for sequence, queries in parts:
-            n = len(queries)
+        for (sequence, queries), n in zip(parts, sizes, strict=True):
             sequence.held = np.concatenate([sequence.held, queries.index])
             places = np.arange(used[sequence.row], used[sequence.row] + n)
             sequence.at = np.concatenate([sequence.at, places])
             used[sequence.row] += n
-        mask = self._mask(parts, sizes, int(used.max()))
+        mask = "causal" if causal else self._mask(parts, seen, int(used.max()))
         parents = self._parents(parts) if self.model.is_recurrent else None
         attention: dict[int, Any] = {}
         arguments = tokens[None], positions[None], mask, self.cache
@@ -209,31 +228,41 @@ class Batch:
             found.append(sequence.at[np.searchsorted(sequence.held, slots)])
         return np.concatenate(found)
 
+    def _is_causal(self, parts: Sequence[tuple[SequenceState, Slots]]) -> bool:
+        """Whether all rows grow alike and hold nothing that a new token may not see."""
+        n, held = len(parts[0][1]), self.cache.n_slots
+        alike = len(parts) == len(self.sequences) == self.cache.batch_size and all(
+            len(queries) == n and len(sequence.held) == held and not sequence.weighted
+            for sequence, queries in parts
+        )
+        if not alike:
+            return False
+        if n == 1 and all(bool(sequence.seen_by(queries).all()) for sequence, queries in parts):
+            return True
+        return all(bool((queries.step < 0).all()) for _, queries in parts)
+
     def _mask(
-        self, parts: Sequence[tuple[SequenceState, Slots]], sizes: list[int], width: int
-    ) -> mx.array | str:
-        """What each new token sees of the slots of its row, [1, 1, N, S]; or "causal"."""
-        alone = len(parts) == len(self.sequences) == self.cache.batch_size
-        full = alone and all(n == sizes[0] for n in sizes)
-        full = full and all(len(sequence.held) == width for sequence, _ in parts)
+        self, parts: Sequence[tuple[SequenceState, Slots]], seen: list[np.ndarray], width: int
+    ) -> mx.array:
+        """What each new token sees of the slots of its row, [1, 1, N, S].
+
+        Args:
+            parts: sequences, which hold their new slots.
+            seen: what these see of what their sequence holds.
+            width: S.
+        """
         weighted = any(sequence.weighted for sequence, _ in parts)
-        if full and not weighted and all((queries.step < 0).all() for _, queries in parts):
-            return "causal"
-        mask = np.full((sum(sizes), width), -np.inf if weighted else False)
-        done, everything = 0, full and not weighted
-        for (sequence, queries), n in zip(parts, sizes, strict=True):
-            keys = sequence.lattice.slots[sequence.held]
-            weights = None
+        mask = np.full((sum(map(len, seen)), width), -np.inf if weighted else False)
+        done = 0
+        for (sequence, queries), rows in zip(parts, seen, strict=True):
             if weighted:
-                weights = np.ones(len(keys))
+                weights = np.ones(len(sequence.held))
                 if sequence.weighted:
                     weights = sequence.lattice.weights_seen_by(queries)[sequence.held]
-            rows = mask_rows(sequence.visibility, queries, keys, weights)
-            everything = everything and n == 1 and bool(rows.all())
-            mask[done : done + n, sequence.at] = rows
-            done += n
-        if everything:
-            return "causal"
+                keys = sequence.lattice.slots[sequence.held]
+                rows = weighted_rows(rows, queries, keys, weights)
+            mask[done : done + len(rows), sequence.at] = rows
+            done += len(rows)
         return mx.array(mask.astype(np.float32) if weighted else mask)[None, None]
 
     def recompute(self, fallen: Sequence[tuple[SequenceState, int]]) -> None:

@@ -66,24 +66,21 @@ def may_attend(rule: str, queries: Slots, keys: Slots) -> np.ndarray:
     return VISIBILITY[rule](queries, keys) & alive
 
 
-def mask_rows(
-    rule: str, queries: Slots, keys: Slots, weights: np.ndarray | None = None
+def weighted_rows(
+    allowed: np.ndarray, queries: Slots, keys: Slots, weights: np.ndarray
 ) -> np.ndarray:
-    """What each query may attend to, [T, S]: boolean, or additive where keys have weights.
+    """What each query may attend to as an additive mask, [T, S], fp32.
 
-    An additive entry is log w of a key that may be seen and -inf of another one, so that a set
-    draws attention like one token of its weights' sum. A token's own key weighs 1 to it unless it
-    sees its siblings.
+    An entry is log w of a key that may be seen and -inf of another one, so that a set draws
+    attention like one token of its weights' sum. A token's own key weighs 1 to it unless it sees
+    its siblings.
 
     Args:
-        rule: a key of :data:`VISIBILITY`.
+        allowed: what :func:`may_attend` says of these queries and keys, [T, S].
         queries: the T new slots.
         keys: all slots of the sequence in the cache's order, the new ones included.
         weights: of the keys, [S], each in (0, 1].
     """
-    allowed = may_attend(rule, queries, keys)
-    if weights is None:
-        return allowed
     logs = np.log(np.maximum(weights, LEAST_WEIGHT))
     siblings = keys.step == queries.step[:, None]
     alone = (allowed & siblings).sum(axis=1, keepdims=True) == 1

@@ -217,10 +217,10 @@ class PositionedModel:
         if capture is not None:
             self.require_capture()
         positions = np.asarray(positions)
-        step = None if rows is None else TokenRows(rows, cache.batch_size)
+        step = None if rows is None else TokenRows.of(rows, cache.batch_size)
         if step is None and positions.shape[1] > 1 and not is_consecutive(positions):
             B, T = positions.shape
-            step = TokenRows(np.repeat(np.arange(B), T), B)
+            step = TokenRows.of(np.repeat(np.arange(B), T), B)
         if step is not None and capture is not None and capture.row_weights is not None:
             weights = np.asarray(capture.row_weights, np.float32)
             if rows is not None:
@@ -337,7 +337,7 @@ def _arranged(
     them."""
     flat = positions.reshape(-1)
     by_sequence = flat[step.tokens]
-    chunk = step.is_rectangular and is_consecutive(by_sequence) and step.width > 1
+    chunk = step.is_rectangular and (step.width == 1 or is_consecutive(by_sequence))
     if parents is not None and before is not None:
         chunk = chunk and bool((parents == before)[step.rank > 0].all())
     if chunk:

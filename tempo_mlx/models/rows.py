@@ -5,6 +5,8 @@ at its own offset. What a layer does to every token by itself needs to know no m
 puts the rows of a sequence side by side: [B, T] with T the most tokens of a sequence.
 """
 
+import functools
+
 import mlx.core as mx
 import numpy as np
 
@@ -47,6 +49,11 @@ class TokenRows:
         self._gather = mx.array(self.tokens.reshape(-1).astype(np.int32))
         self._back = mx.array((self.sequences * self.width + self.rank).astype(np.int32))
 
+    @classmethod
+    def of(cls, sequences: np.ndarray, batch_size: int) -> "TokenRows":
+        """The same; made once for all steps of that shape that follow each other."""
+        return _made(np.asarray(sequences, np.int64).tobytes(), batch_size)
+
     def __len__(self) -> int:
         return len(self.sequences)
 
@@ -81,3 +88,8 @@ class TokenRows:
         """Weights [..., N] of tokens to [..., B, T]; 0 where a place is left over."""
         present = np.arange(self.width) < self.counts[:, None]
         return weights[..., self.tokens] * present
+
+
+@functools.lru_cache(maxsize=64)
+def _made(sequences: bytes, batch_size: int) -> TokenRows:
+    return TokenRows(np.frombuffer(sequences, np.int64), batch_size)
