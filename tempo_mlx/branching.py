@@ -62,7 +62,7 @@ def branch(
         NonFiniteLogitsError: if a probability is not a number.
     """
     ids, p = candidates.ids, candidates.probabilities
-    require_finite(p)
+    require_finite(p.sum())
     # As many of each leaf as may be kept; the first one whatever it is.
     qualified = (p >= threshold) & (np.arange(p.shape[1]) < max_parallel)
     qualified[:, 0] = True

@@ -116,7 +116,7 @@ class Decoder:
             logits = logits[mx.array([place for place, _ in found])]
         self._offer(runs, logits, [np.ones(1)] * len(runs))
         mx.eval(self.batch.cache.state)
-        if all(run.settings.always_single for run in self.runs):
+        if all(run.sequence.is_line for run in self.runs):
             self.batch.cache.align()
 
     def step(self) -> list[Run]:
@@ -127,7 +127,7 @@ class Decoder:
         """
         # A set of one is one token wide whatever its value: the next pass starts before the host
         # has seen it.
-        ahead = all(run.settings.always_single for run in self.runs)
+        ahead = all(run.sequence.is_line for run in self.runs)
         if ahead:
             going = [run for run in self.runs if run.more]
             for run in going:

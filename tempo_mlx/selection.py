@@ -1,5 +1,6 @@
 """Which tokens of a distribution form the parallel set."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -103,9 +104,9 @@ class Offers:
             leaves: keep the axis of the run's distributions, even if it has one.
         """
         if self._read is None:
-            arrays = self.ids, self.probabilities, self.transitions
-            self._read = tuple(np.array(array) for array in arrays)  # type: ignore[assignment]
-        assert self._read is not None
+            ids, probabilities = np.array(self.ids), np.array(self.probabilities)
+            alike = self.transitions is self.probabilities
+            self._read = ids, probabilities, probabilities if alike else np.array(self.transitions)
         ids, probabilities, transitions = self._read
         groups = slice(self._groups[run], self._groups[run + 1])
         rows = transitions[self._rows[run] : self._rows[run + 1], :k]
@@ -214,9 +215,9 @@ def keep(
     Raises:
         NonFiniteLogitsError: if a probability is not a number.
     """
-    require_finite(candidates.probabilities)
     # A handful of candidates: lists are faster than arrays.
     ids, p = candidates.ids.tolist(), candidates.probabilities.tolist()
+    require_finite(sum(p))
     least = float(np.float32(threshold))
     qualified = [i for i, each in enumerate(p) if each >= least] or [0]
     qualified.sort(key=lambda i: -p[i])
@@ -226,15 +227,15 @@ def keep(
     return Selected(
         candidates.ids[kept],
         candidates.probabilities[kept],
-        candidates.transitions[:, kept],
+        candidates.transitions.take(kept, axis=1),
         [Ending(ids[i], p[i]) for i in ended],
-        candidates.transitions[:, ended],
+        candidates.transitions.take(ended, axis=1),
     )
 
 
-def require_finite(probabilities: np.ndarray) -> None:
-    """Raise NonFiniteLogitsError if a probability is not a number."""
-    if not np.isfinite(probabilities).all():
+def require_finite(total: float) -> None:
+    """Raise NonFiniteLogitsError if a sum of probabilities or of their logarithms is not finite."""
+    if not math.isfinite(total):
         raise NonFiniteLogitsError(
             "the model returned logits that are not finite (NaN or inf); its weights may be "
             "damaged or its precision too low, try another dtype"

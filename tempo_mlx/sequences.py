@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import mlx.core as mx
@@ -188,7 +189,7 @@ class Batch:
             the rows, empty without a capture.
         """
         sizes = [len(queries) for _, queries in parts]
-        rows = np.repeat([sequence.row for sequence, _ in parts], sizes)
+        rows = np.array([s.row for (s, _), n in zip(parts, sizes, strict=True) for _ in range(n)])
         positions = np.concatenate([len(s.lattice.prompt_tokens) + q.step for s, q in parts])
         causal = self._is_causal(parts)
         seen = [] if causal else [sequence.seen_by(queries) for sequence, queries in parts]
@@ -203,12 +204,12 @@ class Batch:
         attention: dict[int, Any] = {}
         arguments = tokens[None], positions[None], mask, self.cache
         if capture is None:
-            logits = self.model(*arguments, rows=rows, parents=parents)[0]
+            logits = self.model(*arguments, rows=rows, parents=parents)
         else:
             logits, attention = self.model(*arguments, capture, rows, parents=parents)
-            logits = logits[0]
+        logits = logits.squeeze(0)
         if note:
-            ends = np.cumsum(sizes)
+            ends = accumulate(sizes)
             for (sequence, queries), n, end in zip(parts, sizes, ends, strict=True):
                 sequence.take(queries, logits[end - n : end] if len(parts) > 1 else logits)
         return logits, attention
@@ -237,7 +238,7 @@ class Batch:
         )
         if not alike:
             return False
-        if n == 1 and all(bool(sequence.seen_by(queries).all()) for sequence, queries in parts):
+        if n == 1 and all(s.is_line or bool(s.seen_by(queries).all()) for s, queries in parts):
             return True
         return all(bool((queries.step < 0).all()) for _, queries in parts)
 
@@ -263,7 +264,7 @@ class Batch:
                 rows = weighted_rows(rows, queries, keys, weights)
             mask[done : done + len(rows), sequence.at] = rows
             done += len(rows)
-        return mx.array(mask.astype(np.float32) if weighted else mask)[None, None]
+        return mx.array((mask.astype(np.float32) if weighted else mask)[None, None])
 
     def recompute(self, fallen: Sequence[tuple[SequenceState, int]]) -> None:
         """Run each sequence's live slots of a step and later again, as visibility stands now.
@@ -387,10 +388,12 @@ class Batch:
             above: share of all slots, [0, 1].
             growth: slots that sequences, by their ``id``, will append next; they count.
         """
+        if self._is_full_line():
+            return False
         live = [sequence.seen_by_next() for sequence in self.sequences]
         growth = growth or {}
         slots = self.cache.batch_size * self.width_after(growth)
-        used = sum(int(chosen.sum()) for chosen in live) + sum(growth.values())
+        used = sum(map(np.count_nonzero, live)) + sum(growth.values())
         if slots - used <= above * slots:
             return False
         self.keep(live)
@@ -399,6 +402,13 @@ class Batch:
     def shrink(self) -> None:
         """Drop what no later step can see, and the room for more."""
         self.keep([sequence.seen_by_next() for sequence in self.sequences])
+
+    def _is_full_line(self) -> bool:
+        """Whether the cache holds one line and nothing else, which is all seen."""
+        if len(self.sequences) > 1 or self.cache.batch_size > 1:
+            return False
+        sequence = self.sequences[0]
+        return sequence.is_line and len(sequence.held) == self.cache.n_slots
 
     def keep(self, live: list[np.ndarray]) -> None:
         """Keep only these of each sequence's held slots, in as many rows as waste little."""

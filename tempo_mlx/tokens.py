@@ -37,6 +37,7 @@ class Vocabulary:
     def __init__(self, tokenizer: Any):
         self._tokenizer = tokenizer
         self._bytes: dict[int, bytes] = {}
+        self._texts: dict[int, str] = {}
         self.end_tokens: frozenset[int] = frozenset(tokenizer.eos_token_ids)
         # Decoded behind an anchor, a token keeps the space that it begins with.
         self._anchor: list[int] = tokenizer.encode("a", add_special_tokens=False)[-1:]
@@ -52,7 +53,9 @@ class Vocabulary:
 
     def text(self, id: int) -> str:
         """The token as it is shown; bytes of a part of a character as ``⟨e4 bb⟩``."""
-        return spelled(self.bytes_of(id))
+        if id not in self._texts:
+            self._texts[id] = spelled(self.bytes_of(id))
+        return self._texts[id]
 
     def beginning(self, texts: tuple[str, ...]) -> set[int]:
         """The tokens whose text begins with one of these."""

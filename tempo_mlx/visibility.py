@@ -35,15 +35,16 @@ def hidden(queries: Slots, keys: Slots) -> np.ndarray:
 
 def ancestors(queries: Slots, keys: Slots) -> np.ndarray:
     """A token sees the prompt, the tokens that lead to it, and itself."""
-    prompt = (keys.step < 0) & (keys.step <= queries.step[:, None])
+    prompt = keys.step <= np.minimum(queries.step, -1)[:, None]
     if queries.chains is None:
         if (queries.step >= 0).any():
             raise TempoError("slots behind the prompt need their parents, to know what they see")
         return prompt
-    led = np.zeros((len(queries), int(max(keys.index.max(), *queries.index)) + 1), bool)
+    slots = 1 + max(int(keys.index.max()), int(queries.index.max()))
+    led = np.zeros((len(queries), slots), bool)
     for row, chain in zip(led, queries.chains, strict=True):
         row[chain] = True
-    return prompt | led[:, keys.index]
+    return prompt | led.take(keys.index, axis=1)
 
 
 #: Name -> rule; adding a rule is adding a function here. In a tree the same token under two parents

@@ -33,6 +33,8 @@ class LayerCache:
         self.keys: mx.array | None = None  # [B, H_kv, capacity, D]
         self.values: mx.array | None = None  # [B, H_kv, capacity, D_v]
         self.n_slots = 0
+        #: the pass that is running
+        self.forward_pass: ForwardPass | None = None
 
     @property
     def owner(self) -> "BatchedKVCache":
@@ -41,20 +43,9 @@ class LayerCache:
         return owner
 
     @property
-    def running(self) -> ForwardPass:
-        running = self.owner.running
-        assert running is not None, "a cache is used by a PositionedModel only"
-        return running
-
-    @property
     def offset(self) -> mx.array | int:
         """Position of each row's first new token: what the model hands to its rotary modules."""
-        running = self.owner.running
-        return 0 if running is None else running.offset
-
-    @property
-    def forward_pass(self) -> ForwardPass:
-        return self.running
+        return 0 if self.forward_pass is None else self.forward_pass.offset
 
     def make_mask(
         self, N: int, return_array: bool = False, window_size: int | None = None
@@ -64,10 +55,11 @@ class LayerCache:
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Append keys [R, H_kv, T, D] and values; returns those of all slots."""
-        running, owner = self.running, self.owner
+        running = self.forward_pass
+        assert running is not None, "a cache is used by a PositionedModel only"
         if self.keys is None or self.values is None or running.end > self.keys.shape[2]:
-            self.keys = owner.with_room(self.keys, keys, running.end)
-            self.values = owner.with_room(self.values, values, running.end)
+            self.keys = self.owner.with_room(self.keys, keys, running.end)
+            self.values = self.owner.with_room(self.values, values, running.end)
         running.write(self.keys, keys)
         running.write(self.values, values)
         self.n_slots = running.end
@@ -77,7 +69,7 @@ class LayerCache:
         """Keys and values of all slots, [B, H_kv, S, D]; of each row's sequence in some passes."""
         assert self.keys is not None and self.values is not None
         keys, values = self.keys[..., : self.n_slots, :], self.values[..., : self.n_slots, :]
-        running = self.owner.running
+        running = self.forward_pass
         if running is None:
             return keys, values
         return running.fetched(keys), running.fetched(values)
@@ -114,7 +106,31 @@ def layer_of(
     return attention[-1]
 
 
-class BatchedKVCache:
+class Passes:
+    """What caches of every kind share: one forward pass at a time, which their layers know."""
+
+    #: keys and values of the attention layers, in order
+    kv: Sequence[LayerCache]
+    _running: ForwardPass | None = None
+
+    @property
+    def running(self) -> ForwardPass | None:
+        """The pass that is running."""
+        return self._running
+
+    @running.setter
+    def running(self, forward_pass: ForwardPass | None) -> None:
+        self._running = forward_pass
+        for layer in self.kv:
+            layer.forward_pass = forward_pass
+
+    def mask_within(self, window: int | None, return_array: bool) -> mx.array | str | None:
+        """The running pass's mask, narrowed to keys less than ``window`` positions behind."""
+        assert self.running is not None
+        return self.running.mask_within(window, return_array)
+
+
+class BatchedKVCache(Passes):
     """Slots of all layers for B batch rows, each row with a number of slots of its own.
 
     A slot is one entry of the cache: a token's key, rotated once at its logical position, and its
@@ -139,7 +155,6 @@ class BatchedKVCache:
         self._spread_rows = spread_rows
         self._grouped_scores = grouped_scores
         self._kinds = tuple(kinds)
-        #: keys and values of the attention layers, in order
         self.kv: list[LayerCache] = []
         recurrent: list[RecurrentLayer] = []
         #: what the model's layers get
@@ -160,7 +175,6 @@ class BatchedKVCache:
         self.capacity = 0
         #: slots that a row may have room for, where that is less than a whole block more
         self.capacity_limit: int | None = None
-        self.running: ForwardPass | None = None
 
     @property
     def batch_size(self) -> int:
@@ -530,15 +544,15 @@ class BatchedKVCache:
             raise TempoError(f"positions have {R} rows, the cache has {self.batch_size}")
         after = self.counts + (T if rows is None else rows.counts)
         end = int(after.max())
+        alike = (self.counts == self.counts[0]).all()
         if isinstance(mask, str):
             if mask != "causal":
                 raise TempoError(f'mask must be "causal" or an array, got {mask!r}')
-            if (after != end).any() or (rows is not None and not rows.is_aligned):
+            if not alike or (rows is not None and not rows.is_aligned):
                 raise TempoError('mask "causal" needs rows of equally many slots; give an array')
         elif mask.ndim != 4 or mask.shape[-2:] != (T, end) or mask.shape[0] not in (1, R):
             raise TempoError(f"mask must be [{R}, 1, {T}, {end}], got {list(mask.shape)}")
         self._widen(end)
-        alike = (self.counts == self.counts[0]).all()
         start = sequences = slots = None
         if alike and (rows is None or rows.is_rectangular):
             start = int(self.counts[0])
@@ -609,11 +623,6 @@ class BatchedKVCache:
             layer.n_slots = min(layer.n_slots, self.n_slots)
         self.states.release_layers()
         self.running = None
-
-    def mask_within(self, window: int | None, return_array: bool) -> mx.array | str | None:
-        """The running pass's mask, narrowed to keys less than ``window`` positions behind."""
-        assert self.running is not None
-        return self.running.mask_within(window, return_array)
 
 
 def _repeated(buffer: mx.array | None, n: int) -> mx.array | None:

@@ -133,4 +133,4 @@ def token_by_token(new: mx.array) -> mx.array:
 
 def is_consecutive(positions: np.ndarray) -> bool:
     """Whether the positions [B, T] of each row follow each other."""
-    return bool((np.diff(positions, axis=1) == 1).all())
+    return bool((positions[:, 1:] == positions[:, :-1] + 1).all())

@@ -350,7 +350,8 @@ def _arranged(
         if step.width > 1:
             raise TempoError('mask "causal" needs consecutive positions; give an array')
     else:
-        mask = mx.broadcast_to(mask, (tokens.shape[0], 1, *mask.shape[2:]))
+        if len(mask) != len(tokens):
+            mask = mx.broadcast_to(mask, (len(tokens), 1, *mask.shape[2:]))
         mask = mask.reshape(-1, 1, 1, mask.shape[-1])
     return tokens.reshape(-1, 1), flat[:, None], mask, step, parents
 

@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from .attention import AttentionRecorder
-from .cache import Kind, LayerCache, layer_of
+from .cache import Kind, LayerCache, Passes, layer_of
 from .forward_pass import ForwardPass, Spread, token_by_token
 from .rows import TokenRows
 from .states import NONE, BranchStates, RecurrentLayer
@@ -34,12 +34,13 @@ class PooledLayer(LayerCache):
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
         """Keys and values of the slots that the sequences see, [B, H_kv, S, D]."""
         assert self.keys is not None and self.values is not None
-        pool, running = self.owner, self.running
+        pool, running = self.owner, self.forward_pass
+        assert running is not None
         keys, values = pool.gathered(self.keys), pool.gathered(self.values)
         return running.fetched(keys), running.fetched(values)
 
 
-class SlotPool:
+class SlotPool(Passes):
     """Keys, values and outputs of the layers, of tokens that are numbered by their slots; and
     recurrent states, numbered by places, of those tokens that the caller wants to continue.
 
@@ -61,7 +62,6 @@ class SlotPool:
         grouped_scores: bool = False,
     ):
         self._spread_rows, self._grouped_scores = spread_rows, grouped_scores
-        #: keys and values of the attention layers, in order
         self.kv: list[PooledLayer] = []
         recurrent: list[RecurrentLayer] = []
         #: what the model's layers get
@@ -73,7 +73,6 @@ class SlotPool:
         self.limit, self._n_states = limit, n_states
         #: slots that the buffers have room for
         self.capacity = 0
-        self.running: ForwardPass | None = None
         self._positions = np.zeros(0, np.int32)
         self._hidden: mx.array | None = None  # [capacity, D]
         self._slots = np.zeros(0, np.int64)
@@ -189,11 +188,6 @@ class SlotPool:
         """Close a pass that failed."""
         self.states.release_layers()
         self.running = None
-
-    def mask_within(self, window: int | None, return_array: bool) -> mx.array | str | None:
-        """The running pass's mask, narrowed to keys less than ``window`` positions behind."""
-        assert self.running is not None
-        return self.running.mask_within(window, return_array)
 
     def written(self, buffer: mx.array | None, new: mx.array) -> mx.array:
         """A buffer [1, H_kv, capacity, D] with the new tokens' keys or values in their slots."""

@@ -54,7 +54,7 @@ class VocabularyRows:
         logprobs, after = self._look_up(
             rows, at[:n_tokens], np.concatenate(ids), len(ends) > 0, hidden, state
         )
-        require_finite(logprobs)
+        require_finite(logprobs.sum())
         answers, following = [], iter(at[n_tokens:])
         bounds = np.cumsum([0, *map(len, ids)])
         for (question, _), start, stop in zip(asked, bounds, bounds[1:], strict=False):

@@ -134,7 +134,7 @@ class TextEnvironment:
                 chances = mx.take_along_axis(p, ids, axis=1)
                 mx.eval(ids, chances, self._batch.cache.state)
             for node, own, chance in zip(going, np.array(ids), np.array(chances), strict=True):
-                require_finite(chance)
+                require_finite(chance.sum())
                 n = max(1, int((chance >= self.settings.threshold).sum()))
                 families[node] = own[:n].astype(np.int64), chance[:n].astype(float)
         none = np.zeros(0, np.int64), np.zeros(0)
@@ -240,7 +240,7 @@ class TextEnvironment:
             ids, chances = self._draw(logits)
             mx.eval(ids, chances, self._batch.cache.state)
             picked, p = np.array(ids), np.array(chances)
-            require_finite(p)
+            require_finite(p.sum())
             for node, chance in zip(going, p.tolist(), strict=True):
                 found[node].append(chance)
             on = [

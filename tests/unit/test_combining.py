@@ -1,6 +1,6 @@
 """Combining rules against NumPy in double precision."""
 
-from tempo_mlx.combining import COMBINE, combine, log_softmax_at, softmax
+from tempo_mlx.combining import COMBINE, combine, log_softmax_at, most_probable_of, softmax
 
 import mlx.core as mx
 import numpy as np
@@ -49,6 +49,17 @@ def test_rule_is_its_formula(rule, case):
     p, each = combine(mx.array(logits, mx.float32), [rule], [weights], [temp])
     np.testing.assert_allclose(np.array(each).sum(axis=1), 1, atol=1e-5)
     np.testing.assert_allclose(np.array(p)[0], in_numpy(rule, logits, weights, temp), atol=2e-6)
+
+
+@given(rows(), st.lists(st.floats(0.3, 3), min_size=5, max_size=5))
+def test_the_best_token_alone_is_that_of_the_distribution(case, temps):
+    logits = case[0].astype(np.float32)
+    temps = temps[: len(logits)]
+    ids, p = most_probable_of(mx.array(logits), temps)
+    np.testing.assert_array_equal(np.array(ids)[:, 0], logits.argmax(axis=1))
+    scaled = logits.astype(float) / np.array(temps)[:, None]
+    expected = np.exp(scaled - np.logaddexp.reduce(scaled, axis=1, keepdims=True)).max(axis=1)
+    np.testing.assert_allclose(np.array(p)[:, 0], expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("rule", ["mixture", "mean", "product"])
