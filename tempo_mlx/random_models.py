@@ -1,4 +1,4 @@
-"""Tiny random models of a few kinds of attention, for checks that need no download."""
+"""Tiny random models of a few kinds of attention and one hybrid, for checks without a download."""
 
 import importlib
 import math
@@ -62,6 +62,24 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "qk_rope_head_dim": 32,
         "v_head_dim": 64,
         "first_k_dense_replace": 4,
+    },
+    # Gated delta rules and attention by turns, without experts.
+    "qwen3_next": {
+        **_BASE,
+        "model_type": "qwen3_next",
+        "full_attention_interval": 2,
+        "partial_rotary_factor": 0.5,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 64,
+        "linear_value_head_dim": 64,
+        "linear_conv_kernel_dim": 4,
+        "num_experts": 0,
+        "num_experts_per_tok": 0,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "moe_intermediate_size": 0,
+        "shared_expert_intermediate_size": 0,
     },
 }
 
