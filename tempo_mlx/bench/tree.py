@@ -1,4 +1,7 @@
-"""Branches of one prompt: in one sequence, in rows of their own, one after another."""
+"""Branches of one prompt: in one sequence, in rows of their own, one after another.
+
+Those of a hybrid model, too, whose recurrent layers keep a state for each branch.
+"""
 
 import time
 from collections.abc import Callable
@@ -10,10 +13,12 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx_lm.generate import BatchGenerator
+from mlx_lm.utils import get_total_parameters
 
 from ..arguments import check_count
 from ..generation import stream_generate
 from ..models import PositionedModel
+from ..random_models import Letters, random_model
 from ..tokens import without_end
 from .setting import MOST_TOKENS, MOST_WIDTH, describe, prompt_of, require_room
 from .target import Target
@@ -23,6 +28,21 @@ SCHEMA = 1
 
 TREE, REPLICATE = "tree, one sequence", "tree, rows of their own"
 SEPARATE, STOCK = "separate runs", "mlx-lm, one batch"
+HYBRID_TREE, HYBRID_STOCK = f"hybrid: {TREE}", f"hybrid: {STOCK}"
+#: What the times of a variant are compared with.
+TREE_OF = {HYBRID_TREE: HYBRID_TREE, HYBRID_STOCK: HYBRID_TREE}
+
+#: A hybrid model whose layers take longer than the host, with random weights.
+HYBRID = "qwen3_next"
+WIDTHS = {
+    "vocab_size": 2 * MOST_WIDTH,
+    "hidden_size": 512,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 8,
+}
 
 MIN_OVER_SEPARATE, MIN_OVER_REPLICATE, MAX_BYTES = 4.0, 1.0, 0.5
 #: Every token qualifies.
@@ -31,7 +51,7 @@ ANY = 1e-45
 
 @dataclass(frozen=True)
 class Taken:
-    """One run: time from the first step to the last, and bytes of keys and values at the end."""
+    """One run: time from the first step to the last, and bytes of its caches at the end."""
 
     seconds: float
     cache_bytes: int
@@ -39,7 +59,8 @@ class Taken:
 
 @dataclass(frozen=True)
 class Measured:
-    """All runs of one variant: seconds for the steps of all leaves, and over those of the tree."""
+    """All runs of one variant: seconds for the steps of all leaves, and over those of the tree of
+    the same model."""
 
     name: str
     seconds: Spread
@@ -49,12 +70,23 @@ class Measured:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that :func:`bench_tree` found."""
+    """Everything that :func:`bench_tree` found.
+
+    Args:
+        model: name of the model.
+        leaves: branches.
+        setting: where and how it was measured.
+        measured: of each variant.
+        hybrid: what the hybrid model is.
+        hybrid_over_stock: time of its tree over that of mlx-lm's batch of as many rows.
+    """
 
     model: str
     leaves: int
     setting: dict[str, Any]
     measured: list[Measured]
+    hybrid: dict[str, Any]
+    hybrid_over_stock: Spread
 
     @property
     def targets(self) -> list[Target]:
@@ -86,6 +118,7 @@ class Report:
             "leaves": self.leaves,
             **self.setting,
             "runs": [asdict(each) for each in self.measured],
+            "hybrid": {**self.hybrid, "over_stock": asdict(self.hybrid_over_stock)},
             "targets": [{**asdict(target), "met": target.met} for target in self.targets],
         }
 
@@ -104,7 +137,8 @@ def bench_tree(
     """Measure ``leaves`` branches of one prompt, ``max_tokens`` steps each, by turns.
 
     The tree keeps that many leaves from its first step on. Separate runs and mlx-lm's batch decode
-    greedily, as many texts of as many tokens. Times leave the prompt out.
+    greedily, as many texts of as many tokens. Times leave the prompt out. A hybrid model with
+    random weights takes its turns, too, beside mlx-lm's batch of the same model.
 
     Args:
         model, tokenizer: as :func:`tempo_mlx.load` or ``mlx_lm.load`` returns them.
@@ -137,14 +171,18 @@ def bench_tree(
         runs = [_ours(positioned, endless, prompt, single) for _ in range(leaves)]
         return Taken(sum(run.seconds for run in runs), sum(run.cache_bytes for run in runs))
 
+    hybrid = random_model(HYBRID, **WIDTHS, max_position_embeddings=prompt_tokens + max_tokens)
+    branching, letters = PositionedModel(hybrid), prompt_of(Letters(), prompt_tokens)
     variants: dict[str, Callable[[], Taken]] = {
         TREE: partial(_ours, positioned, endless, prompt, tree),
         REPLICATE: partial(_ours, positioned, endless, prompt, tree | {"branching": "replicate"}),
         SEPARATE: separate,
         STOCK: partial(_stock, positioned.model, prompt, leaves, max_tokens),
+        HYBRID_TREE: partial(_ours, branching, Letters(), letters, tree),
+        HYBRID_STOCK: partial(_stock, hybrid, letters, leaves, max_tokens),
     }
     runs = alternate(variants, rounds, progress)
-    of_tree = [run.seconds for run in runs[TREE]]
+    seconds = {name: [run.seconds for run in taken] for name, taken in runs.items()}
     return Report(
         model=model_name or positioned.name or "",
         leaves=leaves,
@@ -152,12 +190,18 @@ def bench_tree(
         measured=[
             Measured(
                 name,
-                Spread.of([run.seconds for run in taken]),
-                ratio([run.seconds for run in taken], of_tree),
+                Spread.of(seconds[name]),
+                ratio(seconds[name], seconds[TREE_OF.get(name, TREE)]),
                 taken[-1].cache_bytes,
             )
             for name, taken in runs.items()
         ],
+        hybrid={
+            "architecture": HYBRID,
+            "parameters": get_total_parameters(hybrid),
+            "state_bytes": branching.state_bytes,
+        },
+        hybrid_over_stock=ratio(seconds[HYBRID_TREE], seconds[HYBRID_STOCK]),
     )
 
 

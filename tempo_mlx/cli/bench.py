@@ -13,8 +13,9 @@ from ..bench.pruning import bench_pruning
 from ..bench.runs import LONG_BLOCKS
 from ..bench.score import bench_score, workloads
 from ..bench.search import bench_search
-from ..bench.tree import bench_tree
+from ..bench.tree import STOCK, bench_tree
 from ..errors import TempoError
+from ..inventory import size
 from ..models import load
 from ..needs import Need
 from .effects import require_effect
@@ -334,10 +335,13 @@ def tree(
     output: Measurements = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Branches of one prompt in one sequence, in rows of their own, and one after another."""
+    """Branches of one prompt in one sequence, in rows of their own, and one after another.
+
+    Then those of a hybrid model with random weights, beside mlx-lm's batch.
+    """
     check_report("tree", output, overwrite)
     language_model, tokenizer = load(model)
-    with ticking((rounds + 1) * 4) as tick:
+    with ticking((rounds + 1) * 6) as tick:
         report = bench_tree(
             language_model,
             tokenizer,
@@ -359,8 +363,14 @@ def tree(
             f"{each.seconds.median:.2f}",
             spread(each.over_tree, 2),
             f"{each.cache_bytes / 1e6:.1f}",
+            end_section=each.name == STOCK,
         )
     console.print(table)
+    console.print(
+        f"hybrid: {report.hybrid['architecture']} of {report.hybrid['parameters'] / 1e6:.1f}M "
+        f"random weights, {size(report.hybrid['state_bytes'])} of states for a branch; a step of "
+        f"ours over mlx-lm's: {spread(report.hybrid_over_stock, 2)}"
+    )
     conclude(report, console, output)
 
 
