@@ -334,8 +334,17 @@ def test_tree_bench_measures_every_variant(tmp_path, run):
         "tree, rows of their own",
         "separate runs",
         "mlx-lm, one batch",
+        "hybrid: tree, one sequence",
+        "hybrid: mlx-lm, one batch",
     ]
     assert all(each["seconds"]["median"] > 0 for each in report["runs"])
+    assert all(each["cache_bytes"] > 0 for each in report["runs"])
+    ours, stock = (each["seconds"]["median"] for each in report["runs"][-2:])
+    hybrid = report["hybrid"]
+    assert hybrid["over_stock"]["median"] == pytest.approx(ours / stock)
+    # The states of three branches, and keys and values.
+    assert report["runs"][-2]["cache_bytes"] > 3 * hybrid["state_bytes"] > 0
+    assert "hybrid: qwen3_next" in out
     code, _, err = run(*common, "--leaves", 1)
     assert code == 2 and "leaves must be at least 2" in err and err.count("\n") == 1
 

