@@ -12,15 +12,22 @@ import numpy as np
 from mlx_lm.generate import BatchGenerator
 
 from ..arguments import check_count
-from ..batching import stream_batch_generate
+from ..batching import Failure, stream_batch_generate
+from ..errors import TempoError
 from ..generation import stream_generate
 from ..lattice import Lattice
 from ..models import PositionedModel
-from ..result import GenerationResult
 from ..sequences import Batch, SequenceState
 from ..settings import Settings
 from ..tokens import without_end
-from .setting import MOST_TOKENS, MOST_WIDTH, describe, prompt_of, require_room
+from .setting import (
+    MOST_TOKENS,
+    MOST_WIDTH,
+    describe,
+    prompt_of,
+    require_room,
+    visibility_of_sets,
+)
 from .target import Target
 from .timing import Spread, alternate, ratio
 
@@ -172,9 +179,10 @@ def bench_batch(
     # The longest prompt of a batch.
     require_room(positioned, -(-5 * prompt_tokens // 4), max_tokens)
     endless = without_end(tokenizer)
+    visibility = visibility_of_sets(positioned)
     settings = {
-        SINGLE: Settings(threshold=1.0, max_tokens=max_tokens, visibility="isolated"),
-        SETS: Settings(threshold=0.1, max_tokens=max_tokens, visibility="isolated"),
+        SINGLE: Settings(threshold=1.0, max_tokens=max_tokens, visibility=visibility),
+        SETS: Settings(threshold=0.1, max_tokens=max_tokens, visibility=visibility),
     }
     throughput = []
     for size in batch_sizes:
@@ -207,7 +215,10 @@ def bench_batch(
             )
     return Report(
         model=model_name or positioned.name or "",
-        setting=describe(positioned, prompt_tokens, max_tokens, rounds),
+        setting={
+            **describe(positioned, prompt_tokens, max_tokens, rounds),
+            "visibility": visibility,
+        },
         throughput=throughput,
         copies=_copies(positioned, prompt_of(tokenizer, 4 * prompt_tokens), 8, rounds),
         largest_waste=_largest_waste(positioned, tokenizer, prompt_tokens, max_tokens),
@@ -252,8 +263,12 @@ def _ours(
         batch_size=len(prompts),
         progress=lambda status: times.append(time.perf_counter()),
     )
-    results = [result for _, result in outcomes if isinstance(result, GenerationResult)]
-    return _taken(start, times, sum(result.lattice.n_tokens for result in results))
+    tokens = 0
+    for _, result in outcomes:
+        if isinstance(result, Failure):
+            raise TempoError(result.error)
+        tokens += result.lattice.n_tokens
+    return _taken(start, times, tokens)
 
 
 def _one_by_one(
@@ -329,7 +344,7 @@ def _largest_waste(
     lengths = rng.integers(2, 2 * prompt_tokens, 24)
     prompts = [prompt_of(tokenizer, int(length)) for length in lengths]
     settings = [
-        Settings(threshold=0.1, max_tokens=int(n), visibility="isolated")
+        Settings(threshold=0.1, max_tokens=int(n), visibility=visibility_of_sets(model))
         for n in rng.integers(2, max_tokens + 1, 24)
     ]
     waste = []

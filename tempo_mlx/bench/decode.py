@@ -13,7 +13,15 @@ from ..models import PositionedModel
 from ..tokens import without_end
 from .decode_report import SINGLE, STOCK, Measured, Report, sibling_name
 from .runs import ANY, LONG_BLOCKS, NEARLY_ONE, WARM_UP, Run, long_run, timed
-from .setting import MOST_TOKENS, MOST_WIDTH, describe, prompt_of, require_room, weight_bytes
+from .setting import (
+    MOST_TOKENS,
+    MOST_WIDTH,
+    describe,
+    prompt_of,
+    require_room,
+    visibility_of_sets,
+    weight_bytes,
+)
 from .timing import Spread, alternate, copy_bandwidth, ratio
 
 
@@ -57,6 +65,7 @@ def bench_decode(
     require_room(positioned, prompt_tokens, max(max_tokens, long_steps))
     prompt = prompt_of(tokenizer, prompt_tokens)
     endless = without_end(tokenizer)
+    visibility = visibility_of_sets(positioned)
 
     def stock(steps: int) -> Iterator[list[int]]:
         for response in mlx_lm.stream_generate(positioned.model, endless, prompt, max_tokens=steps):
@@ -70,7 +79,7 @@ def bench_decode(
             max_tokens=steps,
             threshold=threshold,
             max_parallel=width,
-            visibility="isolated",
+            visibility=visibility,
         ):
             yield [token.id for token in response.step.tokens]
 
@@ -109,7 +118,10 @@ def bench_decode(
         long = long_run(sides, long_steps, progress)
     return Report(
         model=model_name or positioned.name or "",
-        setting=describe(positioned, prompt_tokens, max_tokens, rounds),
+        setting={
+            **describe(positioned, prompt_tokens, max_tokens, rounds),
+            "visibility": visibility,
+        },
         weight_bytes=n_bytes,
         copy_bandwidth=copy_bandwidth(),
         measured=measured,

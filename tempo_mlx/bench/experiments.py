@@ -156,6 +156,7 @@ def bench_experiments(
     check_count("batch_size", batch_size, 2, MOST_WIDTH)
     check_count("workers", workers, most=MOST_WORKERS)
     positioned = PositionedModel.of(model)
+    positioned.require_merging("isolated")
     suite = drawn_suite(model_name, max_tokens)
     groups: list[Sequence[Any]] = [*islice(suite.expand().groups, runs // 2)]
     plain = [[replace(run, captures="none") for run in group] for group in groups]

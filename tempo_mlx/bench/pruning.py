@@ -146,6 +146,7 @@ def bench_pruning(
     for n in steps:
         check_count("steps", n, WARM_UP + 2, MOST_TOKENS)
     require_room(positioned, prompt_tokens, max(max_tokens, *steps))
+    positioned.require_merging("isolated")
     vocabulary = Vocabulary(without_end(tokenizer))
     prompt = prompt_of(tokenizer, prompt_tokens)
 

@@ -64,6 +64,11 @@ def require_room(model: PositionedModel, prompt_tokens: int, steps: int) -> None
         )
 
 
+def visibility_of_sets(model: PositionedModel) -> str:
+    """Of sets that are measured: "isolated", or "recombined" where layers are recurrent."""
+    return "recombined" if model.is_recurrent else "isolated"
+
+
 def describe(
     model: PositionedModel, prompt_tokens: int | None, max_tokens: int | None, rounds: int
 ) -> dict[str, Any]:

@@ -108,6 +108,8 @@ class PositionedModel:
 
     def require_capture(self) -> None:
         """Raise UnsupportedModelError unless the model's attention can be captured."""
+        if not self.slot_bytes:
+            raise self._unsupported("there is no attention to capture, all layers are recurrent")
         if not self.captures_attention:
             raise self._unsupported(
                 "attention cannot be captured, the model computes its scores outside mlx-lm's "
@@ -133,6 +135,10 @@ class PositionedModel:
 
     def require_additive_masks(self) -> None:
         """Raise UnsupportedModelError unless masks may be additive, so that keys have weights."""
+        if not self.slot_bytes:
+            raise self._unsupported(
+                "there are no keys to weigh, all layers are recurrent; use weighting none"
+            )
         if not self.takes_additive_masks:
             raise self._unsupported(
                 "keys cannot be weighted, the model rewrites its masks and understands boolean "

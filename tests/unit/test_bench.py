@@ -18,6 +18,7 @@ from tempo_mlx.random_models import random_model
 from tempo_mlx.search import SearchSettings, TreeSearch
 from tempo_mlx.search.environment import TextEnvironment
 from tempo_mlx.tokens import Vocabulary, without_end
+from tests.hybrid_folder import save_hybrid_model
 from tests.tiny_folder import save_tiny_model
 
 import mlx.core as mx
@@ -347,6 +348,22 @@ def test_tree_bench_measures_every_variant(tmp_path, run):
     assert "hybrid: qwen3_next" in out
     code, _, err = run(*common, "--leaves", 1)
     assert code == 2 and "leaves must be at least 2" in err and err.count("\n") == 1
+
+
+def test_sets_of_a_hybrid_model_are_measured_recombined_or_refused_at_once(tmp_path, run):
+    folder = save_hybrid_model(tmp_path / "hybrid", save_tiny_model(tmp_path / "tiny"))
+    output = tmp_path / "bench.json"
+    short = ("--model", folder, "-n", 1, "-p", 8)
+    for name, options in {
+        "decode": ("-m", 5, "--siblings", "1,3"),
+        "batch": ("-m", 4, "--batch-sizes", "1,2"),
+    }.items():
+        code, _, err = run("bench", name, *short, *options, "-o", output, "--overwrite")
+        assert (code, err) == (0, "")
+        assert json.loads(output.read_text())["visibility"] == "recombined"
+    for command in (["pruning", *short], ["experiments", *short[:-2]]):
+        code, out, err = run("bench", *command)
+        assert (code, out) == (2, "") and "visibility isolated" in err and err.count("\n") == 1
 
 
 def test_search_bench_searches_the_same_tree_in_every_way(tmp_path, run):

@@ -158,9 +158,17 @@ def test_with_one_token_a_step_every_visibility_is_plain_decoding(model, given_,
     assert alone.paths(2)[0].tokens == path.tokens
 
 
+def test_models_without_attention_say_that_they_have_none():
+    mamba = PositionedModel(tiny_model("mamba"))
+    with pytest.raises(UnsupportedModelError, match="no attention to capture"):
+        mamba.require_capture()
+    with pytest.raises(UnsupportedModelError, match="no keys to weigh"):
+        mamba.require_additive_masks()
+
+
 def test_attention_received_is_refused(model):
     result = generate(model, TOKENIZER, PROMPTS[0], threshold=0.1, max_tokens=2)
-    with pytest.raises(UnsupportedModelError, match="recurrent layer|cannot be captured"):
+    with pytest.raises(UnsupportedModelError, match="recurrent"):
         result.received_attention()
 
 
