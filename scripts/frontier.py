@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Annotated
 
 from tempo_mlx import Settings, load, stream_batch_generate
-from tempo_mlx.batching import Failure
 from tempo_mlx.cli.options import Overwrite
 from tempo_mlx.cli.outputs import Output, check_outputs, picture
+from tempo_mlx.decode.scheduler import Failure
 from tempo_mlx.plots import check_plot
 from tempo_mlx.plots.figure import save
-from tempo_mlx.pruning import Pruning
-from tempo_mlx.schedules import Constant
+from tempo_mlx.rules.pruning import Pruning
+from tempo_mlx.rules.schedules import Constant
 
 import numpy as np
 import typer

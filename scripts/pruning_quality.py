@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from tempo_mlx import generate, load
-from tempo_mlx.pruning import Pruning
-from tempo_mlx.schedules import Constant
+from tempo_mlx.rules.pruning import Pruning
+from tempo_mlx.rules.schedules import Constant
 
 import numpy as np
 import typer

@@ -12,31 +12,31 @@ from . import blas
 blas.preload()
 
 if TYPE_CHECKING:
-    from .batching import batch_generate as batch_generate
-    from .batching import stream_batch_generate as stream_batch_generate
+    from .decode.prompt_cache import PromptCache as PromptCache
+    from .decode.scheduler import batch_generate as batch_generate
+    from .decode.scheduler import stream_batch_generate as stream_batch_generate
     from .generation import generate as generate
     from .generation import stream_generate as stream_generate
     from .models import PositionedModel as PositionedModel
     from .models import UnsupportedModelError as UnsupportedModelError
-    from .models import load as load
-    from .prompt_cache import PromptCache as PromptCache
     from .scoring import ContinuationScorer as ContinuationScorer
     from .search import search as search
     from .search import stream_search as stream_search
     from .settings import Settings as Settings
+    from .weights import load as load
 
 #: Public name -> the module that has it.
 _HOMES = {
     "ContinuationScorer": "scoring",
     "PositionedModel": "models",
-    "PromptCache": "prompt_cache",
+    "PromptCache": "decode.prompt_cache",
     "Settings": "settings",
     "UnsupportedModelError": "models",
-    "batch_generate": "batching",
+    "batch_generate": "decode.scheduler",
     "generate": "generation",
-    "load": "models",
+    "load": "weights",
     "search": "search",
-    "stream_batch_generate": "batching",
+    "stream_batch_generate": "decode.scheduler",
     "stream_generate": "generation",
     "stream_search": "search",
 }

@@ -8,17 +8,17 @@ import mlx.nn as nn
 from mlx_lm.generate import generation_stream, wired_limit
 
 from .arguments import check_count
-from .decoder import Decoder
+from .decode.decoder import Decoder
+from .decode.prompt_cache import PromptCache
+from .decode.replication import RowTree
+from .decode.request import Run
 from .errors import TempoError
-from .lattice import Lattice, Step
+from .lattice.lattice import Lattice, Step
+from .lattice.result import BEAM, GenerationResult, find_paths
 from .models import PlainModel, PositionedModel
-from .prompt_cache import PromptCache
-from .rendering import StepWriter, plain
-from .replication import RowTree
-from .result import BEAM, GenerationResult, find_paths
-from .run import Run
 from .settings import Settings
-from .tokens import Prompt, Vocabulary, encode_prompt
+from .text.rendering import StepWriter, plain
+from .text.vocabulary import Prompt, Vocabulary, encode_prompt
 
 
 @dataclass(frozen=True)

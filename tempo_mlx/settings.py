@@ -6,12 +6,12 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from .arguments import check_choice, check_count, check_range, check_seed, check_text, shown
-from .combining import COMBINE
 from .errors import TempoError
 from .needs import NEEDS, told, unmet
-from .pruning import COMPACT_ABOVE, Pruning
-from .schedules import Constant, Schedule
-from .visibility import VISIBILITY, WITH_PARENTS
+from .rules.combining import COMBINE
+from .rules.pruning import COMPACT_ABOVE, Pruning
+from .rules.schedules import Constant, Schedule
+from .rules.visibility import VISIBILITY, WITH_PARENTS
 
 #: Weights that the tokens of a set may have as keys.
 WEIGHTINGS = ("none", "prior", "posterior")
@@ -46,10 +46,10 @@ class Settings:
         temp: temperature of the softmax that the threshold is compared with, [1e-6, 1e6].
         sampling: "deterministic", or "gumbel" to draw without replacement before the threshold.
         seed: of the draws; None picks one and records it. Without sampling it changes nothing.
-        visibility: a key of :data:`tempo_mlx.visibility.VISIBILITY`. Where none is given it is
-            "recombined", or "isolated" with pruning, weighting or a temperature, which need sets
-            without parents.
-        combine: a key of :data:`tempo_mlx.combining.COMBINE`.
+        visibility: a key of :data:`~tempo_mlx.rules.visibility.VISIBILITY`. Where none is given
+            it is "recombined", or "isolated" with pruning, weighting or a temperature, which need
+            sets without parents.
+        combine: a key of :data:`tempo_mlx.rules.combining.COMBINE`.
         pruning: how tokens are pruned after the fact; None prunes nothing.
         max_leaves: with visibility "tree", branches at most, the most probable texts; at least 1.
         leaf_margin: and none whose text is more than this many nats less probable than the best

@@ -19,7 +19,7 @@ for name in [*TERMINAL, *LOOK, "TEMPO_MLX_DEBUG"]:
 os.environ["TERM"] = "xterm"
 
 from tempo_mlx import cli  # noqa: E402
-from tempo_mlx.models.loading import load  # noqa: E402
+from tempo_mlx.weights.loading import load  # noqa: E402
 
 import mlx.core as mx  # noqa: E402
 import psutil  # noqa: E402

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from tempo_mlx.models.recipes import Recipe, Source
+from tempo_mlx.weights.recipes import Recipe, Source
 
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map

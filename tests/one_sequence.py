@@ -1,7 +1,7 @@
 """A batch of one sequence, with the arguments that tests of one sequence need."""
 
-from tempo_mlx.sequences import Batch, SequenceState
-from tempo_mlx.visibility import VISIBILITY, WITH_PARENTS
+from tempo_mlx.decode.sequences import Batch, SequenceState
+from tempo_mlx.rules.visibility import VISIBILITY, WITH_PARENTS
 
 #: Rules under which a set is one, without parents.
 SETS_VISIBILITY = sorted(set(VISIBILITY) - WITH_PARENTS)

@@ -12,22 +12,15 @@ import numpy as np
 from mlx_lm.generate import BatchGenerator
 
 from ..arguments import check_count
-from ..batching import Failure, stream_batch_generate
+from ..decode.scheduler import Failure, stream_batch_generate
+from ..decode.sequences import Batch, SequenceState
 from ..errors import TempoError
 from ..generation import stream_generate
-from ..lattice import Lattice
+from ..lattice.lattice import Lattice
 from ..models import PositionedModel
-from ..sequences import Batch, SequenceState
 from ..settings import Settings
-from ..tokens import without_end
-from .setting import (
-    MOST_TOKENS,
-    MOST_WIDTH,
-    describe,
-    prompt_of,
-    require_room,
-    visibility_of_sets,
-)
+from ..text.vocabulary import without_end
+from .setting import MOST_TOKENS, MOST_WIDTH, describe, prompt_of, require_room, visibility_of_sets
 from .target import Target
 from .timing import Spread, alternate, ratio
 

@@ -10,7 +10,7 @@ from ..arguments import check_count, shown
 from ..errors import TempoError
 from ..generation import stream_generate
 from ..models import PositionedModel
-from ..tokens import without_end
+from ..text.vocabulary import without_end
 from .decode_report import SINGLE, STOCK, Measured, Report, sibling_name
 from .runs import ANY, LONG_BLOCKS, NEARLY_ONE, WARM_UP, Run, long_run, timed
 from .setting import (

@@ -27,7 +27,7 @@ from ..experiments.suite_keys import Grid
 from ..experiments.validation import compare, tolerance
 from ..experiments.workers import run_in_workers
 from ..models import PositionedModel
-from ..models.identity import identify
+from ..weights.fingerprint import identify
 from .setting import MOST_TOKENS, MOST_WIDTH, describe
 from .target import Target
 from .timing import Spread, alternate, ratio

@@ -8,9 +8,9 @@ import mlx.core as mx
 from mlx_lm.generate import generate_step
 
 from ..arguments import check_count
+from ..doctor.random_models import Letters, random_model
 from ..generation import stream_generate
 from ..models import PositionedModel
-from ..random_models import Letters, random_model
 from .decode_report import SINGLE, STOCK, sibling_name
 from .runs import ANY, NEARLY_ONE, WARM_UP, Run, timed
 from .setting import MOST_TOKENS, describe, prompt_of

@@ -13,13 +13,13 @@ import numpy as np
 
 from ..arguments import check_count
 from ..generation import steps as steps_of
-from ..lattice import Lattice
+from ..lattice.lattice import Lattice
+from ..lattice.result import GenerationResult
 from ..models import PositionedModel
-from ..pruning import Pruning
-from ..result import GenerationResult
-from ..schedules import Constant
+from ..rules.pruning import Pruning
+from ..rules.schedules import Constant
 from ..settings import Settings
-from ..tokens import Vocabulary, without_end
+from ..text.vocabulary import Vocabulary, without_end
 from .runs import ANY, WARM_UP
 from .setting import MOST_TOKENS, MOST_WIDTH, describe, prompt_of, require_room
 from .target import Target

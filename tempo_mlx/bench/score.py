@@ -13,10 +13,10 @@ import numpy as np
 from mlx_lm.models.cache import make_prompt_cache, trim_prompt_cache
 
 from ..arguments import check_count
-from ..combining import log_softmax_at
 from ..models import PositionedModel
+from ..rules.combining import log_softmax_at
 from ..scoring import ContinuationScorer
-from ..tokens import encode_text
+from ..text.vocabulary import encode_text
 from .setting import MOST_TOKENS, describe
 from .target import Target
 from .timing import Spread, alternate, ratio

@@ -17,7 +17,7 @@ from ..models import PositionedModel
 from ..search import SearchSettings, TreeSearch
 from ..search.environment import TextEnvironment
 from ..search.tree import ROOT
-from ..tokens import Vocabulary, without_end
+from ..text.vocabulary import Vocabulary, without_end
 from .setting import MOST_TOKENS, MOST_WIDTH, describe, prompt_of, require_room
 from .target import Target
 from .timing import Spread, alternate, ratio

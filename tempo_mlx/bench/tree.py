@@ -16,10 +16,10 @@ from mlx_lm.generate import BatchGenerator
 from mlx_lm.utils import get_total_parameters
 
 from ..arguments import check_count
+from ..doctor.random_models import Letters, random_model
 from ..generation import stream_generate
 from ..models import PositionedModel
-from ..random_models import Letters, random_model
-from ..tokens import without_end
+from ..text.vocabulary import without_end
 from .setting import MOST_TOKENS, MOST_WIDTH, describe, prompt_of, require_room
 from .target import Target
 from .timing import Spread, alternate, ratio

@@ -9,7 +9,7 @@ import sys
 import typer
 
 from ..errors import TempoError
-from ..printable import visible
+from ..text.printable import visible
 
 #: Commands, each a module of this package.
 COMMANDS = ("generate", "search", "score", "experiment", "schedule", "models", "doctor", "bench")

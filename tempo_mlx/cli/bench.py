@@ -14,10 +14,10 @@ from ..bench.runs import LONG_BLOCKS
 from ..bench.score import bench_score, workloads
 from ..bench.search import bench_search
 from ..bench.tree import STOCK, bench_tree
+from ..doctor.local_models import size
 from ..errors import TempoError
-from ..inventory import size
-from ..models import load
 from ..needs import Need
+from ..weights import load
 from .effects import require_effect
 from .experiment import require_extra
 from .options import Measurements, Model, Overwrite, PromptTokens, Rounds, at_least

@@ -5,13 +5,13 @@ from collections.abc import Iterable
 from rich.table import Table
 from rich.text import Text
 
-from ..console import Console
+from ..decode.verification import oracle_of
+from ..io.console import Console
+from ..lattice.result import GenerationResult
 from ..models import PositionedModel
-from ..printable import quoted
-from ..rendering import Span, StepWriter
-from ..rendering import plain as plain_text
-from ..result import GenerationResult
-from ..verification import oracle_of
+from ..text.printable import quoted
+from ..text.rendering import Span, StepWriter
+from ..text.rendering import plain as plain_text
 
 
 def verdicts(result: GenerationResult) -> Table:

@@ -11,9 +11,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-from ..checks import ATTENTION_TOLERANCE, FORMS, TOLERANCE, Check, full_precision, run_checks
-from ..console import Console
-from ..doctor import Finding, examine
+from ..doctor.checks import ATTENTION_TOLERANCE, FORMS, TOLERANCE, Check, full_precision, run_checks
+from ..doctor.report import Finding, examine
+from ..io.console import Console
 from ..needs import Need
 from .effects import require_effect
 

@@ -7,9 +7,9 @@ from typing import Any
 import typer
 
 from ..errors import TempoError
-from ..files import STANDARD_OUTPUT
+from ..io.files import STANDARD_OUTPUT
 from ..needs import NEEDS, Need, Needs, told, unmet
-from ..pruning import Pruning
+from ..rules.pruning import Pruning
 from .options import flag_of
 
 #: What a report on the screen needs: neither the text alone nor the result as JSON in its place.

@@ -9,12 +9,12 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..arguments import shown
-from ..console import Console
 from ..errors import MissingExtraError, TempoError
-from ..files import STANDARD_OUTPUT, write_atomically
-from ..models import load
+from ..io.console import Console
+from ..io.files import STANDARD_OUTPUT, write_atomically
 from ..needs import Need, Needs
-from ..printable import json_text
+from ..text.printable import json_text
+from ..weights import load
 from .effects import require_effect
 from .experiment_analysis import analyze, plot, report
 from .options import Overwrite, output_file

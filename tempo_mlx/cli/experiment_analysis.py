@@ -9,8 +9,8 @@ import typer
 from rich.table import Table
 
 from ..arguments import check_count, check_seed
-from ..console import Console
 from ..errors import MissingExtraError, TempoError
+from ..io.console import Console
 from .options import Overwrite
 from .outputs import Output, check_outputs, ending_with, json_where, picture
 from .tables import wide_console
@@ -177,7 +177,7 @@ def _say(text: str) -> None:
 
 def _print(analysis: "Analysis") -> None:
     """The most important numbers: naive beside controlled, and mode against mode."""
-    from ..experiments.document import interval, number
+    from ..experiments.report_blocks import interval, number
     from ..experiments.summary import each
 
     console = wide_console()

@@ -8,20 +8,19 @@ from rich.progress import Progress
 from rich.text import Text
 
 from ..arguments import check_text
-from ..batching import BATCH_SIZE
-from ..combining import COMBINE
-from ..console import Console
+from ..decode.prompt_cache import PromptCache
+from ..decode.scheduler import BATCH_SIZE
 from ..errors import TempoError
-from ..files import STANDARD_INPUT, replaceable
 from ..generation import stream_generate
-from ..inputs import HYPHEN
-from ..models import PositionedModel, load
+from ..io.console import Console
+from ..io.files import STANDARD_INPUT, replaceable
+from ..io.inputs import HYPHEN
+from ..io.prompt_files import read_prompts
+from ..models import PositionedModel
 from ..needs import Need, Needs
 from ..plots import check_plot, plot_lattice, plot_mask
-from ..printable import running
-from ..prompt_cache import PromptCache
-from ..prompt_files import read_prompts
-from ..pruning import (
+from ..rules.combining import COMBINE
+from ..rules.pruning import (
     DECISIONS,
     LAYER_WEIGHTS,
     QUERY_WEIGHTS,
@@ -31,11 +30,13 @@ from ..pruning import (
     Pruning,
     parse_layers,
 )
-from ..rendering import StepWriter, plain
-from ..schedules import parse_schedule
+from ..rules.schedules import parse_schedule
+from ..rules.visibility import VISIBILITY
 from ..settings import BRANCHING, SAMPLING, WEIGHTINGS, Settings
-from ..tokens import add_end_token
-from ..visibility import VISIBILITY
+from ..text.printable import running
+from ..text.rendering import StepWriter, plain
+from ..text.vocabulary import add_end_token
+from ..weights import load
 from .display import coloured, pruned_steps, report, verdicts
 from .effects import PRINTED, require_effect, setting_needs
 from .one_prompt import AS_IN_AN_EDITOR, read_prompt

@@ -9,10 +9,10 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from ..console import Console
+from ..doctor.local_models import HubModel, RecipeModel, hub_models, recipe_models, size
 from ..errors import TempoError
-from ..inventory import HubModel, RecipeModel, hub_models, recipe_models, size
-from ..models.recipes import QUANTISED, VARIANTS, device_variant, prepare, recipes
+from ..io.console import Console
+from ..weights.recipes import QUANTISED, VARIANTS, device_variant, prepare, recipes
 
 #: Version of what --json prints.
 SCHEMA = 1

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from ..arguments import check_text
 from ..errors import TempoError
-from ..inputs import HYPHEN, read_text
+from ..io.inputs import HYPHEN, read_text
 
 #: What the help says of files and standard input.
 AS_IN_AN_EDITOR = (

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from ..arguments import check_count
-from ..files import STANDARD_OUTPUT
+from ..io.files import STANDARD_OUTPUT
 
 
 def output_file(text: str) -> Path:

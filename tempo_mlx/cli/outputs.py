@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..console import Console
 from ..errors import TempoError
-from ..files import (
+from ..io.console import Console
+from ..io.files import (
     STANDARD_ERROR,
     STANDARD_OUTPUT,
     check_writable,
@@ -19,7 +19,7 @@ from ..files import (
     write_atomically,
 )
 from ..plots.figure import drawn
-from ..printable import finite, json_text
+from ..text.printable import finite, json_text
 
 
 @dataclass(frozen=True)

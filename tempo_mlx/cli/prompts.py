@@ -11,18 +11,18 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..arguments import MOST_BYTES, shown
-from ..batching import BatchStatus, Failure, stream_batch_generate
-from ..console import Console
+from ..decode.prompt_cache import JoinedPrompt, PromptCache
+from ..decode.scheduler import BatchStatus, Failure, stream_batch_generate
 from ..errors import TempoError
-from ..files import Stream, replaceable
+from ..io.console import Console
+from ..io.files import Stream, replaceable
+from ..io.prompt_files import PromptRow, row_settings
+from ..io.resumable_jsonl import ResultsFile, row_key
+from ..lattice.result import SCHEMA, GenerationResult
 from ..models import PositionedModel
-from ..models.identity import identify
-from ..printable import finite, json_text
-from ..prompt_cache import JoinedPrompt, PromptCache
-from ..prompt_files import PromptRow, row_settings
-from ..result import SCHEMA, GenerationResult
-from ..results_file import ResultsFile, row_key
 from ..settings import Settings
+from ..text.printable import finite, json_text
+from ..weights.fingerprint import identify
 from .outputs import beginning
 
 UNITS = {"": 1} | {letter: 10 ** (3 * n) for n, letter in enumerate("kmgt", 1)}

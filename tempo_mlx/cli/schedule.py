@@ -10,10 +10,10 @@ from rich.table import Table
 from rich.text import Text
 
 from ..arguments import check_count, check_range
-from ..console import Console
+from ..io.console import Console
 from ..needs import Need
 from ..plots import check_plot, plot_schedule
-from ..schedules import parse_schedule
+from ..rules.schedules import parse_schedule
 from .effects import require_effect
 from .options import Overwrite
 from .outputs import Output, check_outputs, picture, say_written

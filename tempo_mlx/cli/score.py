@@ -9,16 +9,16 @@ from typing import Annotated, Any
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..console import Console
 from ..errors import TempoError
-from ..files import STANDARD_INPUT, replaceable
-from ..models import load
-from ..models.identity import identify
-from ..results_file import ResultsFile
+from ..io.console import Console
+from ..io.files import STANDARD_INPUT, replaceable
+from ..io.resumable_jsonl import ResultsFile
 from ..scoring import ContinuationScorer, ScoringStats
-from ..scoring.full_passes import FULL_PASSES
+from ..scoring.batch_scorer import FULL_PASSES
 from ..scoring.rows import Row, key_of, ranked, read_rows
 from ..scoring.scorer import AGGREGATES, CHUNK_SIZE, check_options
+from ..weights import load
+from ..weights.fingerprint import identify
 from .effects import typed
 from .options import Model, Overwrite, at_least, output_file
 from .outputs import Output, check_outputs, is_standard_output, say_written

@@ -9,10 +9,10 @@ from typing import Any, Self
 from rich.table import Table
 from rich.text import Text
 
-from ..console import Console
-from ..files import Stream, write_atomically
-from ..printable import quoted, visible
-from ..results_file import ResultsFile
+from ..io.console import Console
+from ..io.files import Stream, write_atomically
+from ..io.resumable_jsonl import ResultsFile
+from ..text.printable import quoted, visible
 
 #: A line of text: context, word, score, rank, and perhaps tokens.
 LINE = re.compile(rb"[^\t\n]*\t[^\t\n]*\t(-?\d+\.\d{6}|-?inf|nan)\t\d+(\t\[.*\])?\n")

@@ -10,16 +10,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from ..console import Console
 from ..errors import TempoError
-from ..files import STANDARD_INPUT, STANDARD_OUTPUT, write_atomically
-from ..models import load
+from ..io.console import Console
+from ..io.files import STANDARD_INPUT, STANDARD_OUTPUT, write_atomically
 from ..needs import Need, Needs
 from ..plots import check_plot, plot_search
-from ..printable import quoted
 from ..search import SearchError, SearchResult, SearchSettings, stream_search
 from ..search.monte_carlo import BACKUPS, SELECTIONS
 from ..search.settings import EVALUATIONS, NEEDS
+from ..text.printable import quoted
+from ..weights import load
 from .effects import PRINTED, require_effect, typed
 from .one_prompt import AS_IN_AN_EDITOR, read_prompt
 from .options import Model, Overwrite, output_file

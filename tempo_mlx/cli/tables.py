@@ -12,16 +12,9 @@ from rich.text import Text
 from ..bench.decode_report import Report
 from ..bench.target import Target
 from ..bench.timing import Spread
-from ..console import Console
 from ..errors import TempoError
-from .outputs import (
-    Output,
-    check_outputs,
-    is_standard_output,
-    json_where,
-    say_written,
-    write_json,
-)
+from ..io.console import Console
+from .outputs import Output, check_outputs, is_standard_output, json_where, say_written, write_json
 
 
 def parse_widths(text: str, argument: str = "--siblings", least: int = 1) -> list[int]:

@@ -12,7 +12,7 @@ from pandas import DataFrame
 
 from ..arguments import check_count, check_seed
 from ..errors import TempoError
-from ..files import write_atomically
+from ..io.files import write_atomically
 from .ledger import DONE
 from .matching import Rules, keys_of
 from .measures import ALL, MEASURES, Measured, Measurements, measure

@@ -9,7 +9,7 @@ from itertools import combinations
 
 import numpy as np
 
-from ..observation import Observation, StepAttention
+from ..decode.observation import Observation, StepAttention
 
 #: Most probable tokens that are kept of each distribution.
 TOP = 20
@@ -99,7 +99,7 @@ class Divergence:
 
 
 class Recorder:
-    """Collects what is kept of one run; an :class:`~tempo_mlx.observation.Observer`.
+    """Collects what is kept of one run; an :class:`~tempo_mlx.decode.observation.Observer`.
 
     Args:
         matrices: keep the attention matrices, too.

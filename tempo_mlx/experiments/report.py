@@ -6,11 +6,11 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from ..files import write_atomically
-from ..printable import running
+from ..io.files import write_atomically
+from ..text.printable import running
 from .analysis import Analysis
 from .pictures import plot_experiment
-from .sections import sections
+from .report_text import sections
 
 HTML, MARKDOWN = "report.html", "report.md"
 PLOTS = "plots"

@@ -11,9 +11,9 @@ from typing import Any
 import mlx.nn as nn
 import numpy as np
 
-from ..batching import Failure, stream_batch_generate
+from ..decode.scheduler import Failure, stream_batch_generate
+from ..lattice.result import GenerationResult
 from ..models import PositionedModel
-from ..result import GenerationResult
 from .capture import Divergence, Pair, Recorder
 from .suite import RunConfig
 

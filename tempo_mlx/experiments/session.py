@@ -17,12 +17,12 @@ import mlx.nn as nn
 import numpy as np
 
 from ..arguments import MOST_BYTES, check_choice, check_count, check_range
+from ..decode.request import Run
 from ..errors import TempoError
 from ..generation import begin
 from ..models import Capture, PositionedModel
-from ..models.identity import identify
-from ..run import Run
-from ..tokens import Vocabulary
+from ..text.vocabulary import Vocabulary
+from ..weights.fingerprint import identify
 from .capture import Recorder
 from .ledger import FAILED
 from .running import Outcome, run_batched, run_one_by_one

@@ -25,7 +25,7 @@ from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
 
 from ..errors import TempoError
-from ..files import leftovers, write_atomically
+from ..io.files import leftovers, write_atomically
 from .capture import AXES, MATRIX_AXES, Pair
 from .ledger import DONE, DiskFullError, Ledger, Lock
 from .running import Outcome, Record

@@ -18,12 +18,10 @@ from pydantic import (
     field_validator,
 )
 
+from ..decode.request import require_observable
 from ..errors import TempoError
-from ..prompt_files import PARSERS, setting_names
-from ..pruning import (
-    Pruning,
-)
-from ..run import require_observable
+from ..io.prompt_files import PARSERS, setting_names
+from ..rules.pruning import Pruning
 from ..settings import Settings
 from .suite_keys import STRICT, Grid, SettingsSpec
 
@@ -237,7 +235,7 @@ class RunConfig:
         """16 hexadecimal digits: of the configuration and of the model's identity.
 
         Args:
-            model: the :func:`~tempo_mlx.models.identity.identify` of model and tokenizer.
+            model: the :func:`~tempo_mlx.weights.fingerprint.identify` of model and tokenizer.
         """
         text = json.dumps([self.to_dict(), model], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -10,8 +10,8 @@ from pydantic import (
     ValidationError,
 )
 
-from ..inputs import shown_json
-from ..models import recipes
+from ..io.inputs import shown_json
+from ..weights import recipes
 from .suite import Suite, SuiteError
 from .suite_keys import Grid, PruningGrid, PruningSpec, SettingsSpec
 

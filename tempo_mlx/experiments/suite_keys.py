@@ -12,8 +12,8 @@ from pydantic import (
     create_model,
 )
 
-from ..combining import COMBINE
-from ..pruning import (
+from ..rules.combining import COMBINE
+from ..rules.pruning import (
     DECISIONS,
     LAYER_WEIGHTS,
     QUERY_WEIGHTS,
@@ -22,9 +22,9 @@ from ..pruning import (
     WHEN_ALL_FALL,
     Pruning,
 )
-from ..schedules import Schedule
+from ..rules.schedules import Schedule
+from ..rules.visibility import VISIBILITY
 from ..settings import BRANCHING, SAMPLING, WEIGHTINGS, Settings
-from ..visibility import VISIBILITY
 
 #: Settings whose values are among a few names.
 CHOICES: dict[str, Any] = {

@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..checks import TF32_VARIABLE
+from ..doctor.checks import TF32_VARIABLE
 from ..models import PositionedModel
 from .running import Record, run_group
 from .store import Store, read_run

@@ -14,8 +14,9 @@ from typing import Any
 import mlx.core as mx
 
 from ..errors import MissingExtraError, TempoError
-from ..models import PositionedModel, load
-from ..models.identity import identify
+from ..models import PositionedModel
+from ..weights import load
+from ..weights.fingerprint import identify
 from .running import Group, Outcome, run_group
 
 #: Times that a group is begun before it is given up, because the process died every time.
@@ -57,7 +58,7 @@ def perform(name: str, identity: str, group: Group) -> Outcome:
 
     Args:
         name: recipe, folder or Hub id.
-        identity: what :func:`tempo_mlx.models.identity.identify` must be there.
+        identity: what :func:`tempo_mlx.weights.fingerprint.identify` must be there.
         group: runs that differ in visibility only.
     """
     with _ALONE:

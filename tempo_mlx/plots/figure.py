@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import MissingExtraError, TempoError
-from ..files import check_writable, write_atomically
-from ..lattice import Lattice
-from ..result import GenerationResult
+from ..io.files import check_writable, write_atomically
+from ..lattice.lattice import Lattice
+from ..lattice.result import GenerationResult
 from .labels import fonts, readable, width
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import TempoError
-from ..lattice import Lattice
-from ..result import GenerationResult
+from ..lattice.lattice import Lattice
+from ..lattice.result import GenerationResult
 from .figure import (
     BLUE,
     GREEN,

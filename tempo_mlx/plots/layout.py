@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..errors import TempoError
-from ..lattice import Lattice, Step, Token
-from ..result import GenerationResult
+from ..lattice.lattice import Lattice, Step, Token
+from ..lattice.result import GenerationResult
 from .figure import MARGIN, TITLE
 from .labels import label, width
 

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import TempoError
-from ..lattice import Lattice, Slots
-from ..result import GenerationResult
-from ..visibility import VISIBILITY, WITH_PARENTS, may_attend
+from ..lattice.lattice import Lattice, Slots
+from ..lattice.result import GenerationResult
+from ..rules.visibility import VISIBILITY, WITH_PARENTS, may_attend
 from .figure import (
     GREY,
     INK,
@@ -52,7 +52,7 @@ def plot_mask(run: GenerationResult | Lattice, visibility: str, path: Path) -> N
 
     Args:
         run: a result, or its lattice alone, which does not know the prompt's text.
-        visibility: a key of :data:`tempo_mlx.visibility.VISIBILITY`.
+        visibility: a key of :data:`tempo_mlx.rules.visibility.VISIBILITY`.
         path: the file; its ending names the format.
 
     Raises:
@@ -69,7 +69,7 @@ def visibility_matrix(slots: Slots, visibility: str, shown: np.ndarray) -> np.nd
 
     Args:
         slots: all of the run.
-        visibility: a key of :data:`tempo_mlx.visibility.VISIBILITY`.
+        visibility: a key of :data:`tempo_mlx.rules.visibility.VISIBILITY`.
         shown: numbers of slots, [n].
 
     Returns:

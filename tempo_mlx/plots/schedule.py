@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..schedules import Bezier, Relu, Schedule
+from ..rules.schedules import Bezier, Relu, Schedule
 from .figure import BLUE, GREY, INK, ORANGE, PALE, check_plot, look, save
 
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
 """Scores of candidate words in contexts, for decoders of speech and brain signals."""
 
 from .pyctcdecode import PyctcdecodeLM
-from .questions import ScoringStats
+from .requests import ScoringStats
 from .scorer import CandidateScore, ContinuationScorer, TokenScore
 
 __all__ = [

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..models.states import NONE
 from .passes import Segment, passes
-from .trie import TokenTrie
+from .prefix_tree import TokenTrie
 
 #: Most slots that are put together for the chunks of a pass, where each has a copy of its own.
 GATHERED_SLOTS = 1 << 15

@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import TempoError
-from ..inputs import name_of, object_of, read_lines, shown_json, text_of
-from ..results_file import ERROR, row_key
+from ..io.inputs import name_of, object_of, read_lines, shown_json, text_of
+from ..io.resumable_jsonl import ERROR, row_key
 
 #: Version of the records.
 SCHEMA = 1
@@ -159,6 +159,6 @@ def key_of(row: Row, settings: dict[str, Any], model: str) -> str:
     Args:
         row: all that it has counts.
         settings: of the scorer, and what else decides what a record holds.
-        model: the :func:`~tempo_mlx.models.identity.identify` of model and tokenizer.
+        model: the :func:`~tempo_mlx.weights.fingerprint.identify` of model and tokenizer.
     """
     return row_key(SCHEMA, row.given, row.error, settings, model)

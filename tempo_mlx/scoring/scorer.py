@@ -10,22 +10,15 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.generate import generation_stream, wired_limit
 
-from ..arguments import (
-    MOST_BYTES,
-    check_choice,
-    check_count,
-    check_range,
-    check_text,
-    shown,
-)
-from ..batching import default_budget
+from ..arguments import MOST_BYTES, check_choice, check_count, check_range, check_text, shown
+from ..decode.scheduler import default_budget
 from ..errors import TempoError
 from ..models import PlainModel, PositionedModel, UnsupportedModelError
-from ..tokens import Vocabulary, require_tokenizer
-from .full_passes import FullPasses
-from .questions import Answer, Question, Reader, ScoringStats
+from ..text.vocabulary import Vocabulary, require_tokenizer
+from .batch_scorer import FullPasses
+from .prefix_tree_scorer import TreeReader
+from .requests import Answer, Question, Reader, ScoringStats
 from .texts import CLOSING, Candidate, Texts
-from .tree_reader import TreeReader
 
 #: Tokens of a forward pass, unless the caller says how many.
 CHUNK_SIZE = 512

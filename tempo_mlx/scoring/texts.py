@@ -8,8 +8,8 @@ from typing import Any
 
 from ..arguments import shown
 from ..errors import TempoError
-from ..tokens import begin_tokens
-from .trie import shared
+from ..text.vocabulary import begin_tokens
+from .prefix_tree import shared
 
 #: What stands behind a word without a space.
 CLOSING = (",", ".", "?", "!", ";", ":", "'", ")")

@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 import mlx.core as mx
 import numpy as np
 
-from ..combining import log_p_at
-from ..selection import require_finite
-from .questions import Answer, Question, ScoringStats
+from ..rules.combining import log_p_at
+from ..rules.selection import require_finite
+from .requests import Answer, Question, ScoringStats
 
 #: Places of tokens [R] -> what the layers made of them [R, D].
 Rows = Callable[[np.ndarray], mx.array]

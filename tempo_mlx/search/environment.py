@@ -11,13 +11,13 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.generate import generation_stream
 
-from ..combining import softmax, tempered
-from ..decoder import CacheBudgetError
-from ..lattice import Lattice
+from ..decode.decoder import CacheBudgetError
+from ..decode.sequences import Batch, SequenceState
+from ..lattice.lattice import Lattice
 from ..models import PositionedModel
-from ..selection import most_probable, noise_key, require_finite
-from ..sequences import Batch, SequenceState
-from ..tokens import Vocabulary
+from ..rules.combining import softmax, tempered
+from ..rules.selection import most_probable, noise_key, require_finite
+from ..text.vocabulary import Vocabulary
 from .settings import SearchSettings
 from .tree import NONE, ROOT, Tree
 

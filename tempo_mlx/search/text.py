@@ -14,8 +14,8 @@ from mlx_lm.generate import generation_stream, wired_limit
 from ..arguments import shown
 from ..errors import TempoError
 from ..models import PositionedModel
-from ..printable import quoted
-from ..tokens import Prompt, Vocabulary, encode_prompt
+from ..text.printable import quoted
+from ..text.vocabulary import Prompt, Vocabulary, encode_prompt
 from .environment import Batched, TextEnvironment, Value
 from .monte_carlo import SearchError, TreeSearch
 from .settings import SearchSettings

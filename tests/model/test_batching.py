@@ -1,7 +1,7 @@
 """Batches of the embedded model against each prompt alone and against mlx-lm."""
 
 from tempo_mlx import Settings, batch_generate, generate
-from tempo_mlx.pruning import Pruning
+from tempo_mlx.rules.pruning import Pruning
 
 import mlx.core as mx
 import numpy as np

@@ -2,9 +2,9 @@
 
 import json
 
-from tempo_mlx.models import gguf
-from tempo_mlx.models.loading import load, locate
-from tempo_mlx.models.recipes import recipes
+from tempo_mlx.weights import gguf
+from tempo_mlx.weights.loading import load, locate
+from tempo_mlx.weights.recipes import recipes
 
 import mlx.core as mx
 import mlx_lm

@@ -1,9 +1,9 @@
 """Generation on the embedded model: greedy text, the oracle in every mode, isolation."""
 
 from tempo_mlx import PositionedModel, generate
-from tempo_mlx.combining import COMBINE
-from tempo_mlx.lattice import Lattice
+from tempo_mlx.lattice.lattice import Lattice
 from tempo_mlx.models import Capture
+from tempo_mlx.rules.combining import COMBINE
 
 import mlx.core as mx
 import numpy as np

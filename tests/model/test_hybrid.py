@@ -9,7 +9,7 @@ import re
 import shutil
 
 from tempo_mlx import PositionedModel
-from tempo_mlx.models.loading import locate
+from tempo_mlx.weights.loading import locate
 from tests.brute_scorer import BruteScorer
 from tests.comparison import assert_close
 from tests.hybrid_folder import save_hybrid_model

@@ -1,7 +1,7 @@
 """Prompt caches of the embedded model, whose tokens are longer than a letter."""
 
 from tempo_mlx import generate
-from tempo_mlx.prompt_cache import PromptCache
+from tempo_mlx.decode.prompt_cache import PromptCache
 from tests.comparison import assert_close
 
 SETTINGS = {"max_tokens": 5, "threshold": 0.05}

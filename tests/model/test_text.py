@@ -1,7 +1,7 @@
 """Texts of the embedded model whose characters are split over tokens, beside mlx-lm's own."""
 
 from tempo_mlx import generate
-from tempo_mlx.printable import spelled
+from tempo_mlx.text.printable import spelled
 
 import mlx_lm
 import pytest

@@ -2,17 +2,10 @@
 
 import math
 
-from tempo_mlx.arguments import (
-    MOST,
-    check_choice,
-    check_count,
-    check_range,
-    check_text,
-    shown,
-)
+from tempo_mlx.arguments import MOST, check_choice, check_count, check_range, check_text, shown
 from tempo_mlx.errors import TempoError
-from tempo_mlx.pruning import Pruning
-from tempo_mlx.schedules import parse_schedule
+from tempo_mlx.rules.pruning import Pruning
+from tempo_mlx.rules.schedules import parse_schedule
 from tempo_mlx.search import SearchSettings
 from tempo_mlx.settings import Settings
 

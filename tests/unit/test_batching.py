@@ -3,14 +3,14 @@
 import dataclasses
 
 from tempo_mlx import PositionedModel, batch_generate, generate
-from tempo_mlx.batching import Failure, stream_batch_generate
-from tempo_mlx.combining import COMBINE
-from tempo_mlx.prompt_cache import PromptCache
-from tempo_mlx.pruning import Pruning
-from tempo_mlx.schedules import Constant
-from tempo_mlx.sequences import spread_evenly
+from tempo_mlx.decode.prompt_cache import PromptCache
+from tempo_mlx.decode.scheduler import Failure, stream_batch_generate
+from tempo_mlx.decode.sequences import spread_evenly
+from tempo_mlx.rules.combining import COMBINE
+from tempo_mlx.rules.pruning import Pruning
+from tempo_mlx.rules.schedules import Constant
+from tempo_mlx.rules.visibility import VISIBILITY, WITH_PARENTS
 from tempo_mlx.settings import Settings
-from tempo_mlx.visibility import VISIBILITY, WITH_PARENTS
 
 import mlx.core as mx
 import numpy as np

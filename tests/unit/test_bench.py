@@ -13,11 +13,11 @@ from tempo_mlx.bench.runs import long_run, timed
 from tempo_mlx.bench.search import Copying, Rereading
 from tempo_mlx.bench.setting import prompt_of, weight_bytes
 from tempo_mlx.bench.timing import Spread, alternate, copy_bandwidth, difference, ratio
+from tempo_mlx.doctor.random_models import random_model
 from tempo_mlx.models import PositionedModel
-from tempo_mlx.random_models import random_model
 from tempo_mlx.search import SearchSettings, TreeSearch
 from tempo_mlx.search.environment import TextEnvironment
-from tempo_mlx.tokens import Vocabulary, without_end
+from tempo_mlx.text.vocabulary import Vocabulary, without_end
 from tests.hybrid_folder import save_hybrid_model
 from tests.tiny_folder import save_tiny_model
 

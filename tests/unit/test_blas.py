@@ -107,7 +107,7 @@ def test_mlx_that_was_imported_first_is_said():
 
 
 @with_openblas
-@pytest.mark.parametrize("module", ["tempo_mlx", "tempo_mlx.models.loading", "tempo_mlx.cli"])
+@pytest.mark.parametrize("module", ["tempo_mlx", "tempo_mlx.weights.loading", "tempo_mlx.cli"])
 def test_every_way_into_the_package_loads_it_first(module):
     assert run(f"import {module}\n{PRODUCT}", TEMPO_MLX_BLAS="")["origin"] == "cmeel-openblas"
 

@@ -1,8 +1,8 @@
 """Captured attention against NumPy, from the weights of the model and the inputs of its layers."""
 
-from tempo_mlx.lattice import Lattice
+from tempo_mlx.lattice.lattice import Lattice
 from tempo_mlx.models import Capture, PositionedModel, UnsupportedModelError
-from tempo_mlx.visibility import may_attend
+from tempo_mlx.rules.visibility import may_attend
 from tests.tiny_models import tiny_model
 
 import mlx.core as mx

@@ -7,7 +7,7 @@ from tempo_mlx.cli.effects import setting_needs
 from tempo_mlx.cli.generate import OPTIONS
 from tempo_mlx.models import UnsupportedModelError
 from tempo_mlx.needs import NEEDS
-from tempo_mlx.pruning import Pruning
+from tempo_mlx.rules.pruning import Pruning
 from tempo_mlx.search import SearchSettings
 
 import pytest

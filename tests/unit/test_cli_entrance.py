@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 from typing import get_args, get_type_hints
 
-from tempo_mlx import cli, inputs
+from tempo_mlx import cli
+from tempo_mlx.io import inputs
 from tests.tiny_folder import save_tiny_model
 
 import pytest

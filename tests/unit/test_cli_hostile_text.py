@@ -4,7 +4,7 @@ import io
 import json
 import re
 
-from tempo_mlx.console import Console
+from tempo_mlx.io.console import Console
 
 import pytest
 from rich.table import Table

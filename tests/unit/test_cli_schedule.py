@@ -5,7 +5,7 @@ import sys
 
 from tempo_mlx import cli
 from tempo_mlx.cli.schedule import draw
-from tempo_mlx.schedules import Bezier, Constant, Relu, parse_schedule
+from tempo_mlx.rules.schedules import Bezier, Constant, Relu, parse_schedule
 
 import pytest
 

@@ -1,6 +1,6 @@
 """Combining rules against NumPy in double precision."""
 
-from tempo_mlx.combining import COMBINE, combine, log_softmax_at, most_probable_of, softmax
+from tempo_mlx.rules.combining import COMBINE, combine, log_softmax_at, most_probable_of, softmax
 
 import mlx.core as mx
 import numpy as np

@@ -3,14 +3,17 @@
 import json
 import sys
 
-from tempo_mlx import checks, cli, doctor, inventory
-from tempo_mlx.checks import FORMS, ORACLES, TOLERANCE, Check, Subject, check
+from tempo_mlx import cli
+from tempo_mlx.doctor import checks
+from tempo_mlx.doctor import local_models as inventory
+from tempo_mlx.doctor import report as doctor
+from tempo_mlx.doctor.checks import FORMS, ORACLES, TOLERANCE, Check, Subject, check
+from tempo_mlx.doctor.random_models import CONFIGS, VOCABULARY, Letters, random_model
 from tempo_mlx.errors import TempoError
 from tempo_mlx.models import PositionedModel, attention, forward_pass
-from tempo_mlx.models.recipes import HOME_VARIABLE
 from tempo_mlx.models.states import BranchStates
-from tempo_mlx.random_models import CONFIGS, VOCABULARY, Letters, random_model
-from tempo_mlx.visibility import VISIBILITY
+from tempo_mlx.rules.visibility import VISIBILITY
+from tempo_mlx.weights.recipes import HOME_VARIABLE
 from tests.tiny_folder import save_tiny_model
 from tests.tiny_models import tiny_config, tiny_model
 

@@ -12,7 +12,6 @@ from tempo_mlx.cli import experiment_analysis
 from tempo_mlx.experiments import analysis as analysis_module
 from tempo_mlx.experiments import tables as tables_module
 from tempo_mlx.experiments.analysis import analyze, save
-from tempo_mlx.experiments.document import MOST_ROWS, interval, number
 from tempo_mlx.experiments.ledger import Ledger
 from tempo_mlx.experiments.matching import Rules
 from tempo_mlx.experiments.pictures import (
@@ -25,7 +24,8 @@ from tempo_mlx.experiments.pictures import (
     prompts_figure,
 )
 from tempo_mlx.experiments.report import markdown_cell, write_report
-from tempo_mlx.experiments.sections import sections
+from tempo_mlx.experiments.report_blocks import MOST_ROWS, interval, number
+from tempo_mlx.experiments.report_text import sections
 from tempo_mlx.plots.figure import look
 from tests.synthetic_experiment import CATEGORIES, Planted
 

@@ -9,17 +9,17 @@ from functools import partial
 from tempo_mlx import PositionedModel, Settings, generate, load
 from tempo_mlx.bench import experiments as bench
 from tempo_mlx.bench.experiments import BATCHED, SEQUENTIAL, bench_experiments, drawn_suite
+from tempo_mlx.decode.request import Run
 from tempo_mlx.experiments import workers
 from tempo_mlx.experiments.capture import TOP, Divergence
 from tempo_mlx.experiments.running import Record, run_batched, run_group, run_one_by_one
 from tempo_mlx.experiments.suite_files import parse_suite
 from tempo_mlx.experiments.validation import compare
 from tempo_mlx.experiments.workers import perform, run_in_workers, run_on_cluster
-from tempo_mlx.lattice import Lattice
+from tempo_mlx.lattice.lattice import Lattice
 from tempo_mlx.models import Capture
-from tempo_mlx.models.identity import identify
-from tempo_mlx.run import Run
-from tempo_mlx.visibility import may_attend
+from tempo_mlx.rules.visibility import may_attend
+from tempo_mlx.weights.fingerprint import identify
 from tests.commands import signal_itself
 from tests.suites import suite_text
 from tests.tiny_folder import save_tiny_model

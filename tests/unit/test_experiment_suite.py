@@ -5,8 +5,8 @@ import json
 
 from tempo_mlx.experiments.suite import RunConfig, SuiteError
 from tempo_mlx.experiments.suite_files import built_in, json_schema, parse_suite, read_suite
-from tempo_mlx.pruning import Pruning
-from tempo_mlx.schedules import Bezier, Constant, Relu
+from tempo_mlx.rules.pruning import Pruning
+from tempo_mlx.rules.schedules import Bezier, Constant, Relu
 from tempo_mlx.settings import Settings
 from tests.suites import suite_text
 

@@ -7,7 +7,7 @@ import threading
 from pathlib import Path
 
 from tempo_mlx.errors import TempoError
-from tempo_mlx.files import Stream, check_writable, same_file, write_atomically, writing
+from tempo_mlx.io.files import Stream, check_writable, same_file, write_atomically, writing
 
 import pytest
 

@@ -3,14 +3,14 @@
 import json
 
 from tempo_mlx import Settings, batch_generate
-from tempo_mlx.combining import COMBINE, combine
 from tempo_mlx.generation import generate, stream_generate
-from tempo_mlx.lattice import Lattice
+from tempo_mlx.lattice.lattice import Lattice
 from tempo_mlx.models import PositionedModel
-from tempo_mlx.pruning import Pruning
-from tempo_mlx.schedules import Bezier
-from tempo_mlx.selection import NonFiniteLogitsError
-from tempo_mlx.visibility import VISIBILITY
+from tempo_mlx.rules.combining import COMBINE, combine
+from tempo_mlx.rules.pruning import Pruning
+from tempo_mlx.rules.schedules import Bezier
+from tempo_mlx.rules.selection import NonFiniteLogitsError
+from tempo_mlx.rules.visibility import VISIBILITY
 from tests.tiny_models import tiny_model
 from tests.tiny_tokenizer import TinyTokenizer
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tempo_mlx import PositionedModel, load
-from tempo_mlx.models.identity import fingerprint, identify, tokenizer_fingerprint
+from tempo_mlx.weights.fingerprint import fingerprint, identify, tokenizer_fingerprint
 from tests.tiny_folder import save_tiny_model
 from tests.tiny_models import tiny_model
 

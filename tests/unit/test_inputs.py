@@ -3,9 +3,9 @@
 import io
 import sys
 
-from tempo_mlx import inputs
 from tempo_mlx.errors import TempoError
-from tempo_mlx.inputs import HYPHEN, object_of, read_lines, read_text
+from tempo_mlx.io import inputs
+from tempo_mlx.io.inputs import HYPHEN, object_of, read_lines, read_text
 
 import pytest
 

@@ -6,9 +6,9 @@ import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
-from tempo_mlx import inventory
-from tempo_mlx.models.loading import ModelLoadError, load
-from tempo_mlx.models.recipes import RecipeError
+from tempo_mlx.doctor import local_models as inventory
+from tempo_mlx.weights.loading import ModelLoadError, load
+from tempo_mlx.weights.recipes import RecipeError
 from tests.tiny_folder import save_tiny_model
 
 import huggingface_hub.constants

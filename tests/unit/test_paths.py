@@ -2,9 +2,9 @@
 
 import itertools
 
+from tempo_mlx.decode.paths import best_paths
 from tempo_mlx.generation import generate
 from tempo_mlx.models import PositionedModel
-from tempo_mlx.paths import best_paths
 from tests.tiny_models import tiny_model
 from tests.tiny_tokenizer import TinyTokenizer
 
@@ -73,7 +73,7 @@ def test_text_is_the_best_path_and_paths_are_kept(model):
 def test_greedy_text_needs_no_rescoring(model, monkeypatch):
     tokenizer = TinyTokenizer(200, end_tokens=())
     result = generate(model, tokenizer, PROMPT, threshold=1.0, max_tokens=6)
-    monkeypatch.setattr("tempo_mlx.result.best_paths", None)
+    monkeypatch.setattr("tempo_mlx.lattice.result.best_paths", None)
     ids = [step.tokens[0].id for step in result.lattice.steps]
     assert result.text == tokenizer.decode(ids)
 

@@ -8,7 +8,8 @@ import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from types import SimpleNamespace
 
-from tempo_mlx.lattice import Ending, Lattice, Step, Token
+from tempo_mlx.lattice.lattice import Ending, Lattice, Step, Token
+from tempo_mlx.lattice.result import GenerationResult
 from tempo_mlx.plots import check_plot, plot_lattice, plot_mask, plot_schedule
 from tempo_mlx.plots.figure import DPI, drawn, look
 from tempo_mlx.plots.labels import LONGEST, label
@@ -16,11 +17,10 @@ from tempo_mlx.plots.lattice import ARCS, lattice_figure
 from tempo_mlx.plots.layout import MARGIN, NARROWEST_PAGE, PAGE_WIDTH
 from tempo_mlx.plots.mask import PROMPT_TOKENS, mask_figure
 from tempo_mlx.plots.schedule import schedule_figure
-from tempo_mlx.pruning import Pruning
-from tempo_mlx.result import GenerationResult
-from tempo_mlx.schedules import Bezier, Constant, Relu
+from tempo_mlx.rules.pruning import Pruning
+from tempo_mlx.rules.schedules import Bezier, Constant, Relu
+from tempo_mlx.rules.visibility import VISIBILITY
 from tempo_mlx.settings import Settings
-from tempo_mlx.visibility import VISIBILITY
 
 import numpy as np
 import pytest
@@ -495,7 +495,7 @@ def test_matplotlib_is_imported_when_a_picture_is_drawn(tmp_path):
 import sys
 from pathlib import Path
 from tempo_mlx.plots import plot_schedule
-from tempo_mlx.schedules import Constant
+from tempo_mlx.rules.schedules import Constant
 assert "matplotlib" not in sys.modules
 plot_schedule(Constant(), 5, 1.0, Path(sys.argv[1]))
 assert "matplotlib.pyplot" not in sys.modules

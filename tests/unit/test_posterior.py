@@ -2,7 +2,7 @@
 
 import itertools
 
-from tempo_mlx.posterior import backward, forward, posteriors, viterbi
+from tempo_mlx.rules.posterior import backward, forward, posteriors, viterbi
 
 import numpy as np
 import pytest

@@ -4,8 +4,8 @@ import json
 import shutil
 
 from tempo_mlx import PositionedModel, batch_generate, generate, load
-from tempo_mlx.batching import Failure
-from tempo_mlx.prompt_cache import PromptCache
+from tempo_mlx.decode.prompt_cache import PromptCache
+from tempo_mlx.decode.scheduler import Failure
 from tests.comparison import assert_close
 from tests.tiny_folder import END, save_tiny_model
 

@@ -4,10 +4,11 @@ from collections import UserDict
 from types import SimpleNamespace
 
 from tempo_mlx import ContinuationScorer, PromptCache, batch_generate, generate, search
-from tempo_mlx.batching import Failure
+from tempo_mlx.decode.scheduler import Failure
 from tempo_mlx.errors import TempoError
-from tempo_mlx.models import PlainModel, PositionedModel, load
-from tempo_mlx.tokens import encode_prompt
+from tempo_mlx.models import PlainModel, PositionedModel
+from tempo_mlx.text.vocabulary import encode_prompt
+from tempo_mlx.weights import load
 from tests.tiny_models import tiny_model
 from tests.tiny_tokenizer import TinyTokenizer
 

@@ -1,11 +1,11 @@
 """Pruning: decisions by their properties, runs by the oracle, a case whose answer is known."""
 
+from tempo_mlx.decode.retroactive import Hindsight
 from tempo_mlx.generation import generate
-from tempo_mlx.hindsight import Hindsight
-from tempo_mlx.lattice import Lattice, Step, Token
+from tempo_mlx.lattice.lattice import Lattice, Step, Token
 from tempo_mlx.models import Capture, PositionedModel
-from tempo_mlx.pruning import RULES, Evidence, Judgement, Pruner, Pruning, falls, spare
-from tempo_mlx.schedules import Constant
+from tempo_mlx.rules.pruning import RULES, Evidence, Judgement, Pruner, Pruning, falls, spare
+from tempo_mlx.rules.schedules import Constant
 from tempo_mlx.settings import WEIGHTINGS, Settings
 from tests.tiny_models import tiny_model
 from tests.tiny_tokenizer import TinyTokenizer

@@ -4,8 +4,8 @@ import inspect
 import subprocess
 import sys
 
-from tempo_mlx.models import load
 from tempo_mlx.scoring import ContinuationScorer, PyctcdecodeLM
+from tempo_mlx.weights import load
 from tests.brute_scorer import BruteScorer
 
 import mlx_lm

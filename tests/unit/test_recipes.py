@@ -8,8 +8,8 @@ import threading
 from dataclasses import replace
 from pathlib import Path
 
-from tempo_mlx.models import gguf, package_index, recipes
-from tempo_mlx.models.recipes import RecipeError, prepare
+from tempo_mlx.weights import gguf, package_index, recipes
+from tempo_mlx.weights.recipes import RecipeError, prepare
 from tests.fake_index import (
     HEADS,
     HIDDEN,
@@ -58,7 +58,7 @@ def start(recipe, variant: str, told: str = "None") -> subprocess.Popen:
     """Another process that prepares the recipe; `told` is its progress callback, as source code."""
     code = (
         "import os, signal\n"
-        "from tempo_mlx.models.recipes import Recipe, Source, prepare\n"
+        "from tempo_mlx.weights.recipes import Recipe, Source, prepare\n"
         f"prepare({recipe!r}, {variant!r}, progress={told})\n"
     )
     return subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)

@@ -9,13 +9,13 @@ from tempo_mlx import (
     search,
     stream_generate,
 )
-from tempo_mlx.batching import Failure
-from tempo_mlx.decoder import CacheBudgetError, Decoder
+from tempo_mlx.decode.decoder import CacheBudgetError, Decoder
+from tempo_mlx.decode.prompt_cache import PromptCache
+from tempo_mlx.decode.request import Run
+from tempo_mlx.decode.scheduler import Failure
+from tempo_mlx.decode.sequences import Batch
 from tempo_mlx.generation import begin
-from tempo_mlx.prompt_cache import PromptCache
-from tempo_mlx.pruning import Pruning
-from tempo_mlx.run import Run
-from tempo_mlx.sequences import Batch
+from tempo_mlx.rules.pruning import Pruning
 from tests.architectures import branches_difference
 from tests.tiny_models import tiny_model
 from tests.tiny_tokenizer import TinyTokenizer

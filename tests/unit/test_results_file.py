@@ -13,8 +13,8 @@ import tempfile
 from pathlib import Path
 from unittest import mock
 
-from tempo_mlx import results_file
-from tempo_mlx.results_file import ResultsFile, row_key
+from tempo_mlx.io import resumable_jsonl as results_file
+from tempo_mlx.io.resumable_jsonl import ResultsFile, row_key
 
 import pytest
 from hypothesis import given, settings
@@ -177,7 +177,7 @@ import importlib, sys, types
 package = types.ModuleType("tempo_mlx")
 package.__path__ = [sys.argv[1]]
 sys.modules["tempo_mlx"] = package
-module = importlib.import_module("tempo_mlx.results_file")
+module = importlib.import_module("tempo_mlx.io.resumable_jsonl")
 from pathlib import Path
 n = int(sys.argv[3])
 with module.ResultsFile(Path(sys.argv[2]), [str(row) for row in range(n)]) as results:
@@ -192,7 +192,7 @@ with module.ResultsFile(Path(sys.argv[2]), [str(row) for row in range(n)]) as re
 
 
 def worker(path, n):
-    file = os.path.dirname(importlib.util.find_spec("tempo_mlx.results_file").origin)
+    file = os.path.dirname(importlib.util.find_spec("tempo_mlx.io.resumable_jsonl").origin)
     return subprocess.Popen(
         [sys.executable, "-c", WORKER, file, str(path), str(n)],
         stdin=subprocess.PIPE,

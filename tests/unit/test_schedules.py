@@ -1,6 +1,6 @@
 """Schedules against their formulas and properties."""
 
-from tempo_mlx.schedules import Bezier, Constant, Relu, interpolate, parse_schedule
+from tempo_mlx.rules.schedules import Bezier, Constant, Relu, interpolate, parse_schedule
 
 import numpy as np
 import pytest

@@ -5,11 +5,11 @@ import random
 import re
 
 from tempo_mlx import ContinuationScorer, PositionedModel, UnsupportedModelError
-from tempo_mlx.decoder import CacheBudgetError
-from tempo_mlx.scoring.tree_reader import TreeReader
-from tempo_mlx.scoring.trie import NONE
-from tempo_mlx.selection import NonFiniteLogitsError
-from tempo_mlx.tokens import encode_prompt
+from tempo_mlx.decode.decoder import CacheBudgetError
+from tempo_mlx.rules.selection import NonFiniteLogitsError
+from tempo_mlx.scoring.prefix_tree import NONE
+from tempo_mlx.scoring.prefix_tree_scorer import TreeReader
+from tempo_mlx.text.vocabulary import encode_prompt
 from tests.brute_scorer import BruteScorer
 from tests.tiny_models import architectures, each_architecture, shared_model, tiny_model
 

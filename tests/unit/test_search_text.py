@@ -4,7 +4,7 @@ import itertools
 import json
 
 from tempo_mlx import generate, search
-from tempo_mlx.decoder import CacheBudgetError
+from tempo_mlx.decode.decoder import CacheBudgetError
 from tempo_mlx.errors import TempoError
 from tempo_mlx.search import Batched, SearchError, SearchSettings, stream_search
 from tempo_mlx.search.environment import TextEnvironment

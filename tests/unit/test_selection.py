@@ -1,6 +1,6 @@
 """Selection: what is kept, in which order, and how it is drawn."""
 
-from tempo_mlx.selection import NonFiniteLogitsError, Offers, gumbel, keep, most_probable
+from tempo_mlx.rules.selection import NonFiniteLogitsError, Offers, gumbel, keep, most_probable
 
 import mlx.core as mx
 import numpy as np

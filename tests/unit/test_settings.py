@@ -1,7 +1,7 @@
 """Settings say what is wrong with them: argument, value, range."""
 
-from tempo_mlx.pruning import Pruning
-from tempo_mlx.schedules import Bezier
+from tempo_mlx.rules.pruning import Pruning
+from tempo_mlx.rules.schedules import Bezier
 from tempo_mlx.settings import Settings
 
 import pytest

@@ -2,12 +2,12 @@
 
 import itertools
 
-from tempo_mlx.batching import batch_generate
+from tempo_mlx.decode.paths import cut_at_stop
+from tempo_mlx.decode.scheduler import batch_generate
+from tempo_mlx.decode.stopping import StopAutomaton
 from tempo_mlx.generation import generate
-from tempo_mlx.lattice import Step, Token
-from tempo_mlx.paths import cut_at_stop
+from tempo_mlx.lattice.lattice import Step, Token
 from tempo_mlx.settings import Settings
-from tempo_mlx.stopping import StopAutomaton
 from tests.tiny_models import tiny_model
 from tests.tiny_tokenizer import TinyTokenizer
 
@@ -69,7 +69,7 @@ def test_a_run_ends_at_the_step_whose_text_contains_the_stop(model, visibility, 
 
 @pytest.mark.parametrize("repair", ["none", "recompute"])
 def test_the_text_of_a_pruned_lattice_never_contains_the_stop(model, repair):
-    from tempo_mlx.pruning import Pruning
+    from tempo_mlx.rules.pruning import Pruning
 
     tokenizer = TinyTokenizer(model.args.vocab_size, ())
     pruning = Pruning(rule="posterior", threshold=0.5, repair=repair)

@@ -3,9 +3,9 @@
 import json
 
 from tempo_mlx.generation import generate
-from tempo_mlx.printable import json_text, running, spelled, unfinished, visible
-from tempo_mlx.rendering import StepWriter, plain
-from tempo_mlx.tokens import Vocabulary
+from tempo_mlx.text.printable import json_text, running, spelled, unfinished, visible
+from tempo_mlx.text.rendering import StepWriter, plain
+from tempo_mlx.text.vocabulary import Vocabulary
 from tests.byte_tokenizers import END, byte_fallback, byte_level
 from tests.tiny_models import tiny_model
 
@@ -78,7 +78,7 @@ def test_control_characters_are_shown_and_never_sent():
 
 def sets_of(*steps):
     """Steps as the model would have made them, of tokens given by their bytes."""
-    from tempo_mlx.lattice import Step, Token
+    from tempo_mlx.lattice.lattice import Step, Token
 
     slot = 0
     made = []

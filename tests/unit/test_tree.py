@@ -1,8 +1,8 @@
 """Trees and recombined sets against beam search and sequential decoding by stock mlx-lm."""
 
 from tempo_mlx import Settings, batch_generate, generate
-from tempo_mlx.branching import branch
-from tempo_mlx.selection import Candidates
+from tempo_mlx.rules.branching import branch
+from tempo_mlx.rules.selection import Candidates
 
 import mlx.core as mx
 import numpy as np

@@ -1,7 +1,7 @@
 """Visibility rules against the definitions, slot by slot."""
 
-from tempo_mlx.lattice import Lattice, Step, Token
-from tempo_mlx.visibility import VISIBILITY, WITH_PARENTS, may_attend, weighted_rows
+from tempo_mlx.lattice.lattice import Lattice, Step, Token
+from tempo_mlx.rules.visibility import VISIBILITY, WITH_PARENTS, may_attend, weighted_rows
 
 import numpy as np
 import pytest

@@ -1,0 +1,1 @@
+"""The generation loop: requests, scheduler, decoder, retroactive pruning, verification."""

@@ -1,0 +1,321 @@
+"""One prompt's generation: what it selects, what it knows afterwards, and when it ends."""
+
+import time
+
+import mlx.core as mx
+import numpy as np
+
+from ..errors import TempoError
+from ..lattice.lattice import Slots, Step, Token
+from ..lattice.result import GenerationResult
+from ..models import BatchedKVCache, PositionedModel
+from ..rules.branching import branch, recombine
+from ..rules.schedules import interpolate
+from ..rules.selection import Candidates, Offers, Selected, keep, noise_key
+from ..rules.visibility import may_attend
+from ..settings import Settings
+from .observation import Attending, Observation, Observer
+from .retroactive import Hindsight
+from .sequences import SequenceState
+from .stopping import StopWatch
+from .verification import require_known
+
+
+class Run:
+    """One prompt on its way through a batch.
+
+    Args:
+        result: its prompt, settings and model; the lattice in it is extended step by step.
+        keep_logits: keep every step's logits for :mod:`tempo_mlx.decode.verification`.
+        paths: paths that will be asked of the result; 0 lets its prompt's keys and values go.
+        observer: sees every step.
+
+    Raises:
+        TempoError: for logits that cannot be verified, see :func:`.verification.require_known`; or
+            for an observer of a run whose steps have several distributions, or are run again.
+        UnsupportedModelError: if the model cannot do what the settings or an observer need.
+    """
+
+    def __init__(
+        self,
+        result: GenerationResult,
+        keep_logits: bool = False,
+        paths: int = 0,
+        observer: Observer | None = None,
+    ):
+        self.result = result
+        self.observer = observer
+        #: whether the lattice's paths will have to be found by another search
+        self.rescores = paths > 0 and not result.settings.has_parents
+        #: the prompt's slots but the last one, after a run that will be rescored
+        self.prompt_slots: BatchedKVCache | None = None
+        self.settings = settings = result.settings
+        self.lattice = result.lattice
+        if keep_logits:
+            require_known(settings)
+        model = result.model
+        if isinstance(model, PositionedModel):
+            if not (settings.has_parents or settings.always_single):
+                model.require_merging(settings.visibility)
+            if settings.pruning is not None and settings.pruning.needs_attention:
+                model.require_capture()
+            if observer is not None:
+                require_observable(settings)
+                model.require_capture()
+            if settings.weighting != "none":
+                model.require_additive_masks()
+        self.sequence = SequenceState(
+            self.lattice,
+            settings.visibility,
+            settings.weighting != "none",
+            keep_logits,
+            is_line=settings.always_single,
+        )
+        self.hindsight: Hindsight | None = None
+        if settings.looks_back:
+            self.hindsight = Hindsight(self.lattice, settings, model.n_layers)
+        #: ends the run at a stop text
+        self.stop_watch = StopWatch(result) if settings.stop else None
+        self.length = length = len(self.lattice.prompt_tokens)
+        room = (model.context_length or length + settings.max_tokens) - length
+        #: steps at most
+        self.limit = min(settings.max_tokens, room)
+        #: candidates that a step needs
+        self.k = settings.max_parallel
+        if settings.greedy:
+            self.k = 1
+        elif settings.branches:
+            self.k = min(settings.max_parallel, settings.max_leaves)
+        elif not settings.samples:
+            # End tokens are never kept, so room for them lets a set still fill up.
+            self.k += len(result.vocabulary.end_tokens)
+        #: what may come next: computed with other runs', and the place among them
+        self.offers: tuple[Offers, int] | None = None
+        #: what may come after that, once its pass has started
+        self.upcoming: tuple[Offers, int] | None = None
+        self._queries: Slots | None = None
+        self._kept: Selected | None = None
+        #: earliest step of which a token fell in this step
+        self.fallen: int | None = None
+        self.error: Exception | None = None
+        #: log-probabilities of the texts that end with the last set's tokens, and their slots
+        self._scores = np.zeros(1)
+        self._last = [length - 1]
+        self._threshold = 0.0
+        self._draws = 0
+        self._started = time.perf_counter()
+
+    @property
+    def step(self) -> int:
+        """Steps recorded, the number of the next one."""
+        return len(self.lattice.steps)
+
+    @property
+    def more(self) -> bool:
+        """Whether another step may follow the one to be recorded next."""
+        return self.step + 1 < self.limit
+
+    @property
+    def finished(self) -> bool:
+        return self.result.finish_reason is not None or self.error is not None
+
+    def noise(self) -> np.ndarray | None:
+        """A new key for the draws of a step, uint32 [2]; None where nothing is drawn."""
+        if not self.settings.samples:
+            return None
+        self._draws += 1
+        return noise_key(self.settings.seed or 0, self._draws)
+
+    def prompt_is_read(self) -> None:
+        now = time.perf_counter()
+        self.result.stats.prompt_seconds = now - self._started
+        self._started = now
+
+    def reserve(self, n: int, ahead: bool = False) -> Slots:
+        """Slots for the next set's n tokens; ``ahead`` of the selection where it is one token."""
+        parents = None
+        if self.settings.has_parents:
+            # A set of one is reserved before it is known; what it continues is known.
+            rows = self._kept.parents if self._kept is not None and not ahead else None
+            parents = [self._last[row] for row in ([0] * n if rows is None else rows)]
+        self._queries = self.lattice.reserve(n, self.step, parents)
+        self.sequence.pending = self._queries
+        return self._queries
+
+    def sizes(self, n: int) -> list[int]:
+        """Rows of each distribution that n rows are combined into: one of all, or each its own."""
+        return [1] * n if self.settings.branches else [n]
+
+    @property
+    def wants_best_only(self) -> bool:
+        """Whether the most probable token is all that the run wants of a distribution."""
+        return self.k == 1 and not self.settings.samples and self.observer is None
+
+    @property
+    def pending(self) -> Slots:
+        """Slots of the set that is appended next."""
+        assert self._queries is not None
+        return self._queries
+
+    @property
+    def chosen(self) -> Selected:
+        """The set that was selected last."""
+        assert self._kept is not None
+        return self._kept
+
+    def select(self) -> None:
+        """Keep what qualifies, and judge earlier sets by it.
+
+        Raises:
+            NonFiniteLogitsError: if the model returned NaN.
+        """
+        settings = self.settings
+        self._threshold = interpolate(
+            settings.threshold,
+            settings.final_threshold or settings.threshold,
+            settings.schedule,
+            self.step,
+            settings.max_tokens,
+        )
+        self._kept = self._keep()
+        self.fallen = None
+        if self.hindsight and len(self._kept.ids):
+            assert self.offers is not None
+            offers, place = self.offers
+            if offers.attention is not None:
+                attending = offers.attending[place]
+                received = offers.attention.received(attending)
+                if received is not None:
+                    self.hindsight.attend(received, attending.held)
+            self.hindsight.select(self._kept.probabilities, self._kept.transitions)
+            fallen = self.hindsight.prune()
+            if settings.repairs and fallen is not None:
+                self.fallen = fallen
+                # What runs again sees the tokens that stay, with weights that sum to 1.
+                self.hindsight.weigh()
+
+    def select_again(self) -> None:
+        """Keep what qualifies now that what saw the fallen tokens has been run again."""
+        kept = self._keep()
+        self._kept = kept.with_rows([t.pruned_at is None for t in self.lattice.steps[-1].tokens])
+        if self.hindsight and len(kept.ids):
+            self.hindsight.select(self._kept.probabilities, self._kept.transitions, again=True)
+
+    def _keep(self) -> Selected:
+        settings, ends = self.settings, self.result.vocabulary.end_tokens
+        candidates = self.candidates()
+        if settings.branches:
+            return branch(
+                candidates,
+                self._scores,
+                self._last,
+                self._threshold,
+                settings.max_parallel,
+                settings.max_leaves,
+                settings.leaf_margin,
+                ends,
+            )
+        kept = keep(candidates, self._threshold, settings.max_parallel, ends)
+        return recombine(kept, self._scores, self._last) if settings.has_parents else kept
+
+    def candidates(self) -> Candidates:
+        """What may come next, on the host."""
+        assert self.offers is not None
+        offers, place = self.offers
+        return offers.of(place, self.k, leaves=self.settings.branches)
+
+    def attending(self, first: int) -> Attending:
+        """Where the run is in the pass that appended its pending set.
+
+        Args:
+            first: place of the set's first token among the new tokens of its row.
+        """
+        state, seen = self.sequence, None
+        if self.observer is not None:
+            keys = self.lattice.slots[state.held]
+            seen = np.any(may_attend(state.visibility, self.pending, keys), axis=0)
+        return Attending(state.row, first, self.pending, state.held, state.at, seen)
+
+    def observation(self) -> Observation:
+        """What the observer sees of the step that was recorded last."""
+        assert self.offers is not None
+        offers, place = self.offers
+        ids, probabilities, *p = offers.observed(place)
+        attention = None
+        if offers.attention is not None:
+            attention = offers.attention.of(offers.attending[place])
+        distribution = p[0] if p else None
+        return Observation(self.step - 1, ids, probabilities, distribution, attention)
+
+    def first_to_repair(self) -> int:
+        """The first step that has to be run again; siblings too where they saw each other."""
+        assert self.fallen is not None
+        return self.fallen if self.settings.visibility == "visible" else self.fallen + 1
+
+    def record(self) -> Step:
+        """Write the set into the lattice; the run may be finished by it."""
+        kept, lattice, step = self._kept, self.lattice, self.step
+        assert kept is not None
+        ahead = self._queries is not None and self._queries.step[0] == step
+        queries = self.pending if ahead else self.reserve(len(kept.ids))
+        vocabulary, stats = self.result.vocabulary, self.result.stats
+        tokens = [
+            Token(
+                int(id),
+                vocabulary.text(int(id)),
+                float(p),
+                int(slot),
+                raw=vocabulary.bytes_of(int(id)),
+            )
+            for id, p, slot in zip(kept.ids, kept.probabilities, queries.index, strict=False)
+        ]
+        if kept.parents is not None and kept.logprobs is not None:
+            for token, row, logprob in zip(tokens, kept.parents, kept.logprobs, strict=True):
+                token.parent, token.logprob = self._last[row], float(logprob)
+            self._scores, self._last = kept.logprobs, [token.slot for token in tokens]
+        last = not self.more
+        record = Step(step, self.length + step, self._threshold, tokens, kept.endings)
+        lattice.steps.append(record)
+        lattice.transitions.append(kept.transitions)
+        if self.hindsight:
+            self.hindsight.weigh()
+        stats.generation_seconds = time.perf_counter() - self._started
+        stats.peak_memory_gb = mx.get_peak_memory() / 1e9
+        if not tokens or self._is_complete() or self._stops():
+            self.result.finish_reason = "stop"
+        elif last:
+            full = self.limit < self.settings.max_tokens
+            self.result.finish_reason = "context" if full else "length"
+        if self.observer is not None:
+            self.observer.observe(self.observation())
+        return record
+
+    def _stops(self) -> bool:
+        return self.stop_watch is not None and self.stop_watch.reached()
+
+    def _is_complete(self) -> bool:
+        """Whether no branch can become as good a path as the ``max_leaves`` that have ended.
+
+        Paths are ranked by log-probability per token. The most that a branch can reach is that all
+        tokens that follow are certain.
+        """
+        if not self.settings.branches:
+            return False
+        steps = self.lattice.steps
+        ended = [(e.logprob or 0.0) / (s.step + 1) for s in steps for e in s.endings]
+        n = self.settings.max_leaves
+        return len(ended) >= n and sorted(ended)[-n] >= self._scores.max() / (self.limit + 1)
+
+
+def require_observable(settings: Settings) -> None:
+    """Raise ValueError unless each step has one distribution and one forward pass."""
+    if settings.branches:
+        raise TempoError(
+            "visibility tree has a distribution for each branch, and what is captured is one for "
+            "each step; choose another visibility or capture nothing"
+        )
+    if settings.repairs:
+        raise TempoError(
+            "prune repair recompute runs steps again, and what is captured is one pass for each "
+            "step; choose repair none or capture nothing"
+        )

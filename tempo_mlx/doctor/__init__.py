@@ -1,0 +1,1 @@
+"""What is installed, which models are here, and whether this machine computes correctly."""

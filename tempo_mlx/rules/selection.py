@@ -1,0 +1,242 @@
+"""Which tokens of a distribution form the parallel set."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from ..decode.observation import Attending, PassAttention
+from ..errors import TempoError
+from ..lattice.lattice import Ending
+
+
+class NonFiniteLogitsError(TempoError):
+    """The model returned NaN or infinite logits."""
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The tokens that may enter a set.
+
+    Args:
+        ids: token ids [K], in the order in which they would be kept; of a tree's M leaves [M, K].
+        probabilities: of the same shape, fp32.
+        transitions: p_i(x_j) of each candidate j in each row i of the set before, [N, K], fp32.
+    """
+
+    ids: np.ndarray
+    probabilities: np.ndarray
+    transitions: np.ndarray
+
+
+class Offers:
+    """Candidates of several runs, computed together on the device and read by the host at once.
+
+    Args:
+        ids: token ids [G, K] of G distributions, in the order in which they would be kept.
+        probabilities: of these tokens, [G, K].
+        transitions: their probabilities in what the distributions were combined from, [N, K].
+        sizes: for each run the rows of each of its distributions.
+        attention: that the rows paid, if it was captured; and where each run is in it.
+        observed: what observers want of each distribution: ids [G, K'] of the most probable
+            tokens, their probabilities, and, if that is wanted, the distribution itself.
+    """
+
+    def __init__(
+        self,
+        ids: mx.array,
+        probabilities: mx.array,
+        transitions: mx.array,
+        sizes: Sequence[Sequence[int]],
+        attention: PassAttention | None = None,
+        attending: Sequence[Attending] = (),
+        observed: Sequence[mx.array] = (),
+    ):
+        self.ids = ids
+        self.probabilities = probabilities
+        self.transitions = transitions
+        self.attention = attention
+        self.attending = attending
+        self._observed = observed
+        self._groups = [0, *accumulate(len(run) for run in sizes)]
+        self._rows = [0, *accumulate(sum(run) for run in sizes)]
+        self._seen: list[np.ndarray] | None = None
+        self._read: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
+
+    @classmethod
+    def of_rows(
+        cls, ids: mx.array, p: mx.array, rows: mx.array, sizes: Sequence[Sequence[int]], **rest: Any
+    ) -> "Offers":
+        """The candidates ids [G, K] of distributions p [G, V] that were combined from rows [N, V].
+
+        Args:
+            rest: further arguments of the class.
+        """
+        probabilities = mx.take_along_axis(p, ids, axis=1)
+        if rows is p:
+            return cls(ids, probabilities, probabilities, sizes, **rest)
+        each = [n for run in sizes for n in run]
+        of_row = ids if len(each) == 1 else ids[mx.array(np.repeat(range(len(each)), each))]
+        return cls(ids, probabilities, mx.take_along_axis(rows, of_row, axis=1), sizes, **rest)
+
+    @property
+    def state(self) -> list[mx.array]:
+        """The arrays to evaluate."""
+        attention = [] if self.attention is None else self.attention.state
+        return [self.ids, self.probabilities, self.transitions, *attention, *self._observed]
+
+    def observed(self, run: int) -> list[np.ndarray]:
+        """Most probable ids of one run's distribution, their p, and if it is wanted, all p."""
+        if self._seen is None:
+            self._seen = [np.array(array) for array in self._observed]
+        return [array[self._groups[run]] for array in self._seen]
+
+    def of(self, run: int, k: int | None = None, leaves: bool = False) -> Candidates:
+        """The first k candidates of one run. Reads the device: the step's one synchronisation.
+
+        Args:
+            run: its place.
+            k: candidates of each distribution.
+            leaves: keep the axis of the run's distributions, even if it has one.
+        """
+        if self._read is None:
+            ids, probabilities = np.array(self.ids), np.array(self.probabilities)
+            alike = self.transitions is self.probabilities
+            self._read = ids, probabilities, probabilities if alike else np.array(self.transitions)
+        ids, probabilities, transitions = self._read
+        groups = slice(self._groups[run], self._groups[run + 1])
+        rows = transitions[self._rows[run] : self._rows[run + 1], :k]
+        ids, probabilities = ids[groups, :k], probabilities[groups, :k]
+        if leaves:
+            return Candidates(ids, probabilities, rows)
+        return Candidates(ids[0], probabilities[0], rows)
+
+
+@dataclass(frozen=True)
+class Selected:
+    """The parallel set of a step, on the host.
+
+    Args:
+        ids: token ids [N], most probable first; empty where the generation ends.
+        probabilities: [N].
+        transitions: p_i(x_j) from the M rows of the set before, [M, N].
+        endings: end tokens that qualified.
+        end_transitions: p_i of each of them, [M, E].
+        parents: the row that each token continues, [N], where tokens have parents.
+        logprobs: of the texts that end with the tokens, [N], nats, where tokens have parents.
+    """
+
+    ids: np.ndarray
+    probabilities: np.ndarray
+    transitions: np.ndarray
+    endings: list[Ending]
+    end_transitions: np.ndarray | None = None
+    parents: np.ndarray | None = None
+    logprobs: np.ndarray | None = None
+
+    def with_rows(self, present: list[bool]) -> "Selected":
+        """The same set, with rows of zeros for the tokens of the set before that had no row."""
+        transitions = np.zeros((len(present), len(self.ids)), np.float32)
+        transitions[present] = self.transitions
+        return replace(self, transitions=transitions)
+
+
+#: Neighbours in the vocabulary of which first the best one is found.
+NEIGHBOURS = 64
+
+#: Tokens that are partitioned as fast as blocks of them are looked for.
+FEW = 8192
+
+
+def most_probable(p: mx.array, k: int) -> mx.array:
+    """Ids of the k most probable tokens of each row of p [..., V], most probable first."""
+    V = p.shape[-1]
+    k = min(k, V)
+    if k == 1:
+        return mx.argmax(p, axis=-1, keepdims=True)
+    if max(FEW, 4 * k * NEIGHBOURS) >= V:
+        ids = mx.argpartition(-p, k - 1, axis=-1)[..., :k]
+    else:
+        # The k largest lie in the k blocks with the largest maxima: to find those is one pass over
+        # the vocabulary, where partitioning it takes many.
+        blocks = -(-V // NEIGHBOURS)
+        padding = [(0, 0)] * (p.ndim - 1) + [(0, blocks * NEIGHBOURS - V)]
+        if blocks * NEIGHBOURS > V:
+            p = mx.pad(p, padding, constant_values=-mx.inf)
+        best = p.reshape(*p.shape[:-1], blocks, NEIGHBOURS).max(axis=-1)
+        found = mx.argpartition(-best, k - 1, axis=-1)[..., :k]
+        inside = (found[..., None] * NEIGHBOURS + mx.arange(NEIGHBOURS)).flatten(-2)
+        part = mx.argpartition(-mx.take_along_axis(p, inside, axis=-1), k - 1, axis=-1)[..., :k]
+        ids = mx.take_along_axis(inside, part, axis=-1)
+    order = mx.argsort(-mx.take_along_axis(p, ids, axis=-1), axis=-1)
+    return mx.take_along_axis(ids, order, axis=-1)
+
+
+def noise_key(seed: int, draw: int) -> np.ndarray:
+    """The key of a run's draw, uint32 [2]; every seed and number of the draw has its own.
+
+    Args:
+        seed: of the run, at least 0.
+        draw: its number, at least 0.
+    """
+    return np.random.SeedSequence([seed, draw]).generate_state(2)
+
+
+def gumbel(p: mx.array, keys: Sequence[np.ndarray | None]) -> mx.array:
+    """Scores [G, V] whose k largest are a draw of k tokens from p [G, V] without replacement.
+
+    log p + Gumbel noise (Kool, van Hoof and Welling, "Stochastic Beams and Where to Find Them",
+    ICML 2019; Vieira 2014 for the trick itself). A row without a key keeps its own order.
+
+    Args:
+        p: distributions.
+        keys: of each row's noise, uint32 [2]; None draws nothing.
+    """
+    drawn = [key is not None for key in keys]
+    device = mx.array(np.stack([np.zeros(2, np.uint32) if key is None else key for key in keys]))
+    noise = mx.vmap(lambda key: mx.random.gumbel(p.shape[-1:], key=key))(device)
+    scores = mx.log(p)
+    return mx.where(mx.array(drawn)[:, None], scores + noise, scores)
+
+
+def keep(
+    candidates: Candidates, threshold: float, max_parallel: int, end_tokens: frozenset[int]
+) -> Selected:
+    """Keep the candidates with p >= threshold, at most ``max_parallel``, most probable first.
+
+    Where none qualifies, the first candidate is kept: the most probable token, or with Gumbel
+    sampling the first one drawn. An end token is never kept: it becomes an ending, and where it is
+    the most probable one that qualifies, the set is empty.
+
+    Raises:
+        NonFiniteLogitsError: if a probability is not a number.
+    """
+    # A handful of candidates: lists are faster than arrays.
+    ids, p = candidates.ids.tolist(), candidates.probabilities.tolist()
+    require_finite(sum(p))
+    least = float(np.float32(threshold))
+    qualified = [i for i, each in enumerate(p) if each >= least] or [0]
+    qualified.sort(key=lambda i: -p[i])
+    ended = np.array([i for i in qualified if ids[i] in end_tokens], int)
+    kept = np.array([i for i in qualified if ids[i] not in end_tokens], int)
+    kept = kept[: 0 if ids[qualified[0]] in end_tokens else max_parallel]
+    return Selected(
+        candidates.ids[kept],
+        candidates.probabilities[kept],
+        candidates.transitions.take(kept, axis=1),
+        [Ending(ids[i], p[i]) for i in ended],
+        candidates.transitions.take(ended, axis=1),
+    )
+
+
+def require_finite(total: float) -> None:
+    """Raise NonFiniteLogitsError if a sum of probabilities or of their logarithms is not finite."""
+    if not math.isfinite(total):
+        raise NonFiniteLogitsError(
+            "the model returned logits that are not finite (NaN or inf); its weights may be "
+            "damaged or its precision too low, try another dtype"
+        )

@@ -1,0 +1,95 @@
+"""Chat messages, as a model's chat template takes them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..arguments import check_text, shown
+from ..errors import TempoError
+
+
+def encode_chat(tokenizer: Any, messages: Sequence[Any]) -> list[int]:
+    """Token ids of chat messages through the model's template, ready for the next answer.
+
+    Args:
+        tokenizer: mlx-lm's tokenizer wrapper.
+        messages: each {"role": text, "content": text, ...}. A list of parts {"type": "text",
+            "text": ...} is joined to one text. A message with "tool_calls" needs no content.
+
+    Raises:
+        TempoError: naming the message, if it is no such message; if the tokenizer has no template,
+            or the template raises or leaves a message out.
+    """
+    if not getattr(tokenizer, "has_chat_template", True):
+        raise TempoError("prompt is chat messages, but the model has no chat template")
+    checked = [_checked(f"prompt[{i}]", message) for i, message in enumerate(messages)]
+    check_text("prompt", _rendered(tokenizer, checked))
+    _require_all_used(tokenizer, checked)
+    ids: list[int] = tokenizer.apply_chat_template(checked, add_generation_prompt=True)
+    return ids
+
+
+def _checked(name: str, message: Any) -> dict[str, Any]:
+    """The message, with its content as one text."""
+    if not isinstance(message, Mapping):
+        raise TempoError(
+            f'{name} must be a chat message such as {{"role": "user", "content": "Hello"}}, '
+            f"got {shown(message)}"
+        )
+    if not isinstance(message.get("role"), str) or not message["role"]:
+        raise TempoError(f"{name} needs a role such as user, got {shown(message.get('role'))}")
+    if message.get("tool_calls") and message.get("content") is None:
+        return dict(message)
+    if "content" not in message:
+        raise TempoError(f"{name} has no content")
+    content = message["content"]
+    if isinstance(content, list) and content:
+        content = "".join(_part(f"{name}.content[{i}]", part) for i, part in enumerate(content))
+    if not isinstance(content, str):
+        raise TempoError(
+            f"{name}.content must be text or a list of text parts, got {shown(content)}"
+        )
+    check_text(f"{name}.content", content)
+    return {**message, "content": content}
+
+
+def _part(name: str, part: Any) -> str:
+    kind = part.get("type", "text") if isinstance(part, Mapping) else None
+    if isinstance(kind, str) and kind != "text":
+        raise TempoError(f"{name} is of type {shown(kind)}; only parts of type 'text' can be read")
+    if kind is None or not isinstance(part.get("text"), str):
+        raise TempoError(f'{name} must be {{"type": "text", "text": "..."}}, got {shown(part)}')
+    text: str = part["text"]
+    return text
+
+
+def _rendered(tokenizer: Any, messages: list[dict[str, Any]]) -> str:
+    try:
+        text: str = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=False
+        )
+    except Exception as error:  # a template is a program that comes with the model
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise TempoError(f"the model's chat template refuses the messages: {why}") from error
+    return text
+
+
+def _require_all_used(tokenizer: Any, messages: list[dict[str, Any]]) -> None:
+    """Raise TempoError if the template ignores a message, as some do whose role they do not know.
+
+    Marks at the end of each content must come out again.
+    """
+    marks = {i: f"x{i}q7zk" for i, message in enumerate(messages) if "content" in message}
+    marked = [
+        {**message, "content": (message["content"] or "") + marks[i]} if i in marks else message
+        for i, message in enumerate(messages)
+    ]
+    try:
+        text = _rendered(tokenizer, marked)
+    except TempoError:
+        return  # it looks at the contents, so that it ignores none
+    for i, mark in marks.items():
+        if mark not in text:
+            raise TempoError(
+                f"prompt[{i}] is left out by the model's chat template: it does not take the role "
+                f"{shown(messages[i]['role'])} there"
+            )

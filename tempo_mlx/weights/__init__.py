@@ -1,0 +1,5 @@
+"""Models on the disk: recipes, folders and Hub ids, GGUF conversion, fingerprints."""
+
+from .loading import ModelLoadError, load
+
+__all__ = ["ModelLoadError", "load"]

