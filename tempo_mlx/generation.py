@@ -8,10 +8,10 @@ import mlx.nn as nn
 from mlx_lm.generate import generation_stream, wired_limit
 
 from .arguments import check_count
-from .decode.decoder import Decoder
+from .decode.decoder import BatchDecoder
 from .decode.prompt_cache import PromptCache
 from .decode.replication import RowTree
-from .decode.request import Run
+from .decode.request import Request
 from .errors import TempoError
 from .lattice.lattice import Lattice, Step
 from .lattice.result import BEAM, GenerationResult, find_paths
@@ -155,8 +155,8 @@ def steps(
 ) -> Generator[StepResponse, None, None]:
     """Extend the result's lattice step by step; see :func:`stream_generate`."""
     assert isinstance(result.model, PositionedModel)
-    run = Run(result, keep_logits=verify, paths=paths)
-    decoder = Decoder(result.model)
+    run = Request(result, keep_logits=verify, paths=paths)
+    decoder = BatchDecoder(result.model)
     with wired_limit(result.model.model, cast(Any, [generation_stream])):
         shared = prompt_cache.covers(run.lattice.prompt_tokens) if prompt_cache else 0
         decoder.start([run], prompt_cache.first(shared) if prompt_cache and shared else None)
@@ -183,7 +183,7 @@ def steps_by_rows(
     result: GenerationResult, progress: Callable[[int, int], None] | None = None
 ) -> Generator[StepResponse, None, None]:
     """As :func:`steps`, each branch of the tree in a row of its own."""
-    run = Run(result)
+    run = Request(result)
     tree = RowTree(result.model.model, run)
     with wired_limit(result.model.model, cast(Any, [generation_stream])):
         tree.read(result.settings.prefill_step_size, progress)

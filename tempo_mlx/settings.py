@@ -144,7 +144,7 @@ class Settings:
                 f"temp must be 1 with {where}, whose texts are scored by the model's own "
                 f"probabilities, got {self.temp}"
             )
-        if self.visibility == "tree" and self.samples:
+        if self.visibility == "tree" and self.is_sampled:
             raise TempoError("sampling must be deterministic with visibility tree, got 'gumbel'")
 
     @property
@@ -158,14 +158,14 @@ class Settings:
         return self.visibility == "tree"
 
     @property
-    def samples(self) -> bool:
+    def is_sampled(self) -> bool:
         """Whether tokens are drawn."""
         return self.sampling == "gumbel"
 
     @property
-    def draws(self) -> bool:
+    def uses_rng(self) -> bool:
         """Whether anything is drawn, so that the seed matters."""
-        return self.samples or (self.pruning is not None and self.pruning.rule == "random")
+        return self.is_sampled or (self.pruning is not None and self.pruning.rule == "random")
 
     @property
     def greedy(self) -> bool:
@@ -201,7 +201,7 @@ class Settings:
 
     def seeded(self) -> "Settings":
         """These settings with a seed, drawn here if the run needs one and has none."""
-        if not self.draws or self.seed is not None:
+        if not self.uses_rng or self.seed is not None:
             return self
         return replace(self, seed=secrets.randbelow(2**32))
 
@@ -225,7 +225,7 @@ class Settings:
         values = self.values()
         names = [name for name in values if name in asked]
         notes = []
-        if "seed" in names and self.seed is not None and not self.draws:
+        if "seed" in names and self.seed is not None and not self.uses_rng:
             notes.append(
                 "seed has no effect: a run is deterministic unless sampling is gumbel or the "
                 "pruning rule is random"

@@ -18,18 +18,18 @@ def verdicts(result: GenerationResult) -> Table:
     """Every verdict on a set as a table: after which step, scores, threshold, what fell."""
     table = Table("after step", "set", "token", "probability", "score", "threshold", "verdict")
     tokens = {t.slot: t for step in result.lattice.steps for t in step.tokens}
-    for judgement in result.lattice.judgements:
-        rows = zip(judgement.slots, judgement.scores, judgement.pruned, strict=True)
+    for decision in result.lattice.pruning_decisions:
+        rows = zip(decision.slots, decision.scores, decision.pruned, strict=True)
         for i, (slot, score, pruned) in enumerate(rows):
             table.add_row(
-                str(judgement.step) if i == 0 else "",
-                str(judgement.set_step) if i == 0 else "",
+                str(decision.step) if i == 0 else "",
+                str(decision.set_step) if i == 0 else "",
                 quoted(tokens[slot].text),
                 f"{tokens[slot].probability:.3f}",
                 f"{score:.4g}",
-                f"{judgement.threshold:.3f}" if i == 0 else "",
+                f"{decision.threshold:.3f}" if i == 0 else "",
                 "pruned" if pruned else "kept",
-                end_section=i == len(judgement.slots) - 1,
+                end_section=i == len(decision.slots) - 1,
             )
     return table
 
@@ -63,7 +63,7 @@ def report(result: GenerationResult, console: Console) -> None:
         f"peak memory {rates['peak_memory_gb']:.2f} GB",
         style="dim",
     )
-    if result.settings.samples:
+    if result.settings.is_sampled:
         console.print(f"seed {result.settings.seed}", style="dim")
     if result.verification is not None:
         found = result.verification

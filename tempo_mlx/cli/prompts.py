@@ -208,7 +208,7 @@ def summary(status: BatchStatus) -> str:
         f"{status.tokens / seconds:.1f} tokens/s",
         f"cache {status.cache_bytes / 1e6:.0f} MB",
     ]
-    if status.held_back:
+    if status.waiting_for_memory:
         parts.append(f"{status.waiting} wait for memory")
     if status.failed:
         parts.append(f"{status.failed} failed")

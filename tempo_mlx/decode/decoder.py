@@ -15,9 +15,9 @@ from mlx_lm.generate import generation_stream
 from ..errors import TempoError
 from ..models import BatchedKVCache, Capture, PositionedModel
 from ..rules.combining import combine, most_probable_of
-from ..rules.selection import Offers, gumbel, most_probable
+from ..rules.selection import StepCandidates, gumbel, most_probable
 from .observation import Attending, PassAttention, head_capture
-from .request import Run
+from .request import Request
 from .sequences import Batch, SequenceState
 from .verification import verify
 
@@ -29,7 +29,7 @@ class CacheBudgetError(TempoError):
     """A run does not fit into the memory that its cache may take."""
 
 
-class Decoder:
+class BatchDecoder:
     """Runs that share one cache and take their steps together.
 
     Args:
@@ -41,17 +41,17 @@ class Decoder:
         self.model = model
         self.batch = Batch(model, [])
         #: runs that generate, in the order of the batch's sequences
-        self.runs: list[Run] = []
+        self.requests: list[Request] = []
         #: runs that had to leave because the memory is needed by others; to be started anew
-        self.displaced: list[Run] = []
+        self.preempted: list[Request] = []
         #: runs that do not fit even alone
-        self.failed: list[Run] = []
+        self.failed: list[Request] = []
         self.steps = 0
         self._max_kv_bytes = max_kv_bytes
-        self._reading: tuple[list[Run], Batch, Iterator[tuple[int, int]]] | None = None
+        self._reading: tuple[list[Request], Batch, Iterator[tuple[int, int]]] | None = None
 
     @property
-    def reading(self) -> list[Run]:
+    def reading(self) -> list[Request]:
         """Runs whose prompts are being read."""
         return self._reading[0] if self._reading else []
 
@@ -59,9 +59,9 @@ class Decoder:
     def nbytes(self) -> int:
         """Bytes of all keys, values and states, room for more included."""
         reading = self._reading[1].cache.nbytes if self._reading else 0
-        return reading + (self.batch.cache.nbytes if self.runs else 0)
+        return reading + (self.batch.cache.nbytes if self.requests else 0)
 
-    def start(self, runs: Sequence[Run], cache: BatchedKVCache | None = None) -> None:
+    def start(self, requests: Sequence[Request], cache: BatchedKVCache | None = None) -> None:
         """Begin to read the prompts of runs; the same prompt is read once.
 
         Args:
@@ -70,32 +70,32 @@ class Decoder:
         """
         assert self._reading is None
         prompts: dict[tuple[int, ...], SequenceState] = {}
-        for run in runs:
-            prompts.setdefault(tuple(run.lattice.prompt_tokens), run.sequence)
+        for request in requests:
+            prompts.setdefault(tuple(request.lattice.prompt_tokens), request.sequence)
         if cache is not None:
             cache = cache.extract(0)
             cache.replicate(len(prompts))
         batch = Batch(self.model, list(prompts.values()), cache)
         batch.cache.capacity_limit = max(map(len, prompts))
-        step_size = min(run.settings.prefill_step_size for run in runs)
-        self._reading = list(runs), batch, batch.read(step_size)
+        step_size = min(request.settings.prefill_step_size for request in requests)
+        self._reading = list(requests), batch, batch.read(step_size)
 
     def read(self) -> tuple[int, int]:
         """Read one chunk of the prompts; returns (tokens read, tokens)."""
         assert self._reading is not None
-        runs, batch, chunks = self._reading
+        requests, batch, chunks = self._reading
         with mx.stream(generation_stream):
             done = next(chunks, None)
             if done is not None:
                 return done
             self._reading = None
-            self._admit(runs, batch, batch.read_last())
-        for run in runs:
-            run.prompt_is_read()
+            self._admit(requests, batch, batch.read_last())
+        for request in requests:
+            request.prompt_is_read()
         total = sum(len(sequence.lattice.prompt_tokens) for sequence in batch.sequences)
         return total, total
 
-    def _admit(self, runs: list[Run], batch: Batch, logits: mx.array) -> None:
+    def _admit(self, requests: list[Request], batch: Batch, logits: mx.array) -> None:
         """Take runs whose prompts were read by a batch, logits [prompts, V], into this one."""
         # Room for the prompts alone was enough while they were read.
         batch.cache.capacity_limit = None
@@ -103,23 +103,25 @@ class Decoder:
             tuple(sequence.lattice.prompt_tokens): (place, sequence)
             for place, sequence in enumerate(batch.sequences)
         }
-        found = [places[tuple(run.lattice.prompt_tokens)] for run in runs]
-        for run, (_, source) in zip(runs, found, strict=True):
-            if run.sequence is not source and source.last is not None:
-                run.sequence.take(run.lattice.slots[source.last[0]], source.last[1])
-        self.batch.adopt(batch, [(s, r.sequence) for r, (_, s) in zip(runs, found, strict=True)])
-        self.runs += runs
-        for run in runs:
-            if run.stop_watch is not None:
-                run.stop_watch.prompt_slots = partial(self.batch.prompt_slots, run.sequence)
+        found = [places[tuple(request.lattice.prompt_tokens)] for request in requests]
+        for request, (_, source) in zip(requests, found, strict=True):
+            if request.sequence is not source and source.last is not None:
+                request.sequence.take(request.lattice.slots[source.last[0]], source.last[1])
+        self.batch.adopt(
+            batch, [(s, r.sequence) for r, (_, s) in zip(requests, found, strict=True)]
+        )
+        self.requests += requests
+        for request in requests:
+            if request.stop_watch is not None:
+                request.stop_watch.prompt_slots = partial(self.batch.prompt_slots, request.sequence)
         if len(found) > len(places):
             logits = logits[mx.array([place for place, _ in found])]
-        self._offer(runs, logits, [np.ones(1)] * len(runs))
+        self._offer(requests, logits, [np.ones(1)] * len(requests))
         mx.eval(self.batch.cache.state)
-        if all(run.sequence.is_line for run in self.runs):
+        if all(request.sequence.is_line for request in self.requests):
             self.batch.cache.align()
 
-    def step(self) -> list[Run]:
+    def step(self) -> list[Request]:
         """One step of every run: keep, append, forward, combine.
 
         Returns:
@@ -127,132 +129,147 @@ class Decoder:
         """
         # A set of one is one token wide whatever its value: the next pass starts before the host
         # has seen it.
-        ahead = all(run.sequence.is_line for run in self.runs)
+        ahead = all(request.sequence.is_line for request in self.requests)
         if ahead:
-            going = [run for run in self.runs if run.more]
-            for run in going:
-                run.reserve(1, ahead)
+            going = [request for request in self.requests if request.more]
+            for request in going:
+                request.reserve(1, ahead)
             self._advance(going, ahead)
-        made = list(self.runs)
-        for run in made:
+        made = list(self.requests)
+        for request in made:
             try:
-                run.select()
+                request.select()
             except TempoError as error:
-                run.error = error
-        self._repair([run for run in made if run.fallen is not None])
-        for run in made:
-            if run.error is None:
-                run.record()
-            if run.finished:
-                self._leave(run)
+                request.error = error
+        self._repair([request for request in made if request.fallen is not None])
+        for request in made:
+            if request.error is None:
+                request.record()
+            if request.finished:
+                self._leave(request)
         if not ahead:
-            self._advance(list(self.runs), ahead)
-        for run in self.runs:
-            run.offers = run.upcoming
+            self._advance(list(self.requests), ahead)
+        for request in self.requests:
+            request.step_candidates = request.upcoming
         self.steps += 1
         if self.steps % CLEAR_CACHE_EVERY == 0:
             mx.clear_cache()
         return made
 
-    def _advance(self, runs: list[Run], ahead: bool) -> None:
+    def _advance(self, requests: list[Request], ahead: bool) -> None:
         """Append the runs' next sets in one forward pass and start computing what may follow."""
-        self._make_room(runs)
-        runs = sorted((run for run in runs if run in self.runs), key=lambda run: run.sequence.row)
-        if not runs:
+        self._make_room(requests)
+        requests = sorted(
+            (request for request in requests if request in self.requests),
+            key=lambda request: request.sequence.row,
+        )
+        if not requests:
             return
         with mx.stream(generation_stream):
-            growth = {id(run.sequence): len(run.pending) for run in runs}
-            self.batch.compact(min(run.settings.compact_above for run in self.runs), growth)
-            runs.sort(key=lambda run: run.sequence.row)
+            growth = {id(request.sequence): len(request.pending) for request in requests}
+            self.batch.compact(
+                min(request.settings.compact_above for request in self.requests), growth
+            )
+            requests.sort(key=lambda request: request.sequence.row)
             if ahead:
-                tokens = first_choices(runs)
-                probabilities = [np.ones(1)] * len(runs)
+                tokens = first_choices(requests)
+                probabilities = [np.ones(1)] * len(requests)
             else:
-                tokens = mx.array(np.concatenate([run.chosen.ids for run in runs]))
-                probabilities = [run.chosen.probabilities for run in runs]
-            capture = _capture(runs, probabilities)
-            parts = [(run.sequence, run.pending) for run in runs]
+                tokens = mx.array(np.concatenate([request.chosen.ids for request in requests]))
+                probabilities = [request.chosen.probabilities for request in requests]
+            capture = _capture(requests, probabilities)
+            parts = [(request.sequence, request.pending) for request in requests]
             logits, attention = self.batch.append(tokens, parts, capture)
             captured = PassAttention(attention) if attention else None
-            self._offer(runs, logits, probabilities, captured)
+            self._offer(requests, logits, probabilities, captured)
 
     def _offer(
         self,
-        runs: list[Run],
+        requests: list[Request],
         logits: mx.array,
         probabilities: list[np.ndarray],
         attention: PassAttention | None = None,
     ) -> None:
         """Start computing what may come next in each run, and all that the host will read."""
-        sizes = [run.sizes(len(each)) for run, each in zip(runs, probabilities, strict=True)]
-        attending = _attending(runs) if attention is not None else ()
-        groups = [run for run, each in zip(runs, sizes, strict=True) for _ in each]
-        temps = [run.settings.temp for run in groups]
-        if all(run.wants_best_only for run in runs) and len(groups) == len(logits):
+        sizes = [
+            request.sizes(len(each)) for request, each in zip(requests, probabilities, strict=True)
+        ]
+        attending = _attending(requests) if attention is not None else ()
+        groups = [request for request, each in zip(requests, sizes, strict=True) for _ in each]
+        temps = [request.settings.temp for request in groups]
+        if all(request.wants_best_only for request in requests) and len(groups) == len(logits):
             ids, p = most_probable_of(logits, temps)
-            offers = Offers(ids, p, p, sizes, attention, attending)
+            step_candidates = StepCandidates(ids, p, p, sizes, attention, attending)
         else:
             weights = [
-                np.ones(1) if run.settings.branches else each
-                for run, each, own in zip(runs, probabilities, sizes, strict=True)
+                np.ones(1) if request.settings.branches else each
+                for request, each, own in zip(requests, probabilities, sizes, strict=True)
                 for _ in own
             ]
-            p, rows = combine(logits, [run.settings.combine for run in groups], weights, temps)
-            keys = [run.noise() for run in groups]
+            p, rows = combine(
+                logits, [request.settings.combine for request in groups], weights, temps
+            )
+            keys = [request.noise() for request in groups]
             scores = p if all(key is None for key in keys) else gumbel(p, keys)
-            ids = most_probable(scores, max(run.k for run in runs))
-            offers = Offers.of_rows(
+            ids = most_probable(scores, max(request.k for request in requests))
+            step_candidates = StepCandidates.of_rows(
                 ids,
                 p,
                 rows,
                 sizes,
                 attention=attention,
                 attending=attending,
-                observed=_observed(runs, p),
+                observed=_observed(requests, p),
             )
-        for place, run in enumerate(runs):
-            run.upcoming = offers, place
-            if run.offers is None:
-                run.offers = run.upcoming
-        mx.async_eval(*offers.state, *self.batch.cache.state)
+        for place, request in enumerate(requests):
+            request.upcoming = step_candidates, place
+            if request.step_candidates is None:
+                request.step_candidates = request.upcoming
+        mx.async_eval(*step_candidates.state, *self.batch.cache.state)
 
-    def _repair(self, runs: list[Run]) -> None:
+    def _repair(self, requests: list[Request]) -> None:
         """Run what saw fallen tokens again, and select anew."""
-        if not runs:
+        if not requests:
             return
         with mx.stream(generation_stream):
-            self.batch.recompute([(run.sequence, run.first_to_repair()) for run in runs])
-            logits = mx.concatenate([run.sequence.passed() for run in runs])
+            self.batch.recompute(
+                [(request.sequence, request.first_to_repair()) for request in requests]
+            )
+            logits = mx.concatenate([request.sequence.passed() for request in requests])
             live = [
-                np.array([token.probability for token in run.lattice.steps[-1].live])
-                for run in runs
+                np.array([token.probability for token in request.lattice.steps[-1].live])
+                for request in requests
             ]
-            self._offer(runs, logits, live)
-        for run in runs:
-            run.offers = run.upcoming
+            self._offer(requests, logits, live)
+        for request in requests:
+            request.step_candidates = request.upcoming
             try:
-                run.select_again()
+                request.select_again()
             except TempoError as error:
-                run.error = error
+                request.error = error
 
-    def _leave(self, run: Run) -> None:
-        self.runs.remove(run)
-        if run.rescores and run.finished and run.error is None:
-            run.prompt_slots = self.batch.prompt_slots(run.sequence)
-        self.batch.release(run.sequence)
-        if run.sequence.keep_logits and run.error is None:
-            run.result.verification = verify(
-                self.model, run.lattice, run.settings, run.sequence.logits
+    def _leave(self, request: Request) -> None:
+        self.requests.remove(request)
+        if request.rescores and request.finished and request.error is None:
+            request.prompt_slots = self.batch.prompt_slots(request.sequence)
+        self.batch.release(request.sequence)
+        if request.sequence.keep_logits and request.error is None:
+            request.result.verification = verify(
+                self.model, request.lattice, request.settings, request.sequence.logits
             )
 
-    def _make_room(self, runs: list[Run]) -> None:
+    def _make_room(self, requests: list[Request]) -> None:
         """Let runs go, the youngest first, until the next sets fit into the memory."""
         if self._max_kv_bytes is None:
             return
         budget = self._max_kv_bytes - (self._reading[1].cache.nbytes if self._reading else 0)
         compacted = False
-        while self.runs:
-            growth = {id(run.sequence): len(run.pending) for run in runs if run in self.runs}
+        while self.requests:
+            growth = {
+                id(request.sequence): len(request.pending)
+                for request in requests
+                if request in self.requests
+            }
             needed = self.batch.bytes_after(growth)
             if needed <= budget:
                 self.batch.limit_room(growth, budget)
@@ -260,13 +277,13 @@ class Decoder:
             if not compacted:
                 compacted = True
                 self.batch.shrink()
-            elif len(self.runs) > 1:
-                youngest = self.runs[-1]
-                self.displaced.append(youngest)
+            elif len(self.requests) > 1:
+                youngest = self.requests[-1]
+                self.preempted.append(youngest)
                 self._leave(youngest)
                 compacted = False
             else:
-                alone = self.runs[0]
+                alone = self.requests[0]
                 alone.error = CacheBudgetError(
                     f"its cache needs {needed:,} bytes after {alone.step} steps, "
                     f"max_kv_bytes is {self._max_kv_bytes:,}; raise it, or make fewer or narrower "
@@ -276,26 +293,28 @@ class Decoder:
                 self._leave(alone)
 
 
-def first_choices(runs: list[Run]) -> mx.array:
+def first_choices(requests: list[Request]) -> mx.array:
     """Ids of each run's first candidate, [B], still on the device."""
-    offers = [run.offers for run in runs if run.offers is not None]
-    first, places = offers[0][0], [place for _, place in offers]
-    if all(each is first for each, _ in offers):
+    step_candidates = [
+        request.step_candidates for request in requests if request.step_candidates is not None
+    ]
+    first, places = step_candidates[0][0], [place for _, place in step_candidates]
+    if all(each is first for each, _ in step_candidates):
         ids = first.ids[:, 0]
         return ids if places == list(range(ids.size)) else ids[mx.array(places)]
-    return mx.concatenate([each.ids[place, :1] for each, place in offers])
+    return mx.concatenate([each.ids[place, :1] for each, place in step_candidates])
 
 
-def _capture(runs: list[Run], probabilities: list[np.ndarray]) -> Capture | None:
+def _capture(requests: list[Request], probabilities: list[np.ndarray]) -> Capture | None:
     """The attention that runs want of the next pass, weighted by its layers and rows."""
     wanted = [
-        run.hindsight.capture(p) if run.hindsight else None
-        for run, p in zip(runs, probabilities, strict=True)
+        request.pruner.capture(p) if request.pruner else None
+        for request, p in zip(requests, probabilities, strict=True)
     ]
-    if any(run.observer is not None for run in runs):
-        n_layers = runs[0].result.model.n_layers
+    if any(request.observer is not None for request in requests):
+        n_layers = requests[0].result.model.n_layers
         sizes = [len(p) for p in probabilities]
-        return head_capture(n_layers, wanted, sizes, [run.observer for run in runs])
+        return head_capture(n_layers, wanted, sizes, [request.observer for request in requests])
     layers = {len(weights) for weights in wanted if weights is not None}
     if not layers:
         return None
@@ -311,9 +330,9 @@ def _capture(runs: list[Run], probabilities: list[np.ndarray]) -> Capture | None
     return Capture(layers=tuple(used.tolist()), row_weights=weights[used])
 
 
-def _observed(runs: list[Run], p: mx.array) -> list[mx.array]:
-    """What observers want of distributions [G, V]: see :class:`.selection.Offers`."""
-    observers = [run.observer for run in runs if run.observer is not None]
+def _observed(requests: list[Request], p: mx.array) -> list[mx.array]:
+    """What observers want of distributions [G, V]: see :class:`.selection.StepCandidates`."""
+    observers = [request.observer for request in requests if request.observer is not None]
     if not observers:
         return []
     top = most_probable(p, max(observer.candidates for observer in observers))
@@ -321,12 +340,12 @@ def _observed(runs: list[Run], p: mx.array) -> list[mx.array]:
     return [top, mx.take_along_axis(p, top, axis=1), *([p] if whole else [])]
 
 
-def _attending(runs: list[Run]) -> list[Attending]:
+def _attending(requests: list[Request]) -> list[Attending]:
     """Where each run is in the attention of the pass that appended their sets, in this order."""
     appended: dict[int, int] = {}
     found = []
-    for run in runs:
-        row = run.sequence.row
-        found.append(run.attending(appended.get(row, 0)))
-        appended[row] = appended.get(row, 0) + len(run.pending)
+    for request in requests:
+        row = request.sequence.row
+        found.append(request.attending(appended.get(row, 0)))
+        appended[row] = appended.get(row, 0) + len(request.pending)
     return found

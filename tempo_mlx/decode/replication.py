@@ -16,16 +16,16 @@ from mlx_lm.generate import generation_stream
 from mlx_lm.models.cache import make_prompt_cache
 
 from ..rules.combining import softmax
-from ..rules.selection import Offers, most_probable
-from .request import Run
+from ..rules.selection import StepCandidates, most_probable
+from .request import Request
 
 
 class RowTree:
     """One run in visibility "tree", a row of mlx-lm's caches for each leaf."""
 
-    def __init__(self, model: nn.Module, run: Run):
+    def __init__(self, model: nn.Module, request: Request):
         self.model = model
-        self.run = run
+        self.request = request
         self.cache: list[Any] = make_prompt_cache(model)
 
     @property
@@ -36,13 +36,13 @@ class RowTree:
     @property
     def slots(self) -> int:
         """Tokens that the rows hold, each its whole text."""
-        lattice = self.run.lattice
+        lattice = self.request.lattice
         leaves = len(lattice.steps[-1].tokens) if lattice.steps else 1
         return max(1, leaves) * (len(lattice.prompt_tokens) + len(lattice))
 
     def read(self, step_size: int, progress: Callable[[int, int], None] | None = None) -> None:
         """Read the prompt."""
-        prompt = mx.array(self.run.lattice.prompt_tokens)[None]
+        prompt = mx.array(self.request.lattice.prompt_tokens)[None]
         n = prompt.shape[1]
         with mx.stream(generation_stream):
             for start in range(0, n - 1, step_size):
@@ -55,32 +55,34 @@ class RowTree:
             mx.eval([cache.state for cache in self.cache])
         if progress is not None:
             progress(n, n)
-        self.run.prompt_is_read()
+        self.request.prompt_is_read()
 
     def step(self) -> None:
         """Continue every leaf."""
-        run = self.run
-        run.select()
-        run.record()
-        if run.finished:
+        request = self.request
+        request.select()
+        request.record()
+        if request.finished:
             return
-        rows = run.chosen.parents
+        rows = request.chosen.parents
         assert rows is not None
         with mx.stream(generation_stream):
             self._select(rows)
-            self._offer(mx.array(run.chosen.ids)[:, None])
+            self._offer(mx.array(request.chosen.ids)[:, None])
 
     def _offer(self, tokens: mx.array) -> None:
         """Read the leaves' last tokens, [M, 1], and start computing what may follow."""
         logits = self.model(tokens, cache=self.cache)[:, -1].astype(mx.float32)
         p = softmax(logits)
-        offers = Offers.of_rows(most_probable(p, self.run.k), p, p, [[1] * len(logits)])
-        self.run.offers = offers, 0
-        mx.async_eval(*offers.state, [cache.state for cache in self.cache])
+        step_candidates = StepCandidates.of_rows(
+            most_probable(p, self.request.k), p, p, [[1] * len(logits)]
+        )
+        self.request.step_candidates = step_candidates, 0
+        mx.async_eval(*step_candidates.state, [cache.state for cache in self.cache])
 
     def _select(self, rows: np.ndarray) -> None:
         """Make the leaves' rows copies of their parents'."""
-        if np.array_equal(rows, np.arange(len(self.run.chosen.transitions))):
+        if np.array_equal(rows, np.arange(len(self.request.chosen.transitions))):
             return  # every leaf has one continuation
         chosen = mx.array(rows.astype(np.int32))
         for cache in self.cache:

@@ -11,17 +11,17 @@ from ..lattice.result import GenerationResult
 from ..models import BatchedKVCache, PositionedModel
 from ..rules.branching import branch, recombine
 from ..rules.schedules import interpolate
-from ..rules.selection import Candidates, Offers, Selected, keep, noise_key
+from ..rules.selection import Candidates, Selected, StepCandidates, keep, noise_key
 from ..rules.visibility import may_attend
 from ..settings import Settings
 from .observation import Attending, Observation, Observer
-from .retroactive import Hindsight
+from .retroactive import RetroactivePruner
 from .sequences import SequenceState
 from .stopping import StopWatch
 from .verification import require_known
 
 
-class Run:
+class Request:
     """One prompt on its way through a batch.
 
     Args:
@@ -71,9 +71,9 @@ class Run:
             keep_logits,
             is_line=settings.always_single,
         )
-        self.hindsight: Hindsight | None = None
+        self.pruner: RetroactivePruner | None = None
         if settings.looks_back:
-            self.hindsight = Hindsight(self.lattice, settings, model.n_layers)
+            self.pruner = RetroactivePruner(self.lattice, settings, model.n_layers)
         #: ends the run at a stop text
         self.stop_watch = StopWatch(result) if settings.stop else None
         self.length = length = len(self.lattice.prompt_tokens)
@@ -86,13 +86,13 @@ class Run:
             self.k = 1
         elif settings.branches:
             self.k = min(settings.max_parallel, settings.max_leaves)
-        elif not settings.samples:
+        elif not settings.is_sampled:
             # End tokens are never kept, so room for them lets a set still fill up.
             self.k += len(result.vocabulary.end_tokens)
         #: what may come next: computed with other runs', and the place among them
-        self.offers: tuple[Offers, int] | None = None
+        self.step_candidates: tuple[StepCandidates, int] | None = None
         #: what may come after that, once its pass has started
-        self.upcoming: tuple[Offers, int] | None = None
+        self.upcoming: tuple[StepCandidates, int] | None = None
         self._queries: Slots | None = None
         self._kept: Selected | None = None
         #: earliest step of which a token fell in this step
@@ -121,7 +121,7 @@ class Run:
 
     def noise(self) -> np.ndarray | None:
         """A new key for the draws of a step, uint32 [2]; None where nothing is drawn."""
-        if not self.settings.samples:
+        if not self.settings.is_sampled:
             return None
         self._draws += 1
         return noise_key(self.settings.seed or 0, self._draws)
@@ -149,7 +149,7 @@ class Run:
     @property
     def wants_best_only(self) -> bool:
         """Whether the most probable token is all that the run wants of a distribution."""
-        return self.k == 1 and not self.settings.samples and self.observer is None
+        return self.k == 1 and not self.settings.is_sampled and self.observer is None
 
     @property
     def pending(self) -> Slots:
@@ -179,27 +179,27 @@ class Run:
         )
         self._kept = self._keep()
         self.fallen = None
-        if self.hindsight and len(self._kept.ids):
-            assert self.offers is not None
-            offers, place = self.offers
-            if offers.attention is not None:
-                attending = offers.attending[place]
-                received = offers.attention.received(attending)
+        if self.pruner and len(self._kept.ids):
+            assert self.step_candidates is not None
+            step_candidates, place = self.step_candidates
+            if step_candidates.attention is not None:
+                attending = step_candidates.attending[place]
+                received = step_candidates.attention.received(attending)
                 if received is not None:
-                    self.hindsight.attend(received, attending.held)
-            self.hindsight.select(self._kept.probabilities, self._kept.transitions)
-            fallen = self.hindsight.prune()
+                    self.pruner.attend(received, attending.held)
+            self.pruner.select(self._kept.probabilities, self._kept.transitions)
+            fallen = self.pruner.prune()
             if settings.repairs and fallen is not None:
                 self.fallen = fallen
                 # What runs again sees the tokens that stay, with weights that sum to 1.
-                self.hindsight.weigh()
+                self.pruner.weigh()
 
     def select_again(self) -> None:
         """Keep what qualifies now that what saw the fallen tokens has been run again."""
         kept = self._keep()
         self._kept = kept.with_rows([t.pruned_at is None for t in self.lattice.steps[-1].tokens])
-        if self.hindsight and len(kept.ids):
-            self.hindsight.select(self._kept.probabilities, self._kept.transitions, again=True)
+        if self.pruner and len(kept.ids):
+            self.pruner.select(self._kept.probabilities, self._kept.transitions, again=True)
 
     def _keep(self) -> Selected:
         settings, ends = self.settings, self.result.vocabulary.end_tokens
@@ -220,9 +220,9 @@ class Run:
 
     def candidates(self) -> Candidates:
         """What may come next, on the host."""
-        assert self.offers is not None
-        offers, place = self.offers
-        return offers.of(place, self.k, leaves=self.settings.branches)
+        assert self.step_candidates is not None
+        step_candidates, place = self.step_candidates
+        return step_candidates.of(place, self.k, leaves=self.settings.branches)
 
     def attending(self, first: int) -> Attending:
         """Where the run is in the pass that appended its pending set.
@@ -238,12 +238,12 @@ class Run:
 
     def observation(self) -> Observation:
         """What the observer sees of the step that was recorded last."""
-        assert self.offers is not None
-        offers, place = self.offers
-        ids, probabilities, *p = offers.observed(place)
+        assert self.step_candidates is not None
+        step_candidates, place = self.step_candidates
+        ids, probabilities, *p = step_candidates.observed(place)
         attention = None
-        if offers.attention is not None:
-            attention = offers.attention.of(offers.attending[place])
+        if step_candidates.attention is not None:
+            attention = step_candidates.attention.of(step_candidates.attending[place])
         distribution = p[0] if p else None
         return Observation(self.step - 1, ids, probabilities, distribution, attention)
 
@@ -277,8 +277,8 @@ class Run:
         record = Step(step, self.length + step, self._threshold, tokens, kept.endings)
         lattice.steps.append(record)
         lattice.transitions.append(kept.transitions)
-        if self.hindsight:
-            self.hindsight.weigh()
+        if self.pruner:
+            self.pruner.weigh()
         stats.generation_seconds = time.perf_counter() - self._started
         stats.peak_memory_gb = mx.get_peak_memory() / 1e9
         if not tokens or self._is_complete() or self._stops():

@@ -3,12 +3,12 @@
 import numpy as np
 
 from ..lattice.lattice import Lattice
-from ..rules.posterior import Beliefs
+from ..rules.posterior import SetPosteriors
 from ..rules.pruning import Evidence, Pruner
 from ..settings import Settings
 
 
-class Hindsight:
+class RetroactivePruner:
     """Looks back at earlier sets after each selection, for one run.
 
     Args:
@@ -24,9 +24,9 @@ class Hindsight:
         seed = settings.seed or 0
         self._pruner: Pruner | None = None
         if pruning is not None:
-            self._pruner = Pruner(pruning, settings.max_tokens, seed, settings.samples)
+            self._pruner = Pruner(pruning, settings.max_tokens, seed, settings.is_sampled)
         self._lookback = settings.lookback
-        self._beliefs = Beliefs(self._lookback)
+        self._posteriors = SetPosteriors(self._lookback)
         self._n_layers = n_layers
         self._layers: tuple[int, ...] = ()
         if pruning and pruning.needs_attention:
@@ -68,7 +68,7 @@ class Hindsight:
             again: it replaces the set that was selected before.
         """
         first = not self._lattice.steps
-        self._beliefs.extend(probabilities, None if first else transitions, replace=again)
+        self._posteriors.extend(probabilities, None if first else transitions, replace=again)
 
     def prune(self) -> int | None:
         """Judge the recent sets; returns the earliest step of which a token fell, or None."""
@@ -91,7 +91,7 @@ class Hindsight:
                 np.array([token.probability for token in live]),
                 slots,
                 received[slots],
-                self._beliefs.posterior(step)[chosen],
+                self._posteriors.posterior(step)[chosen],
                 pruner.seed,
             )
             verdict = pruner.judge(now - 1, step, evidence)
@@ -100,7 +100,7 @@ class Hindsight:
             if any(verdict.pruned):
                 fallen = np.zeros(len(chosen), bool)
                 fallen[np.flatnonzero(chosen)[verdict.pruned]] = True
-                self._beliefs.prune(step, fallen)
+                self._posteriors.prune(step, fallen)
                 earliest = step if earliest is None else earliest
         return earliest
 
@@ -117,6 +117,6 @@ class Hindsight:
                 weights = np.array([token.probability for token in live])
             else:
                 chosen = [token.pruned_at is None for token in step.tokens]
-                weights = self._beliefs.posterior(step.step)[chosen]
+                weights = self._posteriors.posterior(step.step)[chosen]
             if weights.sum() > 0:
                 lattice.weigh([token.slot for token in live], weights)

@@ -19,10 +19,10 @@ from ..lattice.result import BEAM, GenerationResult, find_paths
 from ..models import BatchedKVCache, PositionedModel
 from ..settings import Settings
 from ..text.vocabulary import Prompt, Vocabulary, require_tokenizer
-from .decoder import CacheBudgetError, Decoder
+from .decoder import BatchDecoder, CacheBudgetError
 from .observation import Observer
 from .prompt_cache import PromptCache
-from .request import Run
+from .request import Request
 
 #: Prompts that generate at the same time, unless the caller says how many.
 BATCH_SIZE = 32
@@ -56,8 +56,8 @@ class BatchStatus:
     Args:
         total, done, failed: prompts; ``done`` counts those that failed, too.
         running, reading, waiting: prompts that generate, whose text is being read, and the rest.
-        held_back: whether prompts wait although there are free places, for want of memory.
-        displaced: times that a prompt had to start again because others needed its memory.
+        waiting_for_memory: whether prompts wait although there are free places, for want of memory.
+        preempted: times that a prompt had to start again because others needed its memory.
         steps, passes, tokens: logical steps of all prompts, forward passes, and tokens in sets.
         seconds: since the start.
         cache_bytes: of the keys, values and states, room for more included.
@@ -71,8 +71,8 @@ class BatchStatus:
     running: int = 0
     reading: int = 0
     waiting: int = 0
-    held_back: bool = False
-    displaced: int = 0
+    waiting_for_memory: bool = False
+    preempted: int = 0
     steps: int = 0
     passes: int = 0
     tokens: int = 0
@@ -220,17 +220,17 @@ def stream_batch_generate(
     require_tokenizer(tokenizer)
     vocabulary = Vocabulary(tokenizer)
 
-    def new_run(i: int) -> Run:
+    def new_run(i: int) -> Request:
         if each[i].branching == "replicate":
             raise TempoError("branching replicate generates from one prompt at a time")
         result = begin(
             positioned, tokenizer, prompts[i], each[i], model_name, vocabulary, prompt_cache
         )
         observer = None if observe is None else observe(i)
-        return Run(result, keep_logits=verify, paths=paths, observer=observer)
+        return Request(result, keep_logits=verify, paths=paths, observer=observer)
 
     budget = max_kv_bytes or default_budget()
-    schedule = Schedule(positioned, new_run, len(prompts), batch_size, budget, prompt_cache)
+    schedule = Scheduler(positioned, new_run, len(prompts), batch_size, budget, prompt_cache)
     # Finished, but their paths are still to be found.
     held: list[tuple[int, GenerationResult]] = []
     with wired_limit(positioned.model, cast(Any, [generation_stream])):
@@ -258,7 +258,7 @@ def default_budget() -> int:
     return max(1, int(MEMORY_SHARE * (int(total) - mx.get_active_memory())))
 
 
-class Schedule:
+class Scheduler:
     """Lets runs into a decoder while they fit, in order.
 
     Args:
@@ -273,21 +273,21 @@ class Schedule:
     def __init__(
         self,
         model: PositionedModel,
-        new_run: Callable[[int], Run],
+        new_run: Callable[[int], Request],
         total: int,
         batch_size: int,
         max_kv_bytes: int,
         prompt_cache: PromptCache | None = None,
     ):
-        self._decoder = Decoder(model, max_kv_bytes)
+        self._decoder = BatchDecoder(model, max_kv_bytes)
         self._new_run = new_run
         self._batch_size = batch_size
         self._max_kv_bytes = max_kv_bytes
         self._prompt_cache = prompt_cache
         self._waiting = deque(range(total))
-        self._ready: dict[int, Run] = {}  # runs that were made and could not start yet
-        self._numbers: dict[Run, int] = {}
-        #: runs in the batch when one was displaced: nobody is let in before one has left
+        self._ready: dict[int, Request] = {}  # runs that were made and could not start yet
+        self._numbers: dict[Request, int] = {}
+        #: runs in the batch when one was preempted: nobody is let in before one has left
         self._full_at: int | None = None
         self.status = BatchStatus(total=total, waiting=total)
         self._started = time.perf_counter()
@@ -304,12 +304,12 @@ class Schedule:
     ) -> Iterator[tuple[int, GenerationResult | str]]:
         """(number of the prompt, its result or why it failed), as they finish."""
         decoder = self._decoder
-        while self._waiting or decoder.runs or decoder.reading:
+        while self._waiting or decoder.requests or decoder.reading:
             if not decoder.reading:
                 yield from self._admit()
             if decoder.reading:
                 decoder.read()
-            if decoder.runs:
+            if decoder.requests:
                 yield from self._step()
             self._note()
             progress(self.status)
@@ -320,19 +320,19 @@ class Schedule:
         status = self.status
         status.passes += 1
         status.steps += len(made)
-        for run in made:
-            status.tokens += len(run.lattice.steps[-1].tokens) if run.error is None else 0
-        for run in dict.fromkeys([*made, *decoder.failed]):
-            if run.prompt_slots is not None:
-                self.prompts[id(run.result)] = run.prompt_slots
-            if run.finished:
-                yield self._close(self._numbers.pop(run), run.error or run.result)
+        for request in made:
+            status.tokens += len(request.lattice.steps[-1].tokens) if request.error is None else 0
+        for request in dict.fromkeys([*made, *decoder.failed]):
+            if request.prompt_slots is not None:
+                self.prompts[id(request.result)] = request.prompt_slots
+            if request.finished:
+                yield self._close(self._numbers.pop(request), request.error or request.result)
         decoder.failed.clear()
-        for run in reversed(decoder.displaced):
-            self._waiting.appendleft(self._numbers.pop(run))
-            self._full_at = len(decoder.runs)
-            status.displaced += 1
-        decoder.displaced.clear()
+        for request in reversed(decoder.preempted):
+            self._waiting.appendleft(self._numbers.pop(request))
+            self._full_at = len(decoder.requests)
+            status.preempted += 1
+        decoder.preempted.clear()
 
     def _close(
         self, i: int, outcome: GenerationResult | Exception
@@ -346,77 +346,84 @@ class Schedule:
     def _admit(self) -> Iterator[tuple[int, GenerationResult | str]]:
         """Start to read the prompts that come next, as many as there are places and memory for."""
         decoder = self._decoder
-        running = len(decoder.runs)
-        self.status.held_back = False
+        running = len(decoder.requests)
+        self.status.waiting_for_memory = False
         if self._full_at is not None and 0 < running >= self._full_at:
-            self.status.held_back = bool(self._waiting)
+            self.status.waiting_for_memory = bool(self._waiting)
             return
         self._full_at = None
-        runs: list[Run] = []
+        requests: list[Request] = []
         shared = 0
-        while self._waiting and running + len(runs) < self._batch_size:
+        while self._waiting and running + len(requests) < self._batch_size:
             i = self._waiting[0]
             try:
-                run = self._ready.pop(i, None) or self._new_run(i)
-                self._require_memory(run)
+                request = self._ready.pop(i, None) or self._new_run(i)
+                self._require_memory(request)
             except TempoError as error:
                 self._waiting.popleft()
                 yield self._close(i, error)
                 continue
             covered = (
-                self._prompt_cache.covers(run.lattice.prompt_tokens) if self._prompt_cache else 0
+                self._prompt_cache.covers(request.lattice.prompt_tokens)
+                if self._prompt_cache
+                else 0
             )
-            if runs and (covered != shared or not self._read_together([*runs, run])):
-                self._ready[i] = run
+            if requests and (covered != shared or not self._read_together([*requests, request])):
+                self._ready[i] = request
                 break
-            if not self._fits([*runs, run]) and (runs or decoder.runs):
-                self._ready[i] = run
-                self.status.held_back = True
+            if not self._fits([*requests, request]) and (requests or decoder.requests):
+                self._ready[i] = request
+                self.status.waiting_for_memory = True
                 break
             self._waiting.popleft()
-            self._numbers[run] = i
-            runs.append(run)
+            self._numbers[request] = i
+            requests.append(request)
             shared = covered
-        if runs:
+        if requests:
             cache = self._prompt_cache.first(shared) if self._prompt_cache and shared else None
-            decoder.start(runs, cache)
+            decoder.start(requests, cache)
 
-    def _require_memory(self, run: Run) -> None:
+    def _require_memory(self, request: Request) -> None:
         """Raise CacheBudgetError if the prompt and one step do not fit, whoever else is there."""
         model = self._decoder.model
-        needed = (run.length + 1) * model.slot_bytes + model.state_bytes
+        needed = (request.length + 1) * model.slot_bytes + model.state_bytes
         if needed > self._max_kv_bytes:
             raise CacheBudgetError(
-                f"the prompt's {run.length} tokens need a cache of {needed:,} bytes, "
+                f"the prompt's {request.length} tokens need a cache of {needed:,} bytes, "
                 f"max_kv_bytes is {self._max_kv_bytes:,}; raise it, or shorten the prompt"
             )
 
-    def _fits(self, newcomers: list[Run]) -> bool:
+    def _fits(self, newcomers: list[Request]) -> bool:
         """Whether all runs will probably fit to their end, sets as wide as they were so far."""
-        status, runs = self.status, self._decoder.runs
+        status, requests = self.status, self._decoder.requests
         width = max(1.0, status.tokens / status.steps) if status.steps else 1.0
-        slots = sum(len(run.sequence.held) + width * (run.limit - run.step) for run in runs)
-        slots += sum(run.length + width * run.limit for run in newcomers)
+        slots = sum(
+            len(request.sequence.held) + width * (request.limit - request.step)
+            for request in requests
+        )
+        slots += sum(request.length + width * request.limit for request in newcomers)
         model = self._decoder.model
         # Those of a set are let go of once the next one has been read.
-        states = 2 * width * (len(runs) + len(newcomers))
+        states = 2 * width * (len(requests) + len(newcomers))
         return slots * model.slot_bytes + states * model.state_bytes <= self._max_kv_bytes
 
-    def _read_together(self, runs: list[Run]) -> bool:
+    def _read_together(self, requests: list[Request]) -> bool:
         """Whether the prompts fit into one forward pass; recurrent layers read one at a time."""
-        prompts = {tuple(run.lattice.prompt_tokens) for run in runs}
+        prompts = {tuple(request.lattice.prompt_tokens) for request in requests}
         if self._decoder.model.is_recurrent and len(prompts) > 1:
             return False
-        longest = max(run.length for run in runs)
-        return longest * len(runs) <= min(run.settings.prefill_step_size for run in runs)
+        longest = max(request.length for request in requests)
+        return longest * len(requests) <= min(
+            request.settings.prefill_step_size for request in requests
+        )
 
     def _note(self) -> None:
         decoder, status = self._decoder, self.status
-        status.running, status.reading = len(decoder.runs), len(decoder.reading)
+        status.running, status.reading = len(decoder.requests), len(decoder.reading)
         status.waiting = len(self._waiting)
         status.seconds = time.perf_counter() - self._started
         status.cache_bytes = decoder.nbytes
-        status.waste = decoder.batch.waste() if decoder.runs else 0.0
+        status.waste = decoder.batch.waste() if decoder.requests else 0.0
         status.largest_waste = max(status.largest_waste, status.waste)
 
 

@@ -27,8 +27,8 @@ from ..lattice.lattice import Lattice
 from ..models import Capture, PositionedModel
 from ..rules.pruning import Pruning
 from ..rules.visibility import VISIBILITY, WITH_PARENTS
-from ..scoring.prefix_tree_scorer import TreeReader
-from ..scoring.requests import Question
+from ..scoring.prefix_tree_scorer import PrefixTreeScorer
+from ..scoring.requests import ScoreRequest
 from ..text.vocabulary import without_end
 from ..weights import load
 from .random_models import CONFIGS, VOCABULARY, Letters, random_model
@@ -280,7 +280,7 @@ def replay_difference(
     return difference, f"sets of {min(sizes)} to {max(sizes)}"
 
 
-def hindsight_difference(subject: Subject, model: PositionedModel) -> tuple[float, str]:
+def retroactive_pruning_difference(subject: Subject, model: PositionedModel) -> tuple[float, str]:
     """The same for a run that prunes half of its tokens and weighs keys, where the model can."""
     rule = "attention" if model.captures_attention else "posterior"
     return replay_difference(
@@ -347,9 +347,9 @@ def score_difference(subject: Subject, model: PositionedModel) -> tuple[float, s
     prompt, n = subject.prompt, len(subject.prompt)
     texts = [(*prompt[:end], *prompt[:3]) for end in range(2, n)]
     texts += [(*prompt[::-1], *prompt[:end]) for end in range(1, 4)]
-    questions = [Question(text, min(n, len(text) - 2), after=True) for text in texts]
+    questions = [ScoreRequest(text, min(n, len(text) - 2), after=True) for text in texts]
     budget = SCORE_SLOTS * model.slot_bytes + SCORE_STATES * model.state_bytes
-    reader = TreeReader(model, budget, n, [[0]])
+    reader = PrefixTreeScorer(model, budget, n, [[0]])
     largest = 0.0
     for part in (questions[::2], questions):
         for question, answer in zip(part, reader.answer(part), strict=True):
@@ -479,7 +479,7 @@ ORACLES: dict[str, Oracle] = {
         )
         for name in VISIBILITY
     },
-    "hindsight: cached = replay": Oracle(hindsight_difference, merges=True),
+    "retroactive pruning: cached = replay": Oracle(retroactive_pruning_difference, merges=True),
     **{
         f"{name}: set = mlx-lm's": Oracle(
             functools.partial(sibling_difference, visibility=name), merges=name not in WITH_PARENTS

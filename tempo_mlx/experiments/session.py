@@ -17,7 +17,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ..arguments import MOST_BYTES, check_choice, check_count, check_range
-from ..decode.request import Run
+from ..decode.request import Request
 from ..errors import TempoError
 from ..generation import begin
 from ..models import Capture, PositionedModel
@@ -183,7 +183,7 @@ class Session:
                 result = begin(
                     self.model, self.tokenizer, config.prompt, config.settings, "", vocabulary
                 )
-                run = Run(result, observer=observer)
+                run = Request(result, observer=observer)
             except TempoError as error:
                 raise SuiteError(
                     f"suite {self.suite.name}, {config.prompt_id} ({config.mode}): {error}"

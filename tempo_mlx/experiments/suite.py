@@ -142,11 +142,11 @@ class Suite(BaseModel):
         in_grid = 0
         seeds: list[int | None] = [*self.seeds] or [None]
         modes = list(self.modes())
-        still = [settings for _, settings in modes if not settings.draws]
+        still = [settings for _, settings in modes if not settings.uses_rng]
         varying = [n for n in modes[0][0] if any(v[n] != modes[0][0][n] for v, _ in modes)]
         labels = [label(varied, settings, varying) for varied, settings in modes]
         for (_, settings), mode in zip(modes, labels, strict=True):
-            if settings.draws and not self.seeds:
+            if settings.uses_rng and not self.seeds:
                 raise SuiteError(f"suite {self.name}: mode {mode} draws tokens, and seeds is empty")
             if settings.branching == "replicate":
                 raise SuiteError(
@@ -169,7 +169,7 @@ class Suite(BaseModel):
                             f"{category}-{number}",
                             category,
                             text,
-                            replace(settings, seed=seed if settings.draws else None),
+                            replace(settings, seed=seed if settings.uses_rng else None),
                             mode,
                             varied,
                             self.captures,

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ..rules.pruning import Judgement
+from ..rules.pruning import PruningDecision
 
 #: ``pruned_at`` of a slot that lives.
 NEVER = np.iinfo(np.int64).max
@@ -132,7 +132,7 @@ class Lattice:
         #: key weights [S] that the rows of a step saw, by step; empty without weighting
         self.key_weights: dict[int, np.ndarray] = {}
         #: every verdict on a set, in order
-        self.judgements: list[Judgement] = []
+        self.pruning_decisions: list[PruningDecision] = []
         length = len(prompt_tokens)
         # Columns grow by doubling: a step appends in amortised constant time.
         self._step = np.arange(-length, 0)
@@ -217,7 +217,7 @@ class Lattice:
         """Set the weights of a set's live tokens as keys; they are made to sum to 1."""
         self._weight[slots] = weights / weights.sum()
 
-    def apply(self, judgement: Judgement, rule: str, erase: bool = False) -> None:
+    def apply(self, decision: PruningDecision, rule: str, erase: bool = False) -> None:
         """Record a verdict: its fallen tokens are invisible after its step.
 
         Args:
@@ -225,15 +225,15 @@ class Lattice:
             rule: name of the pruning rule.
             erase: invisible to every step, as if they had never been there.
         """
-        self.judgements.append(judgement)
-        tokens = {token.slot: token for token in self.steps[judgement.set_step].tokens}
-        verdicts = zip(judgement.slots, judgement.scores, judgement.pruned, strict=True)
+        self.pruning_decisions.append(decision)
+        tokens = {token.slot: token for token in self.steps[decision.set_step].tokens}
+        verdicts = zip(decision.slots, decision.scores, decision.pruned, strict=True)
         for slot, score, pruned in verdicts:
             token = tokens[slot]
             token.score = score
             if pruned:
-                token.pruned_at, token.pruned_by = judgement.step, rule
-                self._pruned_at[slot] = ERASED if erase else judgement.step
+                token.pruned_at, token.pruned_by = decision.step, rule
+                self._pruned_at[slot] = ERASED if erase else decision.step
 
     def __len__(self) -> int:
         """Steps with tokens."""

@@ -13,9 +13,9 @@ from ..errors import TempoError
 from . import attention, reused_keys
 from .architectures import EXACT, GROUPED_SCORES, ids_kept, names, refusal
 from .attention import AttentionRecorder, Capture
+from .backbone import Backbone
 from .cache import BatchedKVCache, Kind
 from .forward_pass import Spread, is_consecutive
-from .halves import Halves
 from .pool import SlotPool
 from .rows import TokenRows
 from .states import States
@@ -57,7 +57,7 @@ class PositionedModel:
         attention.install(model)
         reused_keys.install(model)
         try:
-            self._halves = Halves(model)
+            self._backbone = Backbone(model)
         except TempoError as error:
             raise self._unsupported(str(error)) from error
         #: dtype of the activations, which an additive mask must have
@@ -154,7 +154,7 @@ class PositionedModel:
         cache: BatchedKVCache | SlotPool,
         capture: None = None,
         rows: np.ndarray | None = None,
-        layers_only: bool = False,
+        return_hidden: bool = False,
         parents: np.ndarray | None = None,
     ) -> mx.array: ...
 
@@ -167,7 +167,7 @@ class PositionedModel:
         cache: BatchedKVCache | SlotPool,
         capture: Capture,
         rows: np.ndarray | None = None,
-        layers_only: bool = False,
+        return_hidden: bool = False,
         parents: np.ndarray | None = None,
     ) -> tuple[mx.array, dict[int, mx.array]]: ...
 
@@ -179,7 +179,7 @@ class PositionedModel:
         cache,
         capture=None,
         rows=None,
-        layers_only=False,
+        return_hidden=False,
         parents=None,
     ):
         """One forward pass over T new tokens for each row, which become slots of the cache.
@@ -200,7 +200,7 @@ class PositionedModel:
             capture: what attention to report, [B, ...] over rows and slots; row weights are given
                 for the tokens, [N] or [layers, N], where ``rows`` is given.
             rows: the cache row of each token, [N].
-            layers_only: return the output of the layers, of which :meth:`logits` makes logits.
+            return_hidden: return the output of the layers, of which :meth:`logits` makes logits.
             parents: where layers are recurrent, the slot that each token continues, of the slots of
                 its own row with the new ones, of the shape of ``tokens``; -1 at the beginning of a
                 text. None where each token of a row continues the one before.
@@ -242,10 +242,10 @@ class PositionedModel:
                 tokens, positions, mask, step, parents, first
             )
         call = tokens, positions, mask, cache, recorder, step, parents
-        if layers_only:
-            with self._halves.layers_only() as tap:
+        if return_hidden:
+            with self._backbone.return_hidden() as hook:
                 self._forward(*call)
-                output = tap.taken
+                output = hook.taken
         else:
             output = self._forward(*call)
         output = output.reshape(*shape, output.shape[-1])
@@ -253,7 +253,7 @@ class PositionedModel:
 
     def logits(self, hidden: mx.array) -> mx.array:
         """The layers' output [B, T, D] through the vocabulary layer: logits [B, T, V], lazy."""
-        return self._halves.logits(hidden)
+        return self._backbone.logits(hidden)
 
     def _forward(self, tokens, positions, mask, cache, recorder, rows=None, parents=None):
         cache.begin(positions, mask, recorder, rows, parents)
@@ -277,9 +277,9 @@ class PositionedModel:
         mask = mx.array(np.array([[1, 0, 0], [1, 1, 0], [1, 0, 1]], bool))[:, None, None]
         cache.begin(np.array([[0], [1], [1]]), mask, trace, TokenRows(np.zeros(3, int), 1))
         try:
-            with attention.during(cache.running), self._halves.layers_only() as tap:
+            with attention.during(cache.running), self._backbone.return_hidden() as hook:
                 logits = self.model(mx.zeros((3, 1), mx.int32), cache=cache.layers)
-                hidden = tap.taken
+                hidden = hook.taken
         except Exception as error:
             raise self._unsupported(
                 "computes with the cache's offset or state instead of handing them to a rotary "
@@ -294,7 +294,7 @@ class PositionedModel:
             raise self._unsupported("builds its own attention mask")
         if logits.shape[:2] != (3, 1):
             raise self._unsupported(f"returns logits of shape {logits.shape}")
-        if not self._halves.divide(logits, hidden):
+        if not self._backbone.divide(logits, hidden):
             raise self._unsupported("does not make its logits of its layers' output alone")
         self.n_layers = trace.calls
         self.vocabulary_size = logits.shape[-1]

@@ -76,7 +76,7 @@ def viterbi(initial: np.ndarray, transitions: Sequence[np.ndarray]) -> tuple[lis
     return chain[::-1], float(score.max())
 
 
-class Beliefs:
+class SetPosteriors:
     """Posteriors of the sets of a running generation, over a window of recent steps.
 
     Sets are named by their step. What left the window keeps the posterior that it had.

@@ -214,7 +214,7 @@ def parse_layers(text: str) -> int | tuple[int, ...] | None:
 
 
 @dataclass(frozen=True)
-class Judgement:
+class PruningDecision:
     """What was decided about one set after one step.
 
     Args:
@@ -280,14 +280,14 @@ class Pruner:
         draws: whether the sigmoid's verdicts are drawn.
     """
 
-    def __init__(self, pruning: Pruning, total_steps: int, seed: int = 0, draws: bool = False):
+    def __init__(self, pruning: Pruning, total_steps: int, seed: int = 0, uses_rng: bool = False):
         self.pruning = pruning
         self.seed = seed
         self._total_steps = total_steps
-        self._rng = np.random.default_rng(seed) if draws else None
+        self._rng = np.random.default_rng(seed) if uses_rng else None
         self._seen = self._fallen = 0
 
-    def judge(self, step: int, set_step: int, evidence: Evidence) -> Judgement:
+    def judge(self, step: int, set_step: int, evidence: Evidence) -> PruningDecision:
         """The verdict on the live tokens of one set after the forward pass of ``step``."""
         pruning = self.pruning
         scores = np.asarray(RULES[pruning.rule](evidence), float)
@@ -297,7 +297,7 @@ class Pruner:
         else:
             fallen = falls(scores, threshold, pruning, self._rng)
             pruned = spare(fallen, scores, pruning.when_all_fall)
-        return Judgement(
+        return PruningDecision(
             step,
             set_step,
             threshold,

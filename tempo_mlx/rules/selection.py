@@ -33,7 +33,7 @@ class Candidates:
     transitions: np.ndarray
 
 
-class Offers:
+class StepCandidates:
     """Candidates of several runs, computed together on the device and read by the host at once.
 
     Args:
@@ -70,7 +70,7 @@ class Offers:
     @classmethod
     def of_rows(
         cls, ids: mx.array, p: mx.array, rows: mx.array, sizes: Sequence[Sequence[int]], **rest: Any
-    ) -> "Offers":
+    ) -> "StepCandidates":
         """The candidates ids [G, K] of distributions p [G, V] that were combined from rows [N, V].
 
         Args:

@@ -10,40 +10,40 @@ from mlx_lm.generate import generation_stream
 from mlx_lm.models.cache import make_prompt_cache
 
 from ..errors import TempoError
-from ..models.halves import Halves
-from .requests import Answer, Question, ScoringStats
+from ..models.backbone import Backbone
+from .requests import ScoreRequest, ScoringStats, TokenLogprobs
 from .vocabulary_rows import Rows, VocabularyRows
 
 #: What :attr:`.ScoringStats.method` calls it.
 FULL_PASSES = "full passes"
 
 
-class FullPasses:
+class BatchScorer:
     """Reads every text from its beginning, in batches that are padded behind their ends.
 
     Args:
         model: a language model as ``mlx_lm.load`` returns it.
         chunk_size: tokens of a forward pass, padding included; a longer text goes alone.
-        sets: as of :class:`TreeReader`.
+        sets: as of :class:`PrefixTreeScorer`.
     """
 
     def __init__(self, model: nn.Module, chunk_size: int, sets: Sequence[Sequence[int]]):
         self.model = model
         self.stats = ScoringStats(FULL_PASSES)
         self._chunk_size = chunk_size
-        self._halves: Halves | None = None
+        self._backbone: Backbone | None = None
         with suppress(TempoError):
-            self._halves = Halves(model)
-        whole = self._halves is not None and self._divides(self._halves)
-        self._halves = self._halves if whole else None
-        logits = self._halves.logits if self._halves else lambda rows: rows
+            self._backbone = Backbone(model)
+        whole = self._backbone is not None and self._divides(self._backbone)
+        self._backbone = self._backbone if whole else None
+        logits = self._backbone.logits if self._backbone else lambda rows: rows
         self._vocabulary = VocabularyRows(logits, sets, self.stats)
 
     def reset(self) -> None:
         """Nothing is held."""
 
-    def answer(self, questions: Sequence[Question]) -> list[Answer]:
-        answers: dict[int, Answer] = {}
+    def answer(self, questions: Sequence[ScoreRequest]) -> list[TokenLogprobs]:
+        answers: dict[int, TokenLogprobs] = {}
         order = sorted(range(len(questions)), key=lambda i: questions[i].read)
         with mx.stream(generation_stream):
             for batch in self._batches([(i, questions[i].read) for i in order]):
@@ -84,17 +84,17 @@ class FullPasses:
     def _output(self, tokens: mx.array) -> mx.array:
         """What the vocabulary layer reads, [B, T, D], or logits where it cannot be run alone."""
         cache = make_prompt_cache(self.model)
-        if self._halves is None:
+        if self._backbone is None:
             return self.model(tokens, cache=cache)
-        with self._halves.layers_only() as tap:
+        with self._backbone.return_hidden() as hook:
             self.model(tokens, cache=cache)
-            return tap.taken
+            return hook.taken
 
-    def _divides(self, halves: Halves) -> bool:
-        with halves.layers_only() as tap:
+    def _divides(self, backbone: Backbone) -> bool:
+        with backbone.return_hidden() as hook:
             logits = self.model(mx.zeros((1, 2), mx.int32))
-            hidden = tap.taken
-        return halves.divide(logits, hidden)
+            hidden = hook.taken
+        return backbone.divide(logits, hidden)
 
 
 def _rows_of(output: mx.array) -> Rows:

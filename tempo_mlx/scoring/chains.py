@@ -13,7 +13,7 @@ import numpy as np
 
 from ..models.states import NONE
 from .passes import Segment, passes
-from .prefix_tree import TokenTrie
+from .prefix_tree import PrefixTree
 
 #: Most slots that are put together for the chunks of a pass, where each has a copy of its own.
 GATHERED_SLOTS = 1 << 15
@@ -46,7 +46,7 @@ class Chain:
         self.slots = self.slots[n:]
 
 
-def chains(segments: Sequence[Segment], marks: Iterable[int], trie: TokenTrie) -> list[Chain]:
+def chains(segments: Sequence[Segment], marks: Iterable[int], trie: PrefixTree) -> list[Chain]:
     """Cut new slots into chains, at ``marks`` and where a segment begins behind them."""
     new = {slot for segment in segments for slot in segment.slots}
     before = [int(trie.parent[segment.slots[0]]) for segment in segments]
@@ -68,7 +68,7 @@ def chains(segments: Sequence[Segment], marks: Iterable[int], trie: TokenTrie) -
 
 
 def chain_passes(
-    found: list[Chain], trie: TokenTrie, chunk_size: int
+    found: list[Chain], trie: PrefixTree, chunk_size: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
     """Divide chains into forward passes.
 
@@ -121,7 +121,7 @@ def _chunks(batch: list[Chain], n: int) -> tuple[np.ndarray, np.ndarray, np.ndar
 
 
 def _single_tokens(
-    batch: list[Chain], trie: TokenTrie, chunk_size: int
+    batch: list[Chain], trie: PrefixTree, chunk_size: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
     """The next token of each chain."""
     first = np.array([chain.slots[0] for chain in batch])

@@ -10,7 +10,7 @@ from .state_places import StatePlaces
 NONE = -1
 
 
-class TokenTrie:
+class PrefixTree:
     """A trie over token ids; each node holds a slot, and nodes can be dropped.
 
     Args:

@@ -11,8 +11,8 @@ from ..decode.decoder import CacheBudgetError
 from ..models import PositionedModel
 from .chains import chain_passes, chains
 from .passes import Segment, passes, visible
-from .prefix_tree import TokenTrie, shared
-from .requests import Answer, Question, ScoringStats
+from .prefix_tree import PrefixTree, shared
+from .requests import ScoreRequest, ScoringStats, TokenLogprobs
 from .vocabulary_rows import VocabularyRows
 
 #: States of one text: the one that it continues, and those behind its context and at its end.
@@ -45,7 +45,7 @@ def room(model: PositionedModel, max_kv_bytes: int) -> tuple[int, int]:
     return (max_kv_bytes - states) // slot, n_states
 
 
-class TreeReader:
+class PrefixTreeScorer:
     """Reads texts as branches of one trie, in a pool of slots that is kept across calls.
 
     What texts share is read once. The tokens that are new go through the layers in one pass, in
@@ -77,7 +77,7 @@ class TreeReader:
         self._chunk_size = chunk_size
         self._part_size = chunk_size * (PASSES_OF_PART if n_states else 1)
         self._vocabulary = VocabularyRows(model.logits, sets, self.stats)
-        self._trie = TokenTrie(limit, n_states)
+        self._trie = PrefixTree(limit, n_states)
         self.reset()
 
     def reset(self) -> None:
@@ -86,8 +86,8 @@ class TreeReader:
         self._pool = self.model.make_pool(self._trie.limit, self._trie.states.limit)
         self._note()
 
-    def answer(self, questions: Sequence[Question]) -> list[Answer]:
-        answers: dict[int, Answer] = {}
+    def answer(self, questions: Sequence[ScoreRequest]) -> list[TokenLogprobs]:
+        answers: dict[int, TokenLogprobs] = {}
         # Texts that share a beginning stand side by side.
         waiting = sorted(range(len(questions)), key=lambda i: questions[i].read)[::-1]
         with mx.stream(generation_stream), self._whole():
@@ -102,7 +102,7 @@ class TreeReader:
         return [answers[i] for i in range(len(questions))]
 
     def _take(
-        self, questions: Sequence[Question], waiting: list[int]
+        self, questions: Sequence[ScoreRequest], waiting: list[int]
     ) -> tuple[list[tuple[int, list[int]]], list[Segment], set[int]]:
         """Take questions off the list until there is enough to read.
 
@@ -178,7 +178,7 @@ class TreeReader:
             mx.array(mask)[None, None],
             pool,
             rows=rows,
-            layers_only=True,
+            return_hidden=True,
             parents=trie.parent[slots],
         )
         pool.keep_hidden(hidden[0])

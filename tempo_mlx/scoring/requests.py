@@ -8,7 +8,7 @@ import numpy as np
 
 
 @dataclass(frozen=True)
-class Question:
+class ScoreRequest:
     """What to ask of one text.
 
     Args:
@@ -28,7 +28,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Answer:
+class TokenLogprobs:
     """What was asked of one text, in nats.
 
     Args:
@@ -77,7 +77,7 @@ class Reader(Protocol):
 
     stats: ScoringStats
 
-    def answer(self, questions: Sequence[Question]) -> list[Answer]:
+    def answer(self, questions: Sequence[ScoreRequest]) -> list[TokenLogprobs]:
         """The answers, in order."""
 
     def reset(self) -> None:

@@ -15,9 +15,9 @@ from ..decode.scheduler import default_budget
 from ..errors import TempoError
 from ..models import PlainModel, PositionedModel, UnsupportedModelError
 from ..text.vocabulary import Vocabulary, require_tokenizer
-from .batch_scorer import FullPasses
-from .prefix_tree_scorer import TreeReader
-from .requests import Answer, Question, Reader, ScoringStats
+from .batch_scorer import BatchScorer
+from .prefix_tree_scorer import PrefixTreeScorer
+from .requests import Reader, ScoreRequest, ScoringStats, TokenLogprobs
 from .texts import CLOSING, Candidate, Texts
 
 #: Tokens of a forward pass, unless the caller says how many.
@@ -163,11 +163,11 @@ class ContinuationScorer:
         sets = [[id for id in known if id in ids] for ids in (begins | ends, ends)]
         self._reader: Reader
         try:
-            self._reader = TreeReader(
+            self._reader = PrefixTreeScorer(
                 PositionedModel.of(model), max_kv_bytes or default_budget(), chunk_size, sets
             )
         except UnsupportedModelError:
-            self._reader = FullPasses(self._plain, chunk_size, sets)
+            self._reader = BatchScorer(self._plain, chunk_size, sets)
 
     def score_continuations(
         self, contexts: Sequence[str], candidate_words: Sequence[Sequence[Word]]
@@ -267,7 +267,7 @@ class ContinuationScorer:
         """Log-probabilities of candidates, each read once."""
         unique = dict.fromkeys(c for words in nested for spellings in words for c in spellings)
         correct = self.trailing_space_correction
-        asked = {c: Question(c.tokens, c.start, after=correct) for c in unique}
+        asked = {c: ScoreRequest(c.tokens, c.start, after=correct) for c in unique}
         before = {c: _after(c.context_tokens) for c in unique if correct and c.context}
         answers = self._answers([*asked.values(), *before.values()])
         parts = {}
@@ -281,7 +281,7 @@ class ContinuationScorer:
             parts[c] = _Parts(answer.logprobs, boundary)
         return parts
 
-    def _answers(self, questions: Sequence[Question]) -> dict[Question, Answer]:
+    def _answers(self, questions: Sequence[ScoreRequest]) -> dict[ScoreRequest, TokenLogprobs]:
         unique = list(dict.fromkeys(questions))
         with wired_limit(self._plain, cast(Any, [generation_stream])):
             return dict(zip(unique, self._reader.answer(unique), strict=True))
@@ -366,12 +366,12 @@ class _Parts:
         return float(self.logprobs.sum()) + (self.boundary or 0.0)
 
 
-def _after(tokens: tuple[int, ...]) -> Question:
+def _after(tokens: tuple[int, ...]) -> ScoreRequest:
     """What follows these tokens?"""
-    return Question(tokens, len(tokens), after=True)
+    return ScoreRequest(tokens, len(tokens), after=True)
 
 
-def _behind(answer: Answer) -> np.ndarray:
+def _behind(answer: TokenLogprobs) -> np.ndarray:
     assert answer.after is not None
     return answer.after
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from ..rules.combining import log_p_at
 from ..rules.selection import require_finite
-from .requests import Answer, Question, ScoringStats
+from .requests import ScoreRequest, ScoringStats, TokenLogprobs
 
 #: Places of tokens [R] -> what the layers made of them [R, D].
 Rows = Callable[[np.ndarray], mx.array]
@@ -21,7 +21,7 @@ class VocabularyRows:
 
     Args:
         logits: what it makes of outputs of the layers, [1, R, D] -> [1, R, V].
-        sets: as of :class:`TreeReader`.
+        sets: as of :class:`PrefixTreeScorer`.
         stats: counts its rows.
     """
 
@@ -36,9 +36,9 @@ class VocabularyRows:
         self._sets: mx.array | None = None  # 1 for each token of a set, [V, K]
 
     def answer(
-        self, asked: list[tuple[Question, list[int]]], hidden: Rows, state: list[mx.array]
-    ) -> list[Answer]:
-        """Answer questions about texts that were read.
+        self, asked: list[tuple[ScoreRequest, list[int]]], hidden: Rows, state: list[mx.array]
+    ) -> list[TokenLogprobs]:
+        """TokenLogprobs questions about texts that were read.
 
         Args:
             asked: each question with the places of its tokens, [read].
@@ -59,7 +59,7 @@ class VocabularyRows:
         bounds = np.cumsum([0, *map(len, ids)])
         for (question, _), start, stop in zip(asked, bounds, bounds[1:], strict=False):
             behind = after[next(following)] if question.after else None
-            answers.append(Answer(logprobs[start:stop], behind))
+            answers.append(TokenLogprobs(logprobs[start:stop], behind))
         return answers
 
     def _look_up(

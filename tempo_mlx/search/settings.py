@@ -94,7 +94,7 @@ class SearchSettings:
         self.policy()
 
     @property
-    def draws(self) -> bool:
+    def uses_rng(self) -> bool:
         """Whether anything is drawn, so that the seed matters."""
         return self.evaluation == "rollout" and self.rollout_temp > 0
 
@@ -108,7 +108,7 @@ class SearchSettings:
         values, defaults = vars(self), vars(type(self)())
         asked = {n for n in values if values[n] != defaults[n]} if given is None else set(given)
         notes = []
-        if "seed" in asked and not self.draws:
+        if "seed" in asked and not self.uses_rng:
             notes.append(
                 "seed has no effect: a search is deterministic unless evaluation is rollout and "
                 "rollout_temp is above 0"

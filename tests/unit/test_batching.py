@@ -207,7 +207,7 @@ def test_rows_wait_for_memory_and_one_that_never_fits_fails():
         prompts,
         each,
         max_kv_bytes=200 * slot,
-        progress=lambda status: waited.append((status.held_back, status.cache_bytes)),
+        progress=lambda status: waited.append((status.waiting_for_memory, status.cache_bytes)),
     )
     assert "max_kv_bytes" in batch.results[3].error
     assert any(held for held, _ in waited)

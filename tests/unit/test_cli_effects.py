@@ -191,7 +191,7 @@ def test_memory_for_a_model_that_holds_nothing_is_noted(run, folder, tmp_path, m
     def unsupported(*arguments):
         raise UnsupportedModelError("refused here")
 
-    monkeypatch.setattr("tempo_mlx.scoring.scorer.TreeReader", unsupported)
+    monkeypatch.setattr("tempo_mlx.scoring.scorer.PrefixTreeScorer", unsupported)
     code, _, err = run("score", rows, "--model", folder, *options)
     assert code == 0 and "--max-kv-bytes has no effect" in err and "full passes" in err
 

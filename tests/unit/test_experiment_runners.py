@@ -9,7 +9,7 @@ from functools import partial
 from tempo_mlx import PositionedModel, Settings, generate, load
 from tempo_mlx.bench import experiments as bench
 from tempo_mlx.bench.experiments import BATCHED, SEQUENTIAL, bench_experiments, drawn_suite
-from tempo_mlx.decode.request import Run
+from tempo_mlx.decode.request import Request
 from tempo_mlx.experiments import workers
 from tempo_mlx.experiments.capture import TOP, Divergence
 from tempo_mlx.experiments.running import Record, run_batched, run_group, run_one_by_one
@@ -287,7 +287,7 @@ def test_an_observer_refuses_what_it_would_misread(loaded, folder):
 
     result = begin(*loaded, "hello", Settings(visibility="tree"))
     with pytest.raises(ValueError, match="visibility tree"):
-        Run(result, observer=Recorder(False, None, 0))
+        Request(result, observer=Recorder(False, None, 0))
 
 
 def tasks(loaded, folder, **changes):
@@ -408,7 +408,7 @@ def test_the_bench_runs_the_same_runs_in_every_way(folder, monkeypatch):
     assert len(report.targets) == 4 and report.targets[-1].met
     json.dumps(report.to_dict())
     runs = [run for group in drawn_suite(folder, 4).expand().groups for run in group]
-    assert len(runs) == 100 and all(run.settings.draws for run in runs)
+    assert len(runs) == 100 and all(run.settings.uses_rng for run in runs)
     with pytest.raises(ValueError, match="runs must be an even number"):
         bench_experiments(model, tokenizer, runs=3, model_name=folder)
 

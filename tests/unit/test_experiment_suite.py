@@ -49,7 +49,7 @@ def test_with_sampling_every_seed_is_a_run():
 
 def test_modes_that_draw_have_seeds_and_the_others_are_run_once():
     mixed = plan(seeds=[1, 2], grid={"pruning": [None, {"rule": "random"}]})
-    drawn = [run for run in mixed.runs if run.settings.draws]
+    drawn = [run for run in mixed.runs if run.settings.uses_rng]
     assert len(drawn) == 4 * 2 and len(mixed.runs) == 4 * 2 + 4
     assert "1 modes draw no tokens" in mixed.notes[0]
 

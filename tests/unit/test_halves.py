@@ -18,7 +18,7 @@ def test_layers_and_vocabulary_layer_make_the_whole(name):
     positions = np.arange(6)[None]
     cache = model.make_cache()
     whole = model(tokens, positions, "causal", cache)
-    hidden = model(tokens, positions, "causal", model.make_cache(), layers_only=True)
+    hidden = model(tokens, positions, "causal", model.make_cache(), return_hidden=True)
     assert hidden.shape[:2] == (1, 6)
     chosen = [4, 1, 5]
     parts = model.logits(hidden[:, mx.array(chosen)])
@@ -37,7 +37,7 @@ def test_layers_alone_keep_the_order_of_the_tokens(name, rows):
     width = int(rank.max()) + 1
     mask = mx.array(np.arange(width) <= rank[:, None])[None, None]
     logits, hidden = (
-        model(tokens, rank[None], mask, model.make_cache(2), rows=rows, layers_only=alone)
+        model(tokens, rank[None], mask, model.make_cache(2), rows=rows, return_hidden=alone)
         for alone in (False, True)
     )
     np.testing.assert_allclose(np.array(model.logits(hidden)), np.array(logits), atol=2e-5)

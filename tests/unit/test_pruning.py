@@ -1,10 +1,10 @@
 """Pruning: decisions by their properties, runs by the oracle, a case whose answer is known."""
 
-from tempo_mlx.decode.retroactive import Hindsight
+from tempo_mlx.decode.retroactive import RetroactivePruner
 from tempo_mlx.generation import generate
 from tempo_mlx.lattice.lattice import Lattice, Step, Token
 from tempo_mlx.models import Capture, PositionedModel
-from tempo_mlx.rules.pruning import RULES, Evidence, Judgement, Pruner, Pruning, falls, spare
+from tempo_mlx.rules.pruning import RULES, Evidence, Pruner, Pruning, PruningDecision, falls, spare
 from tempo_mlx.rules.schedules import Constant
 from tempo_mlx.settings import WEIGHTINGS, Settings
 from tests.tiny_models import tiny_model
@@ -132,9 +132,9 @@ def test_oracle_replays_a_weighted_run(model, tokenizer, weighting, visibility, 
 def test_a_pruned_token_never_comes_back_and_is_judged_once(model, tokenizer):
     result = run(model, tokenizer, Pruning(schedule=Constant(), lookback=5))
     seen = set()
-    for judgement in result.lattice.judgements:
-        assert not seen & set(judgement.slots)
-        seen |= {s for s, pruned in zip(judgement.slots, judgement.pruned, strict=True) if pruned}
+    for decision in result.lattice.pruning_decisions:
+        assert not seen & set(decision.slots)
+        seen |= {s for s, pruned in zip(decision.slots, decision.pruned, strict=True) if pruned}
     assert seen == {slot for _, slot, _ in fallen(result)}
 
 
@@ -186,7 +186,7 @@ def test_repair_equals_generating_without_the_token(model, visibility):
 
     state, before = state_of([[4, 20], [11], [5, 9]])
     slot = len(PROMPT) + 1
-    verdict = Judgement(2, 0, 0.5, [slot - 1, slot], [1.0, 0.0], [False, True])
+    verdict = PruningDecision(2, 0, 0.5, [slot - 1, slot], [1.0, 0.0], [False, True])
     state.sequence.lattice.apply(verdict, "posterior", erase=True)
     state.recompute([(state.sequence, 0 if visibility == "visible" else 1)])
     repaired = np.array(state.sequence.passed())
@@ -231,24 +231,24 @@ def test_attention_finds_the_token_that_later_queries_look_at():
         max_tokens=3, pruning=Pruning(rule="attention", threshold=0.5, schedule=Constant())
     )
     positioned = PositionedModel.of(model)
-    hindsight = Hindsight(lattice, settings, positioned.n_layers)
+    pruner = RetroactivePruner(lattice, settings, positioned.n_layers)
     state = OneSequence(positioned, lattice, "isolated")
     state.prefill(2048)
     for step, ids in enumerate(([wanted, unwanted], [5])):
         probabilities = np.full(len(ids), 0.5)
         rows = 1 if step == 0 else 2
-        hindsight.select(probabilities, np.full((rows, len(ids)), 0.5))
-        hindsight.prune()
+        pruner.select(probabilities, np.full((rows, len(ids)), 0.5))
+        pruner.prune()
         queries = lattice.reserve(len(ids), step)
         tokens = [
             Token(id, "", 0.5, int(slot)) for id, slot in zip(ids, queries.index, strict=True)
         ]
         lattice.steps.append(Step(step, 3 + step, 0.1, tokens))
-        capture = Capture(layers=(0,), row_weights=hindsight.capture(probabilities))
+        capture = Capture(layers=(0,), row_weights=pruner.capture(probabilities))
         _, attention = state.append(mx.array(ids), queries, capture)
-        hindsight.attend(np.array(attention[0])[0], state.held)
-    hindsight.select(np.array([1.0]), np.ones((1, 1)))
-    assert hindsight.prune() == 0
+        pruner.attend(np.array(attention[0])[0], state.held)
+    pruner.select(np.array([1.0]), np.ones((1, 1)))
+    assert pruner.prune() == 0
     kept, pruned = lattice.steps[0].tokens
     assert kept.pruned_at is None and pruned.pruned_at == 1 and pruned.pruned_by == "attention"
     assert kept.score > 5 * pruned.score

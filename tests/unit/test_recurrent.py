@@ -9,9 +9,9 @@ from tempo_mlx import (
     search,
     stream_generate,
 )
-from tempo_mlx.decode.decoder import CacheBudgetError, Decoder
+from tempo_mlx.decode.decoder import BatchDecoder, CacheBudgetError
 from tempo_mlx.decode.prompt_cache import PromptCache
-from tempo_mlx.decode.request import Run
+from tempo_mlx.decode.request import Request
 from tempo_mlx.decode.scheduler import Failure
 from tempo_mlx.decode.sequences import Batch
 from tempo_mlx.generation import begin
@@ -89,8 +89,8 @@ def test_a_state_of_another_beginning_is_not_used(model):
 def test_states_live_as_long_as_they_can_be_continued(model):
     """Of a run, those of its last set: its memory does not grow with its length."""
     chosen = Settings(max_tokens=9, threshold=1e-6, max_leaves=4, max_parallel=4, visibility="tree")
-    run = Run(begin(model, TinyTokenizer(60, ()), PROMPTS[0], chosen))
-    decoder = Decoder(model)
+    run = Request(begin(model, TinyTokenizer(60, ()), PROMPTS[0], chosen))
+    decoder = BatchDecoder(model)
     decoder.start([run])
     while decoder.reading:
         decoder.read()

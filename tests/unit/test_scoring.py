@@ -8,7 +8,7 @@ from tempo_mlx import ContinuationScorer, PositionedModel, UnsupportedModelError
 from tempo_mlx.decode.decoder import CacheBudgetError
 from tempo_mlx.rules.selection import NonFiniteLogitsError
 from tempo_mlx.scoring.prefix_tree import NONE
-from tempo_mlx.scoring.prefix_tree_scorer import TreeReader
+from tempo_mlx.scoring.prefix_tree_scorer import PrefixTreeScorer
 from tempo_mlx.text.vocabulary import encode_prompt
 from tests.brute_scorer import BruteScorer
 from tests.tiny_models import architectures, each_architecture, shared_model, tiny_model
@@ -227,7 +227,7 @@ def test_what_is_read_continues_the_state_of_the_token_before_it(recurrent, monk
     """Every token is read once, behind its parent's state; and a node's place holds its state."""
     rng = random.Random(3)
     states, single, chunks = {}, 0, 0
-    read = TreeReader._read
+    read = PrefixTreeScorer._read
 
     def watched(reader, slots, rows, sources, targets):
         nonlocal single, chunks
@@ -243,7 +243,7 @@ def test_what_is_read_continues_the_state_of_the_token_before_it(recurrent, monk
         states.update(zip(targets.tolist(), each[:, -1].tolist(), strict=True))
         read(reader, slots, rows, sources, targets)
 
-    monkeypatch.setattr(TreeReader, "_read", watched)
+    monkeypatch.setattr(PrefixTreeScorer, "_read", watched)
     for n_states in (3, 7, 40):
         budget = 90 * (recurrent.slot_bytes + recurrent.hidden_bytes)
         budget += 2 * n_states * recurrent.state_bytes

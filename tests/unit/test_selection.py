@@ -1,6 +1,12 @@
 """Selection: what is kept, in which order, and how it is drawn."""
 
-from tempo_mlx.rules.selection import NonFiniteLogitsError, Offers, gumbel, keep, most_probable
+from tempo_mlx.rules.selection import (
+    NonFiniteLogitsError,
+    StepCandidates,
+    gumbel,
+    keep,
+    most_probable,
+)
 
 import mlx.core as mx
 import numpy as np
@@ -22,7 +28,7 @@ def select(p, threshold, max_parallel, ends=frozenset()):
     several = mx.stack([p[::-1], p, mx.ones_like(p) / p.size])
     rows = mx.concatenate([3 * several[:1], mx.stack([p, 2 * p]), several[2:]])
     ids = most_probable(several, max_parallel + len(ends))
-    found = Offers.of_rows(ids, several, rows, [[1], [2], [1]]).of(1)
+    found = StepCandidates.of_rows(ids, several, rows, [[1], [2], [1]]).of(1)
     kept = keep(found, threshold, max_parallel, frozenset(ends))
     np.testing.assert_array_equal(kept.transitions, [kept.probabilities, 2 * kept.probabilities])
     return kept
@@ -83,13 +89,13 @@ def test_draws_are_without_replacement_and_repeat_with_their_key():
 
 def test_first_draw_follows_the_distribution_and_so_does_the_second_given_the_first():
     p = np.array([0.5, 0.3, 0.15, 0.05])
-    draws = 4000
-    several = mx.broadcast_to(mx.array(p, mx.float32), (draws, 4))
-    keys = list(np.array(mx.random.split(mx.random.key(0), draws)))
+    uses_rng = 4000
+    several = mx.broadcast_to(mx.array(p, mx.float32), (uses_rng, 4))
+    keys = list(np.array(mx.random.split(mx.random.key(0), uses_rng)))
     ids = np.array(most_probable(gumbel(several, keys), 2))
     for token in range(4):
         expected = p[token]
-        bound = 4 * np.sqrt(expected * (1 - expected) / draws)
+        bound = 4 * np.sqrt(expected * (1 - expected) / uses_rng)
         assert abs((ids[:, 0] == token).mean() - expected) < bound
     after_best = ids[ids[:, 0] == 0, 1]
     for token in (1, 2, 3):
@@ -103,7 +109,7 @@ def test_where_no_draw_qualifies_the_first_one_is_kept():
     firsts = set()
     for key in range(10):
         drawn = draw(p[0], 3, key)
-        kept = keep(Offers.of_rows(drawn[None], p, p, [[1]]).of(0), 0.9, 3, frozenset())
+        kept = keep(StepCandidates.of_rows(drawn[None], p, p, [[1]]).of(0), 0.9, 3, frozenset())
         assert kept.ids.tolist() == drawn[:1].tolist()
         firsts.add(int(drawn[0]))
     assert len(firsts) > 1
@@ -121,4 +127,6 @@ def test_not_a_number_is_an_error():
     p = mx.softmax(mx.array([[1.0, float("nan"), 0.0]]))
     for k in (1, 2):
         with pytest.raises(NonFiniteLogitsError, match="not finite"):
-            keep(Offers.of_rows(most_probable(p, k), p, p, [[1]]).of(0), 0.1, k, frozenset())
+            keep(
+                StepCandidates.of_rows(most_probable(p, k), p, p, [[1]]).of(0), 0.1, k, frozenset()
+            )

@@ -26,7 +26,7 @@ PATHS = (
 )
 
 
-class Tap:
+class Hook:
     """What passes between the halves of one model."""
 
     def __init__(self) -> None:
@@ -38,31 +38,31 @@ class Tap:
 
 
 @functools.cache
-def _tapped(layers_class: Any) -> type:
+def _hooked(layers_class: Any) -> type:
     """The class of a model's layers, whose output can be taken and replaced."""
 
-    class TappedLayers(layers_class):
+    class HookedLayers(layers_class):
         stands_for = layers_class
 
         def __call__(self, *args, **kwargs):
-            if self.tap.given is not None:
-                return self.tap.given
+            if self.hook.given is not None:
+                return self.hook.given
             output = super().__call__(*args, **kwargs)
-            if self.tap.listening:
-                self.tap.taken = output
+            if self.hook.listening:
+                self.hook.taken = output
             return output
 
-    TappedLayers.__name__ = f"Tapped{layers_class.__name__}"
+    HookedLayers.__name__ = f"Hooked{layers_class.__name__}"
     # Where mlx-lm's own file is looked for by the class's module.
-    TappedLayers.__module__ = layers_class.__module__
-    return TappedLayers
+    HookedLayers.__module__ = layers_class.__module__
+    return HookedLayers
 
 
-class Halves:
+class Backbone:
     """The two halves of a model.
 
     Args:
-        model: a language model as ``mlx_lm.load`` returns it; its layers are tapped, which
+        model: a language model as ``mlx_lm.load`` returns it; its layers get a hook, which
             changes nothing for other callers.
 
     Raises:
@@ -71,10 +71,10 @@ class Halves:
 
     def __init__(self, model: nn.Module):
         self._model = model
-        self._tap = self._install(model)
+        self._hook = self._install(model)
 
     @staticmethod
-    def _install(model: nn.Module) -> Tap:
+    def _install(model: nn.Module) -> Hook:
         for path in PATHS:
             layers: Any = model
             for name in path.split("."):
@@ -83,27 +83,27 @@ class Halves:
                 break
         else:
             raise TempoError("it has no submodule that holds its layers alone")
-        if not hasattr(layers, "tap"):
-            layers.__class__ = _tapped(type(layers))
-            layers.tap = Tap()
-        return layers.tap
+        if not hasattr(layers, "hook"):
+            layers.__class__ = _hooked(type(layers))
+            layers.hook = Hook()
+        return layers.hook
 
     @contextmanager
-    def layers_only(self) -> Iterator[Tap]:
+    def return_hidden(self) -> Iterator[Hook]:
         """While this is open, ``taken`` is the output of the layers of the last call."""
-        self._tap.listening = True
+        self._hook.listening = True
         try:
-            yield self._tap
+            yield self._hook
         finally:
-            self._tap.listening, self._tap.taken = False, None
+            self._hook.listening, self._hook.taken = False, None
 
     def logits(self, hidden: mx.array) -> mx.array:
         """What the model makes of its layers' output [B, T, D]: logits [B, T, V], lazy."""
-        self._tap.given = hidden
+        self._hook.given = hidden
         try:
             return self._model(mx.zeros(hidden.shape[:2], mx.int32))
         finally:
-            self._tap.given = None
+            self._hook.given = None
 
     def divide(self, logits: mx.array, hidden: Any) -> bool:
         """Whether logits [B, T, V] come from the layers' output alone, as far as shapes tell."""
