@@ -2,34 +2,102 @@
 
 import errno
 import importlib
+import importlib.metadata
 import io
 import os
 import sys
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from ..errors import TempoError
+from ..interrupts import leave_on_interrupt
 from ..text.printable import visible
 
-#: Commands, each a module of this package.
-COMMANDS = ("generate", "search", "score", "experiment", "schedule", "models", "doctor", "bench")
+#: Commands in the order of the help, each a module of this package -> what it does.
+COMMANDS = {
+    "generate": "Generate text with parallel token sets.",
+    "search": "Search for a text by Monte Carlo tree search over one shared cache.",
+    "score": "Score words that may go on from contexts, and rank them.",
+    "experiment": "Run suites of prompts, settings and seeds from one file; stop and resume them, "
+    "analyse and report what came out.",
+    "schedule": "Show how a schedule moves a threshold over a run.",
+    "models": "List the models that run by name and those in the Hub's cache, or fetch one.",
+    "doctor": "Say what is installed, on what device, how fast, and what is missing.",
+    "bench": "Measure speed and memory on this machine. Variants take turns in one process; the "
+    "tables show medians and quartiles. Targets are printed, never enforced.",
+}
 
 
-app = typer.Typer(
-    name="tempo-mlx",
-    help="TEMPO on MLX: generate with parallel token sets that share one position and one cache.",
-    no_args_is_help=True,
-    rich_markup_mode="rich",
-    pretty_exceptions_enable=False,
-)
+class Commands(TyperGroup):
+    """The commands by name; a command's module is imported when that command runs.
+
+    All of them take seconds to import, and the help needs none.
+    """
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in COMMANDS:
+            return None
+        return TyperCommand(cmd_name, help=COMMANDS[cmd_name], rich_markup_mode="rich")
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, command and load_command(str(command.name)), rest
 
 
-def build() -> typer.Typer:
-    """The application with all its commands."""
-    if not app.registered_commands and not app.registered_groups:
-        for name in COMMANDS:
-            importlib.import_module(f"{__name__}.{name}").register(app)
-    return app
+def _application(**changed: Any) -> typer.Typer:
+    return typer.Typer(
+        name="tempo-mlx",
+        help="TEMPO on MLX: generate with parallel token sets that share one position and one "
+        "cache.",
+        no_args_is_help=True,
+        rich_markup_mode="rich",
+        pretty_exceptions_enable=False,
+        **changed,
+    )
+
+
+app = _application(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+
+
+def load_command(name: str) -> Any:
+    """A command with its options, whose module is imported for it.
+
+    Args:
+        name: a key of :data:`COMMANDS`.
+    """
+    with leave_on_interrupt():
+        module = importlib.import_module(f"{__name__}.{name}")
+        application = _application()
+        module.register(application)
+        return typer.main.get_group(application).commands[name]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        versions = {name: importlib.metadata.version(name) for name in ("mlx", "mlx-lm")}
+        others = ", ".join(f"{name} {version}" for name, version in versions.items())
+        print(f"tempo-mlx {importlib.metadata.version('tempo-mlx')} ({others})")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            callback=_print_version,
+            is_eager=True,
+            help="Print the versions of tempo-mlx, mlx and mlx-lm, and exit.",
+        ),
+    ] = False,
+) -> None:
+    pass
 
 
 def fail(message: str, code: int = 2) -> None:
@@ -44,7 +112,7 @@ def main() -> None:
     _prepare_streams()
     try:
         try:
-            code = build()(standalone_mode=False)
+            code = app(standalone_mode=False)
         except typer.Exit as exit:
             code = exit.exit_code
         sys.stdout.flush()

@@ -3,6 +3,7 @@
 import json
 
 from tempo_mlx import Settings
+from tempo_mlx.cli import load_command
 from tempo_mlx.cli.effects import setting_needs
 from tempo_mlx.cli.generate import OPTIONS
 from tempo_mlx.models import UnsupportedModelError
@@ -223,12 +224,7 @@ def test_benches_check_their_numbers_before_they_load_a_model(refused, command):
 
 
 def test_every_option_that_needs_another_exists():
-    from tempo_mlx.cli import build
-
-    import typer
-
-    command = typer.main.get_command(build()).commands["generate"]
-    names = {parameter.name for parameter in command.params}
+    names = {parameter.name for parameter in load_command("generate").params}
     assert set(OPTIONS) - names == {"prune_compact_above"}  # Python and files have it.
     assert {need.of for needs in OPTIONS.values() for need in needs} <= names | set(
         Settings(pruning=Pruning()).values()

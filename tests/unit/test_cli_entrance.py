@@ -5,9 +5,9 @@ import json
 import re
 import sys
 from pathlib import Path
-from typing import get_args, get_type_hints
 
 from tempo_mlx import cli
+from tempo_mlx.cli.options import flag_of
 from tempo_mlx.io import inputs
 from tests.tiny_folder import save_tiny_model
 
@@ -251,21 +251,14 @@ def test_a_file_without_one_good_row_has_a_record_for_each(run, folder, tmp_path
 def integer_options():
     """Every option of every command that takes an integer, from the commands themselves."""
 
-    def options(app, path):
-        for group in app.registered_groups:
-            yield from options(group.typer_instance, [*path, group.typer_instance.info.name])
-        for command in app.registered_commands:
-            name = command.name or command.callback.__name__
-            hints = get_type_hints(command.callback, include_extras=True)
-            for parameter, hint in hints.items():
-                kind, *rest = get_args(hint) or (hint,)
-                if kind in (int, int | None):
-                    written = [rest[0].default, *(rest[0].param_decls or ())]
-                    flags = [each for each in written if str(each).startswith("--")]
-                    flag = flags[0] if flags else "--" + parameter.replace("_", "-")
-                    yield " ".join([*path, name, flag])
+    def options(command, path):
+        for name, inner in getattr(command, "commands", {}).items():
+            yield from options(inner, [*path, name])
+        for parameter in command.params:
+            if parameter.type_descriptor.annotation is int and parameter.opts[0].startswith("-"):
+                yield " ".join([*path, flag_of(parameter)])
 
-    return sorted(options(cli.build(), []))
+    return sorted(each for name in cli.COMMANDS for each in options(cli.load_command(name), [name]))
 
 
 #: What a command needs beside the option, up to where the option's value is looked at.

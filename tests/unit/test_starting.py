@@ -3,7 +3,10 @@
 import subprocess
 import sys
 import tomllib
+from importlib import metadata
 from pathlib import Path
+
+from tempo_mlx.cli import COMMANDS, load_command
 
 import pytest
 
@@ -19,7 +22,7 @@ def heard(event, arguments):
 
 # A shell's background jobs ignore SIGINT, and so do their children unless they set it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-sys.argv = ["tempo-mlx", "--help"]
+sys.argv = ["tempo-mlx", "generate", "--help"]
 sys.addaudithook(heard)
 {start}
 """
@@ -69,3 +72,35 @@ assert not hasattr(tempo_mlx, "no_such_name") and not hasattr(tempo_mlx, "__wrap
 """
     found = python(code)
     assert found.returncode == 0, found.stderr
+
+
+def test_the_help_imports_no_command():
+    code = """
+import sys
+from tempo_mlx import cli
+try:
+    sys.argv = ["tempo-mlx", "--help"]
+    cli.main()
+except SystemExit as end:
+    assert end.code == 0
+assert not {"mlx.core", "mlx_lm", "transformers", "numpy"} & set(sys.modules)
+assert not [name for name in sys.modules if name.startswith("tempo_mlx.cli.")]
+"""
+    found = python(code)
+    assert found.returncode == 0, found.stderr
+    assert all(name in found.stdout for name in COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_help_says_what_a_command_says_of_itself(name):
+    own = " ".join(load_command(name).help.split())
+    assert own.startswith(COMMANDS[name])
+
+
+def test_versions_are_printed():
+    found = python(
+        "import sys; sys.argv[1:] = ['--version']; from tempo_mlx import cli; cli.main()"
+    )
+    assert found.returncode == 0
+    assert f"tempo-mlx {metadata.version('tempo-mlx')}" in found.stdout
+    assert f"mlx-lm {metadata.version('mlx-lm')}" in found.stdout
