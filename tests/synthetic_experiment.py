@@ -11,7 +11,7 @@ CATEGORIES = ("narrative", "factual", "technical", "dialogue", "descriptive")
 VOCABULARY = 50_000
 TOKENS = ["run_id", "step", "position", "slot", "id", "text", "probability", "set_size"]
 TOKENS += ["pruned_at"]
-KL = ["prompt_id", "category", "seed", "step", "mode_a", "mode_b", "kl_ab", "kl_ba"]
+KL = ["prompt_id", "category", "seed", "step", "condition_a", "condition_b", "kl_ab", "kl_ba"]
 #: Of the Dirichlet distribution of a set's probabilities: how alike they are.
 EVEN = 8.0
 
@@ -26,13 +26,13 @@ class Planted:
     Args:
         prompts: in each category.
         categories: names.
-        modes: visibilities.
-        seeds: of the runs of each prompt and mode; (None,): deterministic, one run.
+        conditions: visibilities.
+        seeds: of the runs of each prompt and condition; (None,): deterministic, one run.
         steps, prompt_tokens, layers, heads: of each run.
         base, decay: attention of a key at distance 0, and its factor for each further step.
         noise: standard deviation of the logarithm of each entry's attention.
         effect: added to what a sibling token draws.
-        mode_effect: added in the second mode in addition.
+        condition_effect: added in the second condition in addition.
         prompt_sd, seed_sd: standard deviation of that addition between prompts and between runs.
         by_probability: added to what any generated token draws, times the logit of its probability.
         dilution: part of its attention that a generated token loses, linearly, by the last query.
@@ -46,7 +46,7 @@ class Planted:
 
     prompts: int = 2
     categories: tuple[str, ...] = CATEGORIES
-    modes: tuple[str, ...] = ("isolated", "visible")
+    conditions: tuple[str, ...] = ("isolated", "visible")
     seeds: tuple[int | None, ...] = (None,)
     steps: int = 10
     prompt_tokens: int = 4
@@ -56,7 +56,7 @@ class Planted:
     decay: float = 0.8
     noise: float = 0.3
     effect: float = 0.0
-    mode_effect: float = 0.0
+    condition_effect: float = 0.0
     prompt_sd: float = 0.0
     seed_sd: float = 0.0
     by_probability: float = 0.0
@@ -76,12 +76,12 @@ class Planted:
             prompt_id = f"{category}-{number // len(self.categories) + 1}"
             extra = rng.normal(0, self.prompt_sd) + (self.outlier if number == 0 else 0)
             for run_seed in self.seeds:
-                # Both modes of a prompt see the same sets; what they draw differs.
+                # Both conditions of a prompt see the same sets; what they draw differs.
                 plan = self._sets(rng, category)
-                for mode in self.modes:
-                    run_id = f"{prompt_id}/{mode}/{run_seed}"
+                for condition in self.conditions:
+                    run_id = f"{prompt_id}/{condition}/{run_seed}"
                     change = self.effect + extra + rng.normal(0, self.seed_sd)
-                    change += self.mode_effect if mode == self.modes[-1] else 0
+                    change += self.condition_effect if condition == self.conditions[-1] else 0
                     slots = self._slots(rng, plan)
                     rows, attention = self._attention(rng, slots, change)
                     entries.append(rows.assign(run_id=run_id))
@@ -95,8 +95,8 @@ class Planted:
                             "category": category,
                             "prompt": f"The {category} prompt {number}",
                             "seed": run_seed,
-                            "visibility": mode,
-                            "mode": mode,
+                            "visibility": condition,
+                            "condition": condition,
                             "n_steps": self.steps,
                             "n_tokens": len(generated),
                             "text": f" text {run_id}",
@@ -105,7 +105,7 @@ class Planted:
                         }
                     )
                     entropy.append(self._entropy(rng, run_id))
-                if len(self.modes) > 1:
+                if len(self.conditions) > 1:
                     kl.append(self._kl(rng, prompt_id, category, run_seed))
         all_tokens = pd.concat(tokens, ignore_index=True)
         all_tokens["pruned_at"] = pd.array([pd.NA] * len(all_tokens), dtype="Int64")
@@ -205,8 +205,8 @@ class Planted:
                 "category": category,
                 "seed": pd.array([seed] * self.steps, dtype="Int64"),
                 "step": np.arange(self.steps),
-                "mode_a": self.modes[0],
-                "mode_b": self.modes[1],
+                "condition_a": self.conditions[0],
+                "condition_b": self.conditions[1],
                 "kl_ab": size * rng.uniform(0.5, 1.5, self.steps),
                 "kl_ba": size * rng.uniform(0.4, 1.2, self.steps),
             }

@@ -133,8 +133,8 @@ def bench_experiments(
 ) -> Report:
     """Measure the same runs in every way to run a suite, by turns.
 
-    The prompts, modes and seeds are those of the built-in suite, with tokens drawn. Times are of
-    the runs with what is captured of them, not of reading the model before, except where it is
+    The prompts, conditions and seeds are those of the built-in suite, with tokens drawn. Times are
+    of the runs with what is captured of them, not of reading the model before, except where it is
     loaded by each worker, or for each run by a command of its own, as a loop in a shell would.
 
     Args:

@@ -62,7 +62,7 @@ def analyze(
     seed: Annotated[int, typer.Option(help="Seed of the bootstraps, at least 0.")] = 0,
     overwrite: Overwrite = False,
 ) -> None:
-    """Compare siblings with matched single tokens, and modes with each other.
+    """Compare siblings with matched single tokens, and conditions with each other.
 
     Writes FOLDER/analysis: every table as CSV and Parquet, and analysis.json.
     """
@@ -176,19 +176,19 @@ def _say(text: str) -> None:
 
 
 def _print(analysis: "Analysis") -> None:
-    """The most important numbers: naive beside controlled, and mode against mode."""
+    """The most important numbers: naive beside controlled, and condition against condition."""
     from ..experiments.report_blocks import interval, number
     from ..experiments.summary import each
 
     console = wide_console()
     effects = analysis["effects"]
-    table = Table("measure", "mode", title="siblings minus controls")
+    table = Table("measure", "condition", title="siblings minus controls")
     for name in ("n", "naive", "controlled", "95%", "d_z", "p (t)", "Holm"):
         table.add_column(name, justify="right")
     for row in each(effects[effects["grouping"] == "overall"]):
         table.add_row(
             row.measure,
-            row.mode,
+            row.condition,
             str(row.n),
             number(row.naive, True),
             number(row.mean, True),
@@ -200,13 +200,13 @@ def _print(analysis: "Analysis") -> None:
     console.print(table)
     contrasts = analysis["contrasts"]
     if len(contrasts):
-        table = Table("measure", "modes", title="mode minus mode, prompt by prompt")
+        table = Table("measure", "conditions", title="condition minus condition, prompt by prompt")
         for name in ("n", "difference", "95%", "d_z", "p (t)", "Holm"):
             table.add_column(name, justify="right")
         for row in each(contrasts[contrasts["grouping"] == "overall"]):
             table.add_row(
                 row.measure,
-                f"{row.mode_b} - {row.mode_a}",
+                f"{row.condition_b} - {row.condition_a}",
                 str(row.n),
                 number(row.mean, True),
                 interval(row.low, row.high, row.note),
@@ -215,8 +215,8 @@ def _print(analysis: "Analysis") -> None:
                 number(row.p_t_holm),
             )
         console.print(table)
-    matches = analysis["matches"].groupby(["of", "mode"], sort=False, as_index=False)
+    matches = analysis["matches"].groupby(["of", "condition"], sort=False, as_index=False)
     for row in each(matches[["units", "without"]].sum()):
-        console.print(f"{row.mode}: {row.without} of {row.units} {row.of} had no control")
+        console.print(f"{row.condition}: {row.without} of {row.units} {row.of} had no control")
     for note in analysis.info["notes"]:
         console.print(note, style="yellow")

@@ -16,7 +16,7 @@ from ..io.files import write_atomically
 from .ledger import DONE
 from .matching import Rules, keys_of
 from .measures import ALL, MEASURES, Measured, Measurements, measure
-from .mixed_model import mode_model, observations, seed_model, sibling_model
+from .mixed_model import condition_model, observations, seed_model, sibling_model
 from .statistics import CONFIDENCE, MIN_BOOTSTRAP, MIN_PROMPTS, MIN_WILCOXON, clustered_mean
 from .store import LEDGER, read_ledger
 from .summary import (
@@ -24,10 +24,10 @@ from .summary import (
     TESTED,
     by_head,
     by_prompt,
+    condition_differences,
+    condition_pairs,
     each,
     influences,
-    mode_differences,
-    mode_pairs,
     over_prompts,
     overall,
     summarise,
@@ -43,10 +43,10 @@ CSV, PARQUET = ".csv", ".parquet"
 #: The tables, each with what it holds; in a cell, no set size or layer means all of them.
 CONTENTS = {
     "runs": "the runs that were analysed",
-    "matches": "how many siblings and sets found controls, by mode and category",
+    "matches": "how many siblings and sets found controls, by condition and category",
     "balance": "how alike siblings and controls are, before and after matching",
     "effects": "siblings minus controls by category, set size and layer, the naive number beside",
-    "contrasts": "the same, one mode minus another, prompt by prompt",
+    "contrasts": "the same, one condition minus another, prompt by prompt",
     "prompts": "the values of each prompt that these are computed from",
     "intervals": "the effect in each prompt, with an interval of its own",
     "heads": "siblings and controls by layer and head",
@@ -55,9 +55,9 @@ CONTENTS = {
     "sensitivity": "the effect under other rules of matching",
     "seeds": "how much the effect varies between seeds and between prompts",
     "models": "mixed models of the same questions",
-    "kl": "divergence of the modes' next distributions by step",
-    "entropy": "entropy of attention by mode and layer",
-    "first_token": "attention of the prompt's first token by mode and layer",
+    "kl": "divergence of the conditions' next distributions by step",
+    "entropy": "entropy of attention by condition and layer",
+    "first_token": "attention of the prompt's first token by condition and layer",
 }
 #: In Parquet and CSV only.
 NOT_IN_JSON = ("prompts",)
@@ -132,18 +132,18 @@ def analyze(
         )
     found = measure(tables, rules, keys)
     runs = tables.runs
-    pairs = mode_pairs(runs)
+    pairs = condition_pairs(runs)
     prompts = by_prompt(found)
-    differences = mode_differences(prompts, pairs)
+    differences = condition_differences(prompts, pairs)
     bootstrap = {"resamples": resamples, "seed": seed}
-    of_modes = ["measure", "mode_a", "mode_b"]
+    of_conditions = ["measure", "condition_a", "condition_b"]
     beside = ["siblings", "controls", "naive"]
-    contrasts = summarise(differences, of_modes, ["effect_a", "effect_b"], **bootstrap)
+    contrasts = summarise(differences, of_conditions, ["effect_a", "effect_b"], **bootstrap)
     influence = [
-        influences(prompts, ["measure", "mode"]).assign(question="siblings"),
-        influences(differences, of_modes).assign(question="modes"),
+        influences(prompts, ["measure", "condition"]).assign(question="siblings"),
+        influences(differences, of_conditions).assign(question="conditions"),
     ]
-    named = runs[["run_id", "prompt_id", "mode"]]
+    named = runs[["run_id", "prompt_id", "condition"]]
     first = found.first.merge(runs[["run_id", "prompt_id"]], on="run_id")
     entropy = tables.entropy.merge(named, on="run_id")
     seeds = seed_sensitivity(found, tables)
@@ -151,7 +151,7 @@ def analyze(
         "runs": runs.reset_index(drop=True),
         "matches": found.matches,
         "balance": found.balance,
-        "effects": summarise(prompts, ["measure", "mode"], beside, **bootstrap),
+        "effects": summarise(prompts, ["measure", "condition"], beside, **bootstrap),
         "contrasts": contrasts,
         "prompts": prompts,
         "intervals": prompt_intervals(found, runs),
@@ -161,9 +161,9 @@ def analyze(
         "sensitivity": sensitivity(tables, keys, rules, pairs),
         "seeds": seeds,
         "models": models(observations(keys, tables.received), pairs),
-        "kl": over_prompts(tables.kl, ["mode_a", "mode_b", "step"], ["kl_ab", "kl_ba"]),
-        "entropy": over_prompts(entropy, ["mode", "layer"], ["entropy"]),
-        "first_token": over_prompts(first, ["mode", "layer"], ["attention"]),
+        "kl": over_prompts(tables.kl, ["condition_a", "condition_b", "step"], ["kl_ab", "kl_ba"]),
+        "entropy": over_prompts(entropy, ["condition", "layer"], ["entropy"]),
+        "first_token": over_prompts(first, ["condition", "layer"], ["attention"]),
     }
     info = {
         "schema": SCHEMA,
@@ -181,8 +181,8 @@ def analyze(
         "families": list(TESTED.values()),
         "n_runs": len(runs),
         "n_prompts": int(runs["prompt_id"].nunique()),
-        "modes": list(runs["mode"].unique()),
-        "mode_pairs": [list(pair) for pair in pairs],
+        "conditions": list(runs["condition"].unique()),
+        "condition_pairs": [list(pair) for pair in pairs],
         "notes": notes(found, tables, seeds, rules),
         "contents": CONTENTS,
     }
@@ -196,15 +196,15 @@ def prompt_intervals(found: Measurements, runs: DataFrame) -> DataFrame:
     describes the prompt, not the model: what holds beyond the prompt has its interval over prompts.
 
     Returns:
-        measure, category, prompt_id, prompt, mode, effect, low, high, n (runs or sets that the
+        measure, category, prompt_id, prompt, condition, effect, low, high, n (runs or sets that the
         interval is over), over ("runs" or "sets").
     """
     texts = runs.drop_duplicates("prompt_id").set_index("prompt_id")["prompt"]
     rows = []
     for name, measured in found.measured.items():
         units = measured.units[measured.units["controls"].notna()]
-        for labels, mine in units.groupby(["category", "prompt_id", "mode"], sort=False):
-            category, prompt, mode = map(str, labels)
+        for labels, mine in units.groupby(["category", "prompt_id", "condition"], sort=False):
+            category, prompt, condition = map(str, labels)
             several = mine["run_id"].nunique() >= MIN_PROMPTS
             clusters = ["run_id"] if several else ["run_id", "key_step"]
             # Every run counts the same, as everywhere.
@@ -215,15 +215,17 @@ def prompt_intervals(found: Measurements, runs: DataFrame) -> DataFrame:
                 weights.to_numpy(),
             )
             over = "runs" if several else "sets"
-            rows.append((name, category, prompt, texts[prompt], mode, effect, low, high, n, over))
-    columns = ["measure", "category", "prompt_id", "prompt", "mode"]
+            rows.append(
+                (name, category, prompt, texts[prompt], condition, effect, low, high, n, over)
+            )
+    columns = ["measure", "category", "prompt_id", "prompt", "condition"]
     return DataFrame(rows, columns=[*columns, "effect", "low", "high", "n", "over"])
 
 
 def distances(measured: Measured) -> DataFrame:
     """Attention of matched units and their controls by distance: means over prompts."""
     matched = measured.units[measured.units["controls"].notna()]
-    by = ["mode", "distance"]
+    by = ["condition", "distance"]
     found = over_prompts(matched, by, ["siblings", "controls"])
     counts = matched.groupby(by, as_index=False).size().rename(columns={"size": "units"})
     return found.merge(counts, on=by).sort_values(by, ignore_index=True)
@@ -236,19 +238,21 @@ def sensitivity(
 
     Returns:
         caliper, window (empty: any), adjustment, chosen (the rules of this analysis), measure,
-        mode (or "second - first" of a pair), n, effect, effect_low, effect_high, without (share of
-        a mode's units that found no control).
+        condition (or "second - first" of a pair), n, effect, effect_low, effect_high, without
+        (share of a condition's units that found no control).
     """
     # These measures are linear: the mean over layers and heads may be taken first.
     mean = tables.received.mean(axis=(1, 2), dtype=np.float64)
     flat = replace(tables, received=mean[:, None, None])
-    by = ["measure", "mode"]
+    by = ["measure", "condition"]
     parts = []
     for other in dict.fromkeys([*OTHER_RULES, rules]):
         rows = by_prompt(measure(flat, other, keys))
         rows = rows[(rows["measure"] != "alone") & rows["set_size"].isna() & rows["layer"].isna()]
-        both = mode_differences(rows, pairs)
-        both["mode"] = both["mode_b"].astype(str) + " - " + both["mode_a"].astype(str)
+        both = condition_differences(rows, pairs)
+        both["condition"] = (
+            both["condition_b"].astype(str) + " - " + both["condition_a"].astype(str)
+        )
         known = pd.concat([overall(rows)[[*by, "prompt_id", "effect"]], both], join="inner")
         sums = rows.groupby(by, sort=False)[["units", "matched"]].sum()
         without = (1 - sums["matched"] / sums["units"]).rename("without").reset_index()
@@ -259,7 +263,7 @@ def sensitivity(
         [part.astype({"caliper": "Float64", "window": "Int64"}) for part in parts],
         ignore_index=True,
     )
-    columns = ["caliper", "window", "adjustment", "chosen", "measure", "mode", "n", "effect"]
+    columns = ["caliper", "window", "adjustment", "chosen", "measure", "condition", "n", "effect"]
     return table[[*columns, "effect_low", "effect_high", "without"]]
 
 
@@ -267,7 +271,7 @@ def seed_sensitivity(found: Measurements, tables: Tables) -> DataFrame:
     """How much of the effect's variance lies between seeds of one prompt.
 
     Returns:
-        measure, mode, prompts, runs, distinct (different texts or sets within their prompt),
+        measure, condition, prompts, runs, distinct (different texts or sets within their prompt),
         sd_seeds, sd_prompts, icc (share of the variance between prompts, ICC(1) of Shrout and
         Fleiss 1979, from the mixed model's components), converged, note.
     """
@@ -277,10 +281,10 @@ def seed_sensitivity(found: Measurements, tables: Tables) -> DataFrame:
     for name, measured in found.measured.items():
         cells = measured.cells.assign(effect=measured.effect.mean(axis=(1, 2)))
         used = cells[(cells["set_size"] == ALL) & cells["effect"].notna()]
-        for mode, mine in used.groupby("mode", sort=False):
+        for condition, mine in used.groupby("condition", sort=False):
             texts = mine.assign(content=mine["run_id"].map(contents))
             distinct = len(texts.drop_duplicates(["prompt_id", "content"]))
-            row: dict[str, Any] = {"measure": name, "mode": mode}
+            row: dict[str, Any] = {"measure": name, "condition": condition}
             row |= {"prompts": mine["prompt_id"].nunique(), "runs": len(mine)}
             row |= {"distinct": distinct, "sd_seeds": None, "sd_prompts": None, "icc": None}
             if len(mine) == row["prompts"]:
@@ -293,24 +297,24 @@ def seed_sensitivity(found: Measurements, tables: Tables) -> DataFrame:
                 row |= {"sd_seeds": within**0.5, "sd_prompts": between**0.5}
                 row["icc"] = between / (between + within) if between + within > 0 else None
             rows.append(row | {"converged": model["converged"], "note": model["note"]})
-    columns = ["measure", "mode", "prompts", "runs", "distinct"]
+    columns = ["measure", "condition", "prompts", "runs", "distinct"]
     numbers = dict.fromkeys(("sd_seeds", "sd_prompts", "icc"), float)
     table = DataFrame(rows, columns=[*columns, *numbers, "converged", "note"])
     return table.astype({**numbers, "converged": "boolean"})
 
 
 def models(seen: DataFrame, pairs: list[tuple[str, str]]) -> DataFrame:
-    """Mixed models of siblings' attention in each mode, and of its difference between modes."""
-    by_mode = dict(list(seen.groupby("mode", sort=False)))
+    """Mixed models of siblings' attention in each condition, and of the difference between two."""
+    by_condition = dict(list(seen.groupby("condition", sort=False)))
     rows = [
-        {"question": "siblings", "mode": mode, **sibling_model(mine)}
-        for mode, mine in by_mode.items()
+        {"question": "siblings", "condition": condition, **sibling_model(mine)}
+        for condition, mine in by_condition.items()
     ]
     rows += [
-        {"question": "modes", "mode": f"{second} - {first}", **model}
+        {"question": "conditions", "condition": f"{second} - {first}", **model}
         for first, second in pairs
-        if first in by_mode and second in by_mode
-        for model in [mode_model(by_mode[first], by_mode[second])]
+        if first in by_condition and second in by_condition
+        for model in [condition_model(by_condition[first], by_condition[second])]
     ]
     numbers = ["estimate", "low", "high", "p", "var_prompt", "var_sibling", "var_residual"]
     return DataFrame(rows).astype(dict.fromkeys(numbers, float))
@@ -328,14 +332,14 @@ def notes(found: Measurements, tables: Tables, seeds: DataFrame, rules: Rules) -
     for row in each(of_tokens):
         if row.distinct < row.runs:
             said.append(
-                f"{row.mode}: {row.runs} runs of {row.prompts} prompts, {row.distinct} of them "
-                "different; runs are averaged within their prompt, so copies are no evidence."
+                f"{row.condition}: {row.runs} runs of {row.prompts} prompts, {row.distinct} of "
+                "them different; runs are averaged within their prompt, so copies are no evidence."
             )
     measured = found.measured["token"]
     cells = measured.cells[measured.cells["set_size"] == ALL]
-    for mode, mine in runs.groupby("mode", sort=False):
+    for condition, mine in runs.groupby("condition", sort=False):
         prompts = set(mine["prompt_id"])
-        here = cells[cells["mode"] == mode]
+        here = cells[cells["condition"] == condition]
         with_units = set(here["prompt_id"])
         with_controls = set(here.loc[here["matched"] > 0, "prompt_id"])
         for what, missing in (
@@ -345,22 +349,24 @@ def notes(found: Measurements, tables: Tables, seeds: DataFrame, rules: Rules) -
             if missing:
                 names = ", ".join(sorted(missing))
                 said.append(
-                    f"{mode}: {len(missing)} of {len(prompts)} prompts have {what}: {names}"
+                    f"{condition}: {len(missing)} of {len(prompts)} prompts have {what}: {names}"
                 )
-        mine_units = measured.units[measured.units["mode"] == mode]
+        mine_units = measured.units[measured.units["condition"] == condition]
         if len(mine_units) and not mine_units["siblings"].fillna(0).any():
             said.append(
-                f"{mode}: siblings got no attention at all; where later steps cannot see them, the "
-                "difference says nothing about the model."
+                f"{condition}: siblings got no attention at all; where later steps cannot see "
+                "them, the difference says nothing about the model."
             )
-        if rules.adjustment != "none" and mode not in found.adjusted:
-            said.append(f"{mode}: too few single tokens for slopes; controls are not adjusted.")
+        if rules.adjustment != "none" and condition not in found.adjusted:
+            said.append(
+                f"{condition}: too few single tokens for slopes; controls are not adjusted."
+            )
     everyone = set(runs["prompt_id"])
-    for mode, mine in runs.groupby("mode", sort=False):
+    for condition, mine in runs.groupby("condition", sort=False):
         lacking = everyone - set(mine["prompt_id"])
         if lacking:
             names = ", ".join(sorted(lacking))
-            said.append(f"{mode}: no finished run of {len(lacking)} prompts: {names}")
+            said.append(f"{condition}: no finished run of {len(lacking)} prompts: {names}")
     return said
 
 

@@ -18,7 +18,7 @@ from .tables import Tables
 
 #: Where controls are looked for, in this order; the columns that unit and control share. Never in
 #: other prompts: these are the units of replication, and sharing controls would tie them together.
-SCOPES = {"run": ["run_id"], "prompt": ["prompt_id", "mode"]}
+SCOPES = {"run": ["run_id"], "prompt": ["prompt_id", "condition"]}
 
 #: Probabilities nearer to 0 or 1 than this count as this near: 1 has no logit.
 NEAREST = 1e-6
@@ -53,7 +53,7 @@ class Rules:
         window: largest difference of the two query steps, at least 0: attention is shared by more
             keys at later steps; 0 finds controls in other runs of the prompt alone; None for any.
         adjustment: "linear": what controls draw is moved to the unit's logit, query step and number
-            of keys along slopes fitted to all single tokens of the mode (matching with bias
+            of keys along slopes fitted to all single tokens of the condition (matching with bias
             correction, Abadie and Imbens 2011); "none": as they are.
     """
 
@@ -74,9 +74,9 @@ def keys_of(tables: Tables) -> DataFrame:
 
     Returns:
         One row for each such entry: row (of ``tables.received``), unit (a number from 0), run_id,
-        prompt_id, category, mode, query_step, key_step, distance, set_size, probability, logit,
-        is_first, n_keys (keys that the query could see, those of its own step left out) and kind:
-        "prompt", "single" (generated, alone in its set) or "sibling" (generated, not alone).
+        prompt_id, category, condition, query_step, key_step, distance, set_size, probability,
+        logit, is_first, n_keys (keys that the query could see, without those of its own step) and
+        kind: "prompt", "single" (generated, alone in its set) or "sibling" (generated, not alone).
     """
     entries = tables.entries.assign(row=np.arange(len(tables.entries)))
     entries = entries[entries["key_step"] < entries["query_step"]]
@@ -85,7 +85,7 @@ def keys_of(tables: Tables) -> DataFrame:
     # Rows of steps after this one do not see a pruned token.
     pruned_at = entries["pruned_at"].astype("Float64").to_numpy(float, na_value=np.inf)
     entries = entries[pruned_at >= entries["query_step"]].drop(columns="pruned_at")
-    runs = tables.runs[["run_id", "prompt_id", "category", "mode"]]
+    runs = tables.runs[["run_id", "prompt_id", "category", "condition"]]
     keys = entries.merge(runs, on="run_id", validate="many_to_one").reset_index(drop=True)
     prompt, several = keys["is_prompt"].to_numpy(bool), keys["set_size"].to_numpy() > 1
     keys["kind"] = np.select([prompt, several], ["prompt", "sibling"], "single")
@@ -107,7 +107,7 @@ def sibling_tokens(keys: DataFrame) -> DataFrame:
 def sibling_sets(keys: DataFrame) -> DataFrame:
     """The units of comparisons by set: live members together, with their total probability."""
     columns = ["run_id", "query_step", "key_step"]
-    shared = ["prompt_id", "category", "mode", "distance", "set_size", "n_keys"]
+    shared = ["prompt_id", "category", "condition", "distance", "set_size", "n_keys"]
     siblings = keys[keys["kind"] == "sibling"]
     sets = siblings.groupby(columns, sort=False, as_index=False).agg(
         {**dict.fromkeys(shared, "first"), "probability": "sum"}
@@ -164,7 +164,7 @@ def _pairs(units: DataFrame, singles: DataFrame, columns: list[str], rules: Rule
 
 
 def count_matches(units: DataFrame, pairs: DataFrame) -> DataFrame:
-    """How many units found a control, and where, by mode and category."""
+    """How many units found a control, and where, by condition and category."""
     scopes = pairs.drop_duplicates("unit").set_index("unit")["scope"]
     counted = units.assign(
         units=1,
@@ -174,35 +174,35 @@ def count_matches(units: DataFrame, pairs: DataFrame) -> DataFrame:
         pairs=units["unit"].map(pairs["unit"].value_counts()).fillna(0).astype(int),
     )
     sums = ["units", "in_run", "in_prompt", "without", "pairs"]
-    counts = counted.groupby(["mode", "category"], sort=False, as_index=False)[sums].sum()
+    counts = counted.groupby(["condition", "category"], sort=False, as_index=False)[sums].sum()
     matched = counts["units"] - counts["without"]
     counts["controls_each"] = counts.pop("pairs") / matched.where(matched > 0)
     return counts
 
 
 def balance(units: DataFrame, pairs: DataFrame, keys: DataFrame) -> DataFrame:
-    """How alike units and controls are, before and after matching, by mode.
+    """How alike units and controls are, before and after matching, by condition.
 
     Returns:
-        mode, covariate, sd, and for "before" (all units, all single tokens) and "after" (units with
-        controls, their controls) the two means and their difference in units of sd: the
+        condition, covariate, sd, and for "before" (all units, all single tokens) and "after" (units
+        with controls, their controls) the two means and their difference in units of sd: the
         standardised difference of Austin (2009), sd^2 being the mean of the two variances before
         matching. He takes differences below 0.1 for negligible.
     """
     singles = keys[keys["kind"] == "single"].set_index("row")
-    matched = pairs.merge(units[["unit", "mode"]], on="unit")
+    matched = pairs.merge(units[["unit", "condition"]], on="unit")
     rows = []
-    for mode, mine in units.groupby("mode", sort=False):
-        theirs = matched[matched["mode"] == mode]
+    for condition, mine in units.groupby("condition", sort=False):
+        theirs = matched[matched["condition"] == condition]
         kept = mine[mine["unit"].isin(theirs["unit"])]
         controls = singles.loc[theirs["row"]]
         for covariate in COVARIATES:
-            everyone = singles.loc[singles["mode"] == mode, covariate]
+            everyone = singles.loc[singles["condition"] == condition, covariate]
             before = [_moments(mine[covariate]), _moments(everyone)]
             weights = theirs["weight"].to_numpy()
             after = [_moments(kept[covariate]), _moments(controls[covariate], weights)]
             sd = np.sqrt((before[0].var + before[1].var) / 2)
-            row: dict[str, object] = {"mode": mode, "covariate": covariate, "sd": sd}
+            row: dict[str, object] = {"condition": condition, "covariate": covariate, "sd": sd}
             for when, (ours, others) in (("before", before), ("after", after)):
                 row[f"units_{when}"], row[f"controls_{when}"] = ours.mean, others.mean
                 difference = (ours.mean - others.mean) / sd if sd > 0 else np.nan
@@ -239,7 +239,7 @@ def slopes(singles: DataFrame) -> np.ndarray | None:
     Least squares with a level for each distance.
 
     Args:
-        singles: single tokens of one mode, [N] rows of :func:`keys_of`.
+        singles: single tokens of one condition, [N] rows of :func:`keys_of`.
 
     Returns:
         None where there are fewer than :data:`ROWS_EACH` rows for each coefficient.

@@ -57,8 +57,8 @@ class Measured:
     """One measure in every cell; a cell is the siblings of one set size, or of all, in one run.
 
     Args:
-        cells: run_id, prompt_id, category, mode, set_size (0: all), units, matched.
-        units: what the cells average over: run_id, prompt_id, category, mode, query_step,
+        cells: run_id, prompt_id, category, condition, set_size (0: all), units, matched.
+        units: what the cells average over: run_id, prompt_id, category, condition, query_step,
             key_step, distance, set_size, and siblings and controls (means over layers and heads;
             NaN without a control).
         siblings, controls: [C, L, H], means over the matched units; NaN where there are none.
@@ -84,11 +84,11 @@ class Measurements:
 
     Args:
         measured: by name of the measure.
-        matches: how many units found controls: of ("tokens" or "sets"), mode, category, ...
-        balance: how alike they are: of, mode, covariate, ...
-        first: mode, run_id, layer, attention: of the prompt's first token, mean over heads and
+        matches: how many units found controls: of ("tokens" or "sets"), condition, category, ...
+        balance: how alike they are: of, condition, covariate, ...
+        first: condition, run_id, layer, attention: of the prompt's first token, mean over heads and
             query steps.
-        adjusted: modes whose controls were adjusted.
+        adjusted: conditions whose controls were adjusted.
     """
 
     measured: dict[str, Measured]
@@ -100,10 +100,10 @@ class Measurements:
 
 @dataclass(frozen=True)
 class Adjustment:
-    """How much more the units of a mode would draw than their controls if they were single tokens.
+    """How much more a condition's units would draw than their controls if they were single tokens.
 
     Args:
-        units: numbers of the mode's units, [U].
+        units: numbers of the condition's units, [U].
         left: covariates of units minus those of controls, [U, 3].
         singles: rows of ``received``, [N].
         slopes: what turns their attention into slopes, [3, N].
@@ -170,12 +170,12 @@ def measure(tables: Tables, rules: Rules, keys: DataFrame | None = None) -> Meas
 
 
 def _fit(keys: DataFrame) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Rows of the single tokens of each mode, and what turns their attention into slopes."""
+    """Rows of the single tokens of each condition, and what turns their attention into slopes."""
     fitted = {}
-    for mode, singles in keys[keys["kind"] == "single"].groupby("mode", sort=False):
+    for condition, singles in keys[keys["kind"] == "single"].groupby("condition", sort=False):
         found = slopes(singles)
         if found is not None:
-            fitted[str(mode)] = singles["row"].to_numpy(), found
+            fitted[str(condition)] = singles["row"].to_numpy(), found
     return fitted
 
 
@@ -186,10 +186,10 @@ def _adjustments(
     keys: DataFrame,
 ) -> list[Adjustment]:
     left = remaining_difference(units, pairs, keys)
-    places = {mode: np.flatnonzero(units["mode"] == mode) for mode in fitted}
+    places = {condition: np.flatnonzero(units["condition"] == condition) for condition in fitted}
     return [
-        Adjustment(places[mode], left[places[mode]], singles, found)
-        for mode, (singles, found) in fitted.items()
+        Adjustment(places[condition], left[places[condition]], singles, found)
+        for condition, (singles, found) in fitted.items()
     ]
 
 
@@ -224,7 +224,7 @@ def _measure(
     received: np.ndarray,
 ) -> Measured:
     n_units, (n_entries, n_layers, n_heads) = len(units), received.shape
-    labels = ["run_id", "prompt_id", "category", "mode"]
+    labels = ["run_id", "prompt_id", "category", "condition"]
     everything = units.assign(cell_size=ALL)
     by_size = units.assign(cell_size=units["set_size"])
     placed = pd.concat([everything, by_size], ignore_index=True)
@@ -281,6 +281,8 @@ def _first_token(keys: DataFrame, received: np.ndarray) -> DataFrame:
     first = keys[keys["is_first"].astype(bool)]
     per_head = received[first["row"].to_numpy()]
     attention = DataFrame(per_head.mean(axis=2, dtype=np.float64))
-    by_run = attention.groupby([first["run_id"].to_numpy(), first["mode"].to_numpy()]).mean()
-    by_run.index.names = ["run_id", "mode"]
-    return by_run.reset_index().melt(["run_id", "mode"], var_name="layer", value_name="attention")
+    by_run = attention.groupby([first["run_id"].to_numpy(), first["condition"].to_numpy()]).mean()
+    by_run.index.names = ["run_id", "condition"]
+    return by_run.reset_index().melt(
+        ["run_id", "condition"], var_name="layer", value_name="attention"
+    )

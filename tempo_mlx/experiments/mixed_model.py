@@ -12,7 +12,7 @@ from .matching import ADJUSTED
 from .statistics import CONFIDENCE, MIN_PROMPTS, TOO_SMALL
 
 SIBLING_MODEL = "attention ~ sibling + C(distance) + logit + query_step + n_keys"
-MODE_MODEL = "attention ~ sibling * second + C(distance) + logit + query_step + n_keys"
+CONDITION_MODEL = "attention ~ sibling * second + C(distance) + logit + query_step + n_keys"
 #: Random effects of both: each prompt has its own level, and its own effect of siblings.
 RANDOM = "~ sibling"
 SEED_MODEL = "effect ~ 1"
@@ -26,19 +26,19 @@ def observations(keys: DataFrame, received: np.ndarray) -> DataFrame:
         received: of the same tables, [entries, layers, heads].
 
     Returns:
-        prompt_id, mode, sibling (0 or 1), distance, logit (of its probability), query_step, n_keys,
-        attention (mean over layers and heads).
+        prompt_id, condition, sibling (0 or 1), distance, logit (of its probability), query_step,
+        n_keys, attention (mean over layers and heads).
     """
     keys = keys[keys["kind"] != "prompt"]
     received = received.mean(axis=(1, 2), dtype=np.float64)
-    columns = ["prompt_id", "mode", "distance", *ADJUSTED]
+    columns = ["prompt_id", "condition", "distance", *ADJUSTED]
     return keys[columns].assign(
         sibling=(keys["kind"] == "sibling").astype(float), attention=received[keys["row"]]
     )
 
 
 def sibling_model(seen: DataFrame) -> dict[str, Any]:
-    """Attention of siblings over that of single tokens, in one mode.
+    """Attention of siblings over that of single tokens, in one condition.
 
     Args:
         seen: rows of :func:`observations`.
@@ -46,10 +46,10 @@ def sibling_model(seen: DataFrame) -> dict[str, Any]:
     return _fit(SIBLING_MODEL, seen, "attention", "sibling", RANDOM)
 
 
-def mode_model(first: DataFrame, second: DataFrame) -> dict[str, Any]:
-    """How much larger that is in the second mode than in the first."""
+def condition_model(first: DataFrame, second: DataFrame) -> dict[str, Any]:
+    """How much larger that is in the second condition than in the first."""
     both = pd.concat([first.assign(second=0.0), second.assign(second=1.0)])
-    return _fit(MODE_MODEL, both, "attention", "sibling:second", RANDOM)
+    return _fit(CONDITION_MODEL, both, "attention", "sibling:second", RANDOM)
 
 
 def seed_model(effects: DataFrame) -> dict[str, Any]:

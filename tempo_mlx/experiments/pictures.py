@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 #: What these pictures are called in their metadata.
 KIND = "experiment"
 
-#: A colour and a mark for each mode, repeated beyond that.
+#: A colour and a mark for each condition, repeated beyond that.
 COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY, GREY)
 MARKS = "osD^vP"
 #: Opacity of bands and of single prompts.
@@ -52,8 +52,8 @@ DIFFERENCE = {
     "set": "attention of the set − matched controls",
     "alone": "attention per sibling, siblings left out − matched controls",
 }
-#: Room for the title of one of two panels, and for a mode in a key, in multiples of the font size.
-TITLE_ROOM, MODE_ROOM = 23.0, 12.0
+#: Room for the title of one of two panels, and for a condition in a key, in font sizes.
+TITLE_ROOM, CONDITION_ROOM = 23.0, 12.0
 
 
 def plot_experiment(
@@ -95,23 +95,23 @@ def files_of(folder: Path, ending: str = ".svg") -> list[Path]:
 
 
 def heads_figure(analysis: "Analysis", measure: str) -> "Figure | None":
-    """Siblings minus controls by layer and head, a panel for each mode; one scale for all."""
+    """Siblings minus controls by layer and head, a panel for each condition; one scale for all."""
     heads = _of(analysis["heads"], measure)
     if not len(heads):
         return None
-    modes = _modes(analysis, heads)
+    conditions = _conditions(analysis, heads)
     largest = float(heads["effect"].abs().max()) or 1.0
     n_layers, n_heads = int(heads["layer"].max()) + 1, int(heads["head"].max()) + 1
-    figure, panels = _panels(len(modes), 1.6 + 0.115 * max(n_layers, 12))
+    figure, panels = _panels(len(conditions), 1.6 + 0.115 * max(n_layers, 12))
     shown: Any = None
-    for axes, mode in zip(panels, modes, strict=True):
-        mine = heads[heads["mode"] == mode].sort_values(["layer", "head"])
+    for axes, condition in zip(panels, conditions, strict=True):
+        mine = heads[heads["condition"] == condition].sort_values(["layer", "head"])
         values = mine["effect"].to_numpy().reshape(n_layers, n_heads)
         shown = axes.imshow(
             values, cmap="RdBu_r", vmin=-largest, vmax=largest, aspect="auto", origin="lower"
         )
         count = int(mine["prompts"].iloc[0])
-        _title(axes, cut(f"{count} prompts, {mode}", TITLE_ROOM))
+        _title(axes, cut(f"{count} prompts, {condition}", TITLE_ROOM))
         axes.set_xlabel("head")
         axes.set_ylabel("layer")
         _whole(axes.xaxis)
@@ -127,7 +127,7 @@ def prompts_figure(analysis: "Analysis", measure: str) -> "Figure | None":
     found = _of(analysis["intervals"], measure)
     if not len(found):
         return None
-    modes = _modes(analysis, found)
+    conditions = _conditions(analysis, found)
     order = _in_order(analysis, found).drop_duplicates("prompt_id")
     left_out = len(order) - MOST_ROWS
     if left_out > 0:
@@ -156,16 +156,16 @@ def prompts_figure(analysis: "Analysis", measure: str) -> "Figure | None":
     axes = figure.add_subplot()
     axes.axvline(0, color=GREY, linewidth=0.8)
     axes.axhline(y + 0.1, color=PALE, linewidth=1)
-    gap = 0.5 / max(1, len(modes))
-    for i, mode in enumerate(modes):
+    gap = 0.5 / max(1, len(conditions))
+    for i, condition in enumerate(conditions):
         style = _style(i)
-        shift = (i - (len(modes) - 1) / 2) * gap
-        mine = found[(found["mode"] == mode) & found["prompt_id"].isin(rows)]
+        shift = (i - (len(conditions) - 1) / 2) * gap
+        mine = found[(found["condition"] == condition) & found["prompt_id"].isin(rows)]
         heights = mine["prompt_id"].map(rows).to_numpy(float) + shift
         _intervals(axes, mine, heights, style)
         pooled = _whole_effects(analysis, measure)
-        pooled = pooled[pooled["mode"] == mode].rename(columns={"mean": "effect"})
-        _intervals(axes, pooled, np.full(len(pooled), bottom + shift), style, mode, size=6.5)
+        pooled = pooled[pooled["condition"] == condition].rename(columns={"mean": "effect"})
+        _intervals(axes, pooled, np.full(len(pooled), bottom + shift), style, condition, size=6.5)
     axes.set_yticks([y for y, _ in names], [name for _, name in names], parse_math=False)
     axes.set_ylim(bottom + 0.7, -0.7)
     axes.set_xlabel(DIFFERENCE[measure])
@@ -177,7 +177,7 @@ def prompts_figure(analysis: "Analysis", measure: str) -> "Figure | None":
         note += f"\n{left_out} prompts in the middle of the order are left out"
     _title(axes, note)
     _open(axes, "x")
-    _key(figure, len(modes))
+    _key(figure, len(conditions))
     return figure
 
 
@@ -186,7 +186,7 @@ def categories_figure(analysis: "Analysis", measure: str) -> "Figure | None":
     found = _of(analysis["intervals"], measure)
     if not len(found):
         return None
-    modes = _modes(analysis, found)
+    conditions = _conditions(analysis, found)
     effects = _of(analysis["effects"], measure)
     cells = effects[effects["grouping"] == "by category"]
     categories = list(dict.fromkeys(_in_order(analysis, found)["category"]))
@@ -196,12 +196,12 @@ def categories_figure(analysis: "Analysis", measure: str) -> "Figure | None":
     figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
     axes = figure.add_subplot()
     axes.axhline(0, color=GREY, linewidth=0.8)
-    width = 0.8 / max(1, len(modes))
-    for i, mode in enumerate(modes):
+    width = 0.8 / max(1, len(conditions))
+    for i, condition in enumerate(conditions):
         style = _style(i)
         for place, category in enumerate(categories):
-            middle = place + (i - (len(modes) - 1) / 2) * width
-            mine = found[(found["mode"] == mode) & (found["category"] == category)]
+            middle = place + (i - (len(conditions) - 1) / 2) * width
+            mine = found[(found["condition"] == condition) & (found["category"] == category)]
             spread = np.linspace(-0.25, 0.05, len(mine)) if len(mine) > 1 else np.array([-0.1])
             axes.plot(
                 middle + width * spread,
@@ -212,11 +212,11 @@ def categories_figure(analysis: "Analysis", measure: str) -> "Figure | None":
                 alpha=0.6,
                 markeredgewidth=0,
             )
-            cell = cells[(cells["mode"] == mode) & (cells["category"] == category)]
+            cell = cells[(cells["condition"] == condition) & (cells["category"] == category)]
             if len(cell) and np.isfinite(cell["mean"].iloc[0]):
                 across = middle + 0.24 * width
                 _bar(axes, across, cell.iloc[0], style["color"], 0.12 * width)
-        axes.plot([], [], style["marker"], color=style["color"], label=mode)
+        axes.plot([], [], style["marker"], color=style["color"], label=condition)
     counts = found.groupby("category")["prompt_id"].nunique()
     names = [f"{category}\n{counts[category]} prompts" for category in categories]
     axes.set_xticks(range(len(categories)), names, parse_math=False)
@@ -225,26 +225,26 @@ def categories_figure(analysis: "Analysis", measure: str) -> "Figure | None":
     few = analysis.info["fewest_prompts"]["interval"]
     _title(axes, f"points: prompts; lines: means, with 95% t-intervals from {few} prompts on")
     _open(axes, "y")
-    _key(figure, len(modes))
+    _key(figure, len(conditions))
     return figure
 
 
 def distances_figure(analysis: "Analysis", measure: str) -> "Figure | None":
-    """Attention of matched siblings and of their controls by distance, a panel for each mode.
+    """Attention of matched siblings and of their controls by distance, a panel for each condition.
 
     Always by token, whatever the measure.
     """
     found = analysis["distances"]
     if not len(found):
         return None
-    modes = _modes(analysis, found)
-    figure, panels = _panels(len(modes), 3.0, share=True)
-    for axes, mode in zip(panels, modes, strict=True):
-        mine = found[found["mode"] == mode].sort_values("distance")
+    conditions = _conditions(analysis, found)
+    figure, panels = _panels(len(conditions), 3.0, share=True)
+    for axes, condition in zip(panels, conditions, strict=True):
+        mine = found[found["condition"] == condition].sort_values("distance")
         for name, colour, mark in (("siblings", ORANGE, "o"), ("controls", BLUE, "s")):
             style = {"color": colour, "marker": mark}
             _band(axes, mine["distance"], mine, name, style, name)
-        _title(axes, cut(mode, TITLE_ROOM))
+        _title(axes, cut(condition, TITLE_ROOM))
         axes.set_xlabel("distance from the query, in steps")
         _whole(axes.xaxis)
         _open(axes, "both")
@@ -256,16 +256,16 @@ def distances_figure(analysis: "Analysis", measure: str) -> "Figure | None":
 
 
 def kl_figure(analysis: "Analysis", measure: str) -> "Figure | None":
-    """Divergence of two modes' next distributions over the steps, a panel for each pair."""
+    """Divergence of two conditions' next distributions over the steps, a panel for each pair."""
     found = analysis["kl"]
     if not len(found):
         return None
-    pairs = list(dict.fromkeys(zip(found["mode_a"], found["mode_b"], strict=True)))
+    pairs = list(dict.fromkeys(zip(found["condition_a"], found["condition_b"], strict=True)))
     figure, panels = _panels(len(pairs), 3.0, share=True)
     for axes, (first, second) in zip(panels, pairs, strict=True):
-        mine = found[(found["mode_a"] == first) & (found["mode_b"] == second)]
+        mine = found[(found["condition_a"] == first) & (found["condition_b"] == second)]
         mine = mine.sort_values("step")
-        a, b = cut(first, MODE_ROOM), cut(second, MODE_ROOM)
+        a, b = cut(first, CONDITION_ROOM), cut(second, CONDITION_ROOM)
         for name, label, (colour, mark) in (
             ("kl_ab", f"KL({a} ‖ {b})", (BLUE, "o")),
             ("kl_ba", f"KL({b} ‖ {a})", (ORANGE, "s")),
@@ -301,9 +301,9 @@ def _in_order(analysis: "Analysis", table: "DataFrame") -> "DataFrame":
     return runs[runs["prompt_id"].isin(table["prompt_id"])]
 
 
-def _modes(analysis: "Analysis", table: "DataFrame") -> list[str]:
-    there = set(table["mode"])
-    return [mode for mode in analysis.info["modes"] if mode in there]
+def _conditions(analysis: "Analysis", table: "DataFrame") -> list[str]:
+    there = set(table["condition"])
+    return [condition for condition in analysis.info["conditions"] if condition in there]
 
 
 def _whole_effects(analysis: "Analysis", measure: str) -> "DataFrame":

@@ -22,8 +22,8 @@ LIMITS = (
     "says how far apart they are; the adjustment for it is linear.",
     "What siblings give each other within their step has no control at the same distance, and is "
     "not part of any number here.",
-    "Runs of two modes choose their own tokens: after step 0 their sets may differ, and so may "
-    "what the divergences and the paired differences compare.",
+    "Runs of two conditions choose their own tokens: after step 0 their sets may differ, and so "
+    "may what the divergences and the paired differences compare.",
     "Where each branch sees one token of a set only (visibilities tree and recombined), means over "
     "a step's queries include those that cannot see the token.",
     "Layers and heads of one model are no independent samples. They are described; tests by layer "
@@ -40,7 +40,7 @@ def sections(analysis: Analysis) -> list[Section]:
         _how_compared(analysis),
         _siblings(analysis),
         _parts(analysis),
-        _modes(analysis),
+        _conditions(analysis),
         _checks(analysis),
         _distributions(analysis),
         Section("Limits", [Items([*analysis.info["notes"], *LIMITS])]),
@@ -54,8 +54,8 @@ def _what_was_run(analysis: Analysis) -> Section:
     blocks: list[Table | Picture | Text | Items] = [
         Text(
             f"{info['n_runs']} runs of {info['n_prompts']} prompts in "
-            f"{runs['category'].nunique()} categories, in {len(info['modes'])} modes "
-            f"({'; '.join(info['modes'])}), with "
+            f"{runs['category'].nunique()} categories, in {len(info['conditions'])} conditions "
+            f"({'; '.join(info['conditions'])}), with "
             + (f"{seeds} seeds." if seeds else "deterministic selection and no seeds.")
         ),
         Table(["what", "value"], flat(info["manifest"]), "What it was run on"),
@@ -64,16 +64,16 @@ def _what_was_run(analysis: Analysis) -> Section:
     prompts = runs.drop_duplicates("prompt_id")
     rows = [[row.prompt_id, row.category, row.prompt] for row in each(prompts)]
     blocks.append(shortened(["id", "category", "prompt"], rows, "Prompts"))
-    by_mode = runs.groupby("mode", sort=False)
+    by_condition = runs.groupby("condition", sort=False)
     rows = []
-    for mode, mine in by_mode:
+    for condition, mine in by_condition:
         steps, tokens = mine["n_steps"].sum(), mine["n_tokens"].sum()
         width = tokens / steps if steps else None
-        rows.append([str(mode), str(len(mine)), str(steps), str(tokens), number(width)])
-    columns = ["mode", "runs", "steps", "tokens in sets", "tokens per step"]
+        rows.append([str(condition), str(len(mine)), str(steps), str(tokens), number(width)])
+    columns = ["condition", "runs", "steps", "tokens in sets", "tokens per step"]
     blocks.append(Table(columns, rows, "Runs"))
-    texts = [[row.prompt, row.mode, _seed(row.seed), str(row.text)] for row in each(runs)]
-    blocks.append(shortened(["prompt", "mode", "seed", "best path"], texts, "Texts"))
+    texts = [[row.prompt, row.condition, _seed(row.seed), str(row.text)] for row in each(runs)]
+    blocks.append(shortened(["prompt", "condition", "seed", "best path"], texts, "Texts"))
     return Section("What was run", blocks)
 
 
@@ -88,7 +88,7 @@ def _how_compared(analysis: Analysis) -> Section:
     matches = [
         [
             row.of,
-            row.mode,
+            row.condition,
             row.category,
             str(row.units),
             str(row.in_run),
@@ -100,7 +100,7 @@ def _how_compared(analysis: Analysis) -> Section:
     ]
     head = [
         "of",
-        "mode",
+        "condition",
         "category",
         "siblings",
         "matched in run",
@@ -111,7 +111,7 @@ def _how_compared(analysis: Analysis) -> Section:
     balance = [
         [
             row.of,
-            row.mode,
+            row.condition,
             str(row.covariate).replace("_", " "),
             number(row.units_before),
             number(row.controls_before),
@@ -122,7 +122,7 @@ def _how_compared(analysis: Analysis) -> Section:
         ]
         for row in each(analysis["balance"])
     ]
-    columns = ["of", "mode", "", "siblings", "singles", "difference"]
+    columns = ["of", "condition", "", "siblings", "singles", "difference"]
     columns += ["matched siblings", "controls", "difference"]
     return Section(
         "Who is compared with whom",
@@ -131,8 +131,8 @@ def _how_compared(analysis: Analysis) -> Section:
                 "A sibling is a generated token whose set has two tokens or more, seen by a query "
                 "of a later step. Its controls are the generated tokens that stand alone in their "
                 f"set, at the same distance from their query, {' and '.join(alike)}: in the same "
-                "run, or if there are none in other runs of the same prompt and mode; never in "
-                "other prompts. All that qualify count equally, and one may serve several "
+                "run, or if there are none in other runs of the same prompt and condition; never "
+                "in other prompts. All that qualify count equally, and one may serve several "
                 "siblings. The prompt, with the first token in which attention pools, is never a "
                 "control."
             ),
@@ -141,7 +141,7 @@ def _how_compared(analysis: Analysis) -> Section:
             Items([f"{name}: {what}" for name, what in info["measures"].items()]),
             Text(
                 "Values are means over heads, layers (where none is named), siblings and runs, "
-                "down to one for each prompt and mode. Only prompts are replicates: every "
+                "down to one for each prompt and condition. Only prompts are replicates: every "
                 "interval and test is over prompts. Attention is a fraction of a query's whole."
             ),
             Table(head, matches, "Siblings (tokens) and sets with and without controls"),
@@ -162,9 +162,9 @@ def _adjustment(name: str) -> str:
     return (
         "What matching left different is adjusted for: what the controls draw is moved to their "
         "sibling's logit of the probability, query step and number of keys, along slopes fitted "
-        "to all single tokens of the mode with a level for each distance (least squares, a layer "
-        "and head at a time; matching with bias correction, Abadie and Imbens 2011). The slopes' "
-        "own error is not in the intervals."
+        "to all single tokens of the condition with a level for each distance (least squares, "
+        "a layer and head at a time; matching with bias correction, Abadie and Imbens 2011). The "
+        "slopes' own error is not in the intervals."
     )
 
 
@@ -224,7 +224,7 @@ def _label(value: Any) -> str:
 
 READING = (
     "p-values stand with those of Holm's correction in brackets, over all tests of the table's "
-    "grouping (all measures and modes). d_z is Cohen's d of paired values: mean over standard "
+    "grouping (all measures and conditions). d_z is Cohen's d of paired values: mean over standard "
     "deviation of the differences, with its 95% interval. The bootstrap (BCa) resamples prompts. n "
     "counts prompts with matched siblings."
 )
@@ -234,7 +234,7 @@ def _siblings(analysis: Analysis) -> Section:
     effects = analysis["effects"]
     cells = effects[effects["grouping"] == "overall"]
     first = [
-        [row.mode, str(row.layer), number(row.attention), interval(*row[-2:])]
+        [row.condition, str(row.layer), number(row.attention), interval(*row[-2:])]
         for row in each(_by_layers(analysis["first_token"]))
     ]
     return Section(
@@ -246,13 +246,13 @@ def _siblings(analysis: Analysis) -> Section:
                 "them, at any distance. Controlled is siblings minus matched controls."
             ),
             Table(
-                ["measure", "mode", *EFFECT_COLUMNS],
-                _effect_rows(cells, "measure", "mode"),
+                ["measure", "condition", *EFFECT_COLUMNS],
+                _effect_rows(cells, "measure", "condition"),
                 READING,
             ),
             Picture("prompts", "The effect in each prompt"),
             Table(
-                ["mode", "layer", "attention", "95%"],
+                ["condition", "layer", "attention", "95%"],
                 first,
                 "What the first token of the prompt draws: the layers with the least, the median "
                 "and the most",
@@ -262,13 +262,13 @@ def _siblings(analysis: Analysis) -> Section:
 
 
 def _by_layers(first: DataFrame) -> DataFrame:
-    """Each mode's layers with the lowest, the median and the highest value."""
+    """Each condition's layers with the lowest, the median and the highest value."""
     parts = []
-    for _, mine in first.groupby("mode", sort=False):
+    for _, mine in first.groupby("condition", sort=False):
         ranked = mine.sort_values("attention")
         places = sorted({0, (len(ranked) - 1) // 2, len(ranked) - 1})
         parts.append(ranked.iloc[places])
-    columns = ["mode", "layer", "attention", "attention_low", "attention_high"]
+    columns = ["condition", "layer", "attention", "attention_low", "attention_high"]
     return pd.concat(parts)[columns] if parts else DataFrame(columns=columns)
 
 
@@ -286,8 +286,8 @@ def _parts(analysis: Analysis) -> Section:
             cells = cells[cells["measure"] == "token"]
         blocks.append(
             Table(
-                ["measure", "mode", title, *EFFECT_COLUMNS],
-                _effect_rows(cells, "measure", "mode", name),
+                ["measure", "condition", title, *EFFECT_COLUMNS],
+                _effect_rows(cells, "measure", "condition", name),
                 f"Siblings minus controls {grouping}",
             )
         )
@@ -300,16 +300,17 @@ def _parts(analysis: Analysis) -> Section:
     return Section("By category, set size, layer, head and distance", blocks)
 
 
-def _modes(analysis: Analysis) -> Section:
+def _conditions(analysis: Analysis) -> Section:
     contrasts = analysis["contrasts"]
     if not len(contrasts):
         return Section(
-            "Between modes", [Text("No two modes differ in one setting and share prompts.")]
+            "Between conditions",
+            [Text("No two conditions differ in one setting and share prompts.")],
         )
     blocks: list[Table | Picture | Text | Items] = [
         Text(
-            "The same prompt in two modes that differ in one setting: siblings minus controls in "
-            "the second minus the same in the first. Tests are paired by prompt. " + READING
+            "The same prompt in two conditions that differ in one setting: siblings minus controls "
+            "in the second minus the same in the first. Tests are paired by prompt. " + READING
         )
     ]
     for grouping, names in (
@@ -324,7 +325,7 @@ def _modes(analysis: Analysis) -> Section:
         rows = [
             [
                 cell["measure"],
-                f"{cell['mode_b']} − {cell['mode_a']}",
+                f"{cell['condition_b']} − {cell['condition_a']}",
                 *(_label(cell[name]) for name in names),
                 str(cell["n"]),
                 number(cell["effect_a"], True),
@@ -336,10 +337,16 @@ def _modes(analysis: Analysis) -> Section:
             ]
             for cell in cells.to_dict("records")
         ]
-        columns = ["measure", "modes", *(name.replace("_", " ") for name in names), "n", "first"]
+        columns = [
+            "measure",
+            "conditions",
+            *(name.replace("_", " ") for name in names),
+            "n",
+            "first",
+        ]
         columns += ["second", "difference", "95% (t)", "95% (bootstrap)", *EFFECT_COLUMNS[-3:]]
-        blocks.append(Table(columns, rows, f"Second mode minus first, {grouping}"))
-    return Section("Between modes", blocks)
+        blocks.append(Table(columns, rows, f"Second condition minus first, {grouping}"))
+    return Section("Between conditions", blocks)
 
 
 def _checks(analysis: Analysis) -> Section:
@@ -349,7 +356,7 @@ def _checks(analysis: Analysis) -> Section:
             _limit(row.window),
             row.adjustment + (" (these)" if row.chosen else ""),
             row.measure,
-            row.mode,
+            row.condition,
             str(row.n),
             number(row.effect, True),
             interval(row.effect_low, row.effect_high, "n too small"),
@@ -359,7 +366,7 @@ def _checks(analysis: Analysis) -> Section:
     ]
     models = [
         [
-            row.mode,
+            row.condition,
             f"{row.term} in {row.formula}",
             str(row.n_prompts),
             str(row.n_rows),
@@ -376,7 +383,9 @@ def _checks(analysis: Analysis) -> Section:
     rows = [
         [
             row.measure,
-            row.mode if row.question == "siblings" else f"{row.mode_b} − {row.mode_a}",
+            row.condition
+            if row.question == "siblings"
+            else f"{row.condition_b} − {row.condition_a}",
             row.prompt_id,
             number(row.value, True),
             number(row.z, True),
@@ -390,7 +399,7 @@ def _checks(analysis: Analysis) -> Section:
     seeds = [
         [
             row.measure,
-            row.mode,
+            row.condition,
             str(row.prompts),
             str(row.runs),
             str(row.distinct),
@@ -405,7 +414,16 @@ def _checks(analysis: Analysis) -> Section:
         "Checks",
         [
             Table(
-                ["caliper", "window", "adjustment", "measure", "mode", "n", "effect", "95% (t)"]
+                [
+                    "caliper",
+                    "window",
+                    "adjustment",
+                    "measure",
+                    "condition",
+                    "n",
+                    "effect",
+                    "95% (t)",
+                ]
                 + ["unmatched"],
                 sensitivity,
                 "Other rules of matching: largest difference of the logits, of the query steps; "
@@ -420,19 +438,27 @@ def _checks(analysis: Analysis) -> Section:
                 "was warned of, is said."
             ),
             Table(
-                ["mode", "term", "n", "rows", "estimate", "95%", "p", "converged", "note"],
+                ["condition", "term", "n", "rows", "estimate", "95%", "p", "converged", "note"],
                 models,
                 "Mixed models",
             ),
             shortened(
-                ["measure", "mode", "prompt", "value", "z", "|z| > 3"]
+                ["measure", "condition", "prompt", "value", "z", "|z| > 3"]
                 + ["mean without", "dfbetas", "p without"],
                 rows,
                 "Prompts that are outliers, or influential: |dfbetas| > 2 / sqrt(n) (Belsley, Kuh "
                 "and Welsch 1980). Below 11 prompts no |z| can exceed 3.",
             ),
             Table(
-                ["measure", "mode", "prompts", "runs", "distinct", "sd of seeds", "sd of prompts"]
+                [
+                    "measure",
+                    "condition",
+                    "prompts",
+                    "runs",
+                    "distinct",
+                    "sd of seeds",
+                    "sd of prompts",
+                ]
                 + ["share between prompts", "note"],
                 seeds,
                 "Seeds: standard deviations of the effect between runs of one prompt and between "
@@ -445,8 +471,8 @@ def _checks(analysis: Analysis) -> Section:
 def _distributions(analysis: Analysis) -> Section:
     kl = [
         [
-            row.mode_a,
-            row.mode_b,
+            row.condition_a,
+            row.condition_b,
             str(row.step),
             str(row.n),
             number(row.kl_ab),
@@ -464,10 +490,10 @@ def _distributions(analysis: Analysis) -> Section:
         [
             Text(
                 "Kullback-Leibler divergence, in nats, of the distributions from which the two "
-                "modes selected their sets at the same step. At step 0 both saw the same prompt; "
-                "after it their sets may differ."
+                "conditions selected their sets at the same step. At step 0 both saw the same "
+                "prompt; after it their sets may differ."
             ),
-            Picture("kl", "Divergence between modes over the steps"),
+            Picture("kl", "Divergence between conditions over the steps"),
             Table(
                 ["a", "b", "step", "n", "KL(a ‖ b)", "95%", "KL(b ‖ a)", "95%"],
                 kl,

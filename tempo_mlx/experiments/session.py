@@ -186,7 +186,7 @@ class Session:
                 run = Request(result, observer=observer)
             except TempoError as error:
                 raise SuiteError(
-                    f"suite {self.suite.name}, {config.prompt_id} ({config.mode}): {error}"
+                    f"suite {self.suite.name}, {config.prompt_id} ({config.condition}): {error}"
                 ) from error
             layers, heads = self._facts["layers"], max(self._facts["heads"])
             total += capture_bytes(config, run.length, layers, heads)

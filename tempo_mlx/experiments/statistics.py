@@ -118,7 +118,8 @@ def mean_tests(values: Any) -> dict[str, Any]:
     """Tests of a mean of differences against 0, each prompt counting once.
 
     Args:
-        values: one difference for each prompt; siblings minus controls, or mode minus mode.
+        values: one difference for each prompt; siblings minus controls, or one
+            condition minus another.
 
     Returns:
         n, t, df, p_t (paired t-test; Student 1908), w, p_w (signed-rank test; Wilcoxon 1945), d_z,

@@ -381,7 +381,7 @@ def _configuration(run: RunConfig) -> dict[str, Any]:
         **run.to_dict(),
         "prompt_id": run.prompt_id,
         "category": run.category,
-        "mode": run.mode,
+        "condition": run.condition,
         "varied": run.varied,
     }
 

@@ -44,8 +44,8 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 class Suite(BaseModel):
     """One experiment, as its file has it.
 
-    Every combination of the grid is a mode; every prompt is run in every mode, and with every seed
-    where the mode draws anything.
+    Every combination of the grid is a condition. Every prompt is run in every condition, with every
+    seed where the condition draws tokens.
     """
 
     model_config = STRICT
@@ -61,7 +61,7 @@ class Suite(BaseModel):
         min_length=1, description="Prompts by category; each prompt is one observation."
     )
     seeds: list[Seed] = Field(
-        [], description="Seeds of the draws, for modes with sampling gumbel or pruning random."
+        [], description="Seeds of the draws, for conditions with sampling gumbel or pruning random."
     )
     settings: SettingsSpec = Field(  # type: ignore[valid-type]
         default_factory=SettingsSpec, description="Settings of every run."
@@ -102,7 +102,7 @@ class Suite(BaseModel):
         given: dict[str, Any] = getattr(self, name).model_dump(exclude_unset=True)
         return given
 
-    def modes(self) -> Iterator[tuple[dict[str, Any], Settings]]:
+    def conditions(self) -> Iterator[tuple[dict[str, Any], Settings]]:
         """(value of each grid key, settings) of every combination, visibilities side by side.
 
         Raises:
@@ -136,18 +136,22 @@ class Suite(BaseModel):
         """The runs of the suite.
 
         Raises:
-            SuiteError: as :meth:`modes`; or if a mode draws and the suite has no seeds.
+            SuiteError: as :meth:`conditions`; or if a condition draws and the suite has no seeds.
         """
         runs: dict[str, RunConfig] = {}
         in_grid = 0
         seeds: list[int | None] = [*self.seeds] or [None]
-        modes = list(self.modes())
-        still = [settings for _, settings in modes if not settings.uses_rng]
-        varying = [n for n in modes[0][0] if any(v[n] != modes[0][0][n] for v, _ in modes)]
-        labels = [label(varied, settings, varying) for varied, settings in modes]
-        for (_, settings), mode in zip(modes, labels, strict=True):
+        conditions = list(self.conditions())
+        still = [settings for _, settings in conditions if not settings.uses_rng]
+        varying = [
+            n for n in conditions[0][0] if any(v[n] != conditions[0][0][n] for v, _ in conditions)
+        ]
+        labels = [label(varied, settings, varying) for varied, settings in conditions]
+        for (_, settings), condition in zip(conditions, labels, strict=True):
             if settings.uses_rng and not self.seeds:
-                raise SuiteError(f"suite {self.name}: mode {mode} draws tokens, and seeds is empty")
+                raise SuiteError(
+                    f"suite {self.name}: condition {condition} draws tokens, and seeds is empty"
+                )
             if settings.branching == "replicate":
                 raise SuiteError(
                     f"suite {self.name}: branching replicate generates from one prompt at a time; "
@@ -163,21 +167,25 @@ class Suite(BaseModel):
         for category, texts in self.prompts.items():
             for number, text in enumerate(texts, 1):
                 for seed in seeds:
-                    for (varied, settings), mode in zip(modes, labels, strict=True):
+                    for (varied, settings), condition in zip(conditions, labels, strict=True):
                         in_grid += 1
                         run = RunConfig(
                             f"{category}-{number}",
                             category,
                             text,
                             replace(settings, seed=seed if settings.uses_rng else None),
-                            mode,
+                            condition,
                             varied,
                             self.captures,
                         )
                         runs.setdefault(run.id(""), run)
         notes = []
         if self.seeds and still:
-            which = "no mode draws" if len(still) == len(modes) else f"{len(still)} modes draw no"
+            which = (
+                "no condition draws"
+                if len(still) == len(conditions)
+                else f"{len(still)} conditions draw no"
+            )
             notes.append(
                 f"seeds have no effect where selection is deterministic ({which} tokens): "
                 f"each distinct configuration is run once, {len(runs)} runs of {in_grid} in the "
@@ -187,17 +195,19 @@ class Suite(BaseModel):
             notes.append(
                 f"{in_grid - len(runs)} runs of the grid are copies of others and are left out"
             )
-        return Plan(list(runs.values()), in_grid, notes + self._without_effect(modes))
+        return Plan(list(runs.values()), in_grid, notes + self._without_effect(conditions))
 
-    def _without_effect(self, modes: list[tuple[dict[str, Any], Settings]]) -> list[str]:
-        """Notes on the suite's settings, and in how many modes each holds."""
+    def _without_effect(self, conditions: list[tuple[dict[str, Any], Settings]]) -> list[str]:
+        """Notes on the suite's settings, and in how many conditions each holds."""
         counts = Counter(
             note
-            for varied, settings in modes
+            for varied, settings in conditions
             for note in settings.notes(setting_names(self._given("settings") | varied))
         )
-        n = len(modes)
-        return [note if k == n else f"{note} (in {k} of {n} modes)" for note, k in counts.items()]
+        n = len(conditions)
+        return [
+            note if k == n else f"{note} (in {k} of {n} conditions)" for note, k in counts.items()
+        ]
 
 
 @dataclass(frozen=True)
@@ -209,7 +219,7 @@ class RunConfig:
         category: of the prompt.
         prompt: text.
         settings: with the seed, None where nothing is drawn.
-        mode: a label of what the grid varies.
+        condition: a label of what the grid varies.
         varied: value of each grid key.
         captures: one of :data:`CAPTURES`.
     """
@@ -218,7 +228,7 @@ class RunConfig:
     category: str
     prompt: str
     settings: Settings
-    mode: str
+    condition: str
     varied: dict[str, Any]
     captures: str = "reductions"
 
@@ -254,7 +264,7 @@ class Plan:
 
     Args:
         runs: each distinct configuration once.
-        in_grid: prompts x modes x seeds.
+        in_grid: prompts x conditions x seeds.
         notes: what a user should know about it.
     """
 

@@ -25,7 +25,7 @@ FACTORS = ["category", "set_size", "layer"]
 EVERY_CATEGORY = "all"
 
 #: Groupings whose cells are tested, by the factors that they split. The tests of one grouping,
-#: over all measures and modes, are one family.
+#: over all measures and conditions, are one family.
 TESTED = {
     (): "overall",
     ("category",): "by category",
@@ -37,7 +37,7 @@ DESCRIBED = "interaction"
 
 #: Columns of runs that are no setting of the grid.
 NOT_SETTINGS = frozenset(
-    ("run_id", "prompt_id", "category", "prompt", "seed", "mode")
+    ("run_id", "prompt_id", "category", "prompt", "seed", "condition")
     + ("n_steps", "n_tokens", "text", "finish_reason", "seconds")
 )
 
@@ -51,12 +51,12 @@ def each(table: DataFrame) -> Iterator[Any]:
 
 
 def by_prompt(measurements: Measurements) -> DataFrame:
-    """One row for each measure, prompt, mode, set size and layer: means over runs and heads.
+    """One row for each measure, prompt, condition, set size and layer: means over runs and heads.
 
     Runs that differ in the seed alone count equally within their prompt.
 
     Returns:
-        measure, category, prompt_id, mode, set_size, layer, runs, units, matched, siblings,
+        measure, category, prompt_id, condition, set_size, layer, runs, units, matched, siblings,
         controls, effect (siblings - controls), naive; NaN where there is no unit, or no control.
     """
     parts = []
@@ -76,7 +76,7 @@ def by_prompt(measurements: Measurements) -> DataFrame:
             parts.append(measured.cells.assign(measure=name, layer=layer, **values))
     rows = pd.concat([part.astype({"layer": "Int64"}) for part in parts], ignore_index=True)
     rows["set_size"] = rows["set_size"].astype("Int64").mask(rows["set_size"] == ALL)
-    keys = ["measure", "category", "prompt_id", "mode", "set_size", "layer"]
+    keys = ["measure", "category", "prompt_id", "condition", "set_size", "layer"]
     # All first, then one after another.
     rows = rows.sort_values(["set_size", "layer"], na_position="first", kind="stable")
     grouped = rows.groupby(keys, sort=False, dropna=False)
@@ -89,7 +89,7 @@ def by_prompt(measurements: Measurements) -> DataFrame:
 
 
 def by_head(measurements: Measurements) -> DataFrame:
-    """Siblings, controls and effect by measure, mode, layer and head: means over the prompts.
+    """Siblings, controls and effect by measure, condition, layer and head: means over the prompts.
 
     The column prompts says over how many. Heads of one model are no replicates of each other:
     nothing here is tested.
@@ -102,52 +102,54 @@ def by_head(measurements: Measurements) -> DataFrame:
         layers, heads = np.divmod(np.arange(n_layers * n_heads), n_heads)
         prompts = {
             value: DataFrame(array[used.to_numpy()].reshape(len(cells), n_layers * n_heads))
-            .groupby([cells["mode"], cells["prompt_id"]], sort=False)
+            .groupby([cells["condition"], cells["prompt_id"]], sort=False)
             .mean()
             for value, array in (("siblings", measured.siblings), ("controls", measured.controls))
         }
-        means = {value: rows.groupby("mode", sort=False).mean() for value, rows in prompts.items()}
-        counts = prompts["siblings"].groupby("mode", sort=False).size()
-        for mode, count in zip(map(str, counts.index), counts, strict=True):
-            siblings, controls = (means[value].loc[mode].to_numpy() for value in means)
+        means = {
+            value: rows.groupby("condition", sort=False).mean() for value, rows in prompts.items()
+        }
+        counts = prompts["siblings"].groupby("condition", sort=False).size()
+        for condition, count in zip(map(str, counts.index), counts, strict=True):
+            siblings, controls = (means[value].loc[condition].to_numpy() for value in means)
             part = DataFrame({"layer": layers, "head": heads, "siblings": siblings})
             part = part.assign(controls=controls, effect=siblings - controls, prompts=count)
-            parts.append(part.assign(measure=name, mode=mode))
-    columns = ["measure", "mode", "layer", "head", "siblings", "controls", "effect", "prompts"]
+            parts.append(part.assign(measure=name, condition=condition))
+    columns = ["measure", "condition", "layer", "head", "siblings", "controls", "effect", "prompts"]
     return pd.concat(parts, ignore_index=True)[columns] if parts else DataFrame(columns=columns)
 
 
-def mode_pairs(runs: DataFrame) -> list[tuple[str, str]]:
-    """Pairs of modes that differ in one setting, in the order of the runs."""
+def condition_pairs(runs: DataFrame) -> list[tuple[str, str]]:
+    """Pairs of conditions that differ in one setting, in the order of the runs."""
     settings = [column for column in runs.columns if column not in NOT_SETTINGS]
-    modes = runs.drop_duplicates("mode").set_index("mode")[settings].astype(str)
+    conditions = runs.drop_duplicates("condition").set_index("condition")[settings].astype(str)
     return [
         (first, second)
-        for first, second in combinations(modes.index, 2)
-        if (modes.loc[first] != modes.loc[second]).sum() == 1
+        for first, second in combinations(conditions.index, 2)
+        if (conditions.loc[first] != conditions.loc[second]).sum() == 1
     ]
 
 
-def mode_differences(prompts: DataFrame, pairs: list[tuple[str, str]]) -> DataFrame:
-    """Effect in the second mode minus effect in the first, for prompts that have both.
+def condition_differences(prompts: DataFrame, pairs: list[tuple[str, str]]) -> DataFrame:
+    """Effect in the second condition minus effect in the first, for prompts that have both.
 
     Args:
         prompts: of :func:`by_prompt`.
-        pairs: modes.
+        pairs: conditions.
 
     Returns:
-        measure, category, prompt_id, set_size, layer, mode_a, mode_b, effect_a, effect_b, effect
-        (b - a).
+        measure, category, prompt_id, set_size, layer, condition_a, condition_b, effect_a, effect_b,
+        effect (b - a).
     """
     keys = ["measure", "category", "prompt_id", "set_size", "layer"]
-    kept = prompts.loc[prompts["effect"].notna(), [*keys, "mode", "effect"]]
+    kept = prompts.loc[prompts["effect"].notna(), [*keys, "condition", "effect"]]
     parts = []
     for first, second in pairs:
-        both = kept[kept["mode"] == first].merge(
-            kept[kept["mode"] == second], on=keys, suffixes=("_a", "_b"), validate="one_to_one"
+        both = kept[kept["condition"] == first].merge(
+            kept[kept["condition"] == second], on=keys, suffixes=("_a", "_b"), validate="one_to_one"
         )
         parts.append(both.assign(effect=both["effect_b"] - both["effect_a"]))
-    columns = [*keys, "mode_a", "mode_b", "effect_a", "effect_b", "effect"]
+    columns = [*keys, "condition_a", "condition_b", "effect_a", "effect_b", "effect"]
     return pd.concat(parts, ignore_index=True)[columns] if parts else DataFrame(columns=columns)
 
 
@@ -159,7 +161,7 @@ def summarise(
     Args:
         rows: one for each prompt in each cell: ``by``, category, prompt_id, set_size, layer,
             effect, and the columns in ``beside``.
-        by: what else tells cells apart: measure and mode, or measure and the two modes.
+        by: what else tells cells apart: measure and condition, or measure and the two conditions.
         beside: columns whose means are given too; "naive" with an interval.
         resamples: of the bootstrap.
         seed: of the bootstrap.

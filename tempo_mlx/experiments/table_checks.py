@@ -7,11 +7,11 @@ from .statistics import check_finite
 from .tables import Tables
 
 COLUMNS = {
-    "runs": "run_id prompt_id category prompt seed mode n_steps n_tokens text",
+    "runs": "run_id prompt_id category prompt seed condition n_steps n_tokens text",
     "tokens": "run_id step slot id probability set_size pruned_at",
     "entries": "run_id query_step slot key_step distance is_prompt is_first set_size probability",
     "entropy": "run_id step layer head entropy",
-    "kl": "prompt_id category step mode_a mode_b kl_ab kl_ba",
+    "kl": "prompt_id category step condition_a condition_b kl_ab kl_ba",
 }
 NUMBERS = {
     "tokens": ["probability"],

@@ -21,9 +21,9 @@ class Tables:
 
     Args:
         runs: one row a run: run_id, prompt_id ("narrative-1"), category, prompt, seed (integer, or
-            NA where selection is deterministic), visibility, mode (a label of everything that the
-            grid varies, "isolated" or "visible, combine=mean"), one column for each grid setting,
-            n_steps, n_tokens (in all sets), text, finish_reason, seconds.
+            NA where selection is deterministic), visibility, condition (a label of everything
+            that the grid varies, "isolated" or "visible, combine=mean"), one column for each grid
+            setting, n_steps, n_tokens (in all sets), text, finish_reason, seconds.
         tokens: one row a generated token: run_id, step, position, slot, id, text, probability,
             set_size, pruned_at (NA while it lives).
         entries: one row for each run, query step and key slot that was captured: run_id,
@@ -38,9 +38,9 @@ class Tables:
             the step's tokens).
         next_tokens: run_id, step, rank (0..19), id, text, probability: the combined distribution
             that the step's set was selected from.
-        kl: prompt_id, category, seed, step, mode_a, mode_b, kl_ab, kl_ba (nats): distributions of
-            two runs that differ in visibility only, at the same step. After step 0 their sets may
-            differ.
+        kl: prompt_id, category, seed, step, condition_a, condition_b, kl_ab, kl_ba (nats):
+            distributions of two runs that differ in visibility only, at the same step. After
+            step 0 their sets may differ.
         suite: the suite as resolved.
         manifest: versions, device, model, command, dates.
     """
@@ -90,7 +90,7 @@ def load_tables(folder: Path) -> Tables:
                 "prompt": configuration["prompt"],
                 "seed": configuration["settings"]["seed"],
                 "visibility": configuration["settings"]["visibility"],
-                "mode": configuration["mode"],
+                "condition": configuration["condition"],
                 **{name: _cell(value) for name, value in configuration["varied"].items()},
                 "n_steps": record.n_steps,
                 "n_tokens": len(record.tokens["id"]),
@@ -120,10 +120,19 @@ def load_tables(folder: Path) -> Tables:
         frame.insert(0, "prompt_id", first["prompt_id"])
         frame.insert(1, "category", first["category"])
         frame.insert(2, "seed", _integers([first["settings"]["seed"]] * len(frame)))
-        frame.insert(4, "mode_a", first["mode"])
-        frame.insert(5, "mode_b", second["mode"])
+        frame.insert(4, "condition_a", first["condition"])
+        frame.insert(5, "condition_b", second["condition"])
         pairs.append(frame)
-    names = ("prompt_id", "category", "seed", "step", "mode_a", "mode_b", "kl_ab", "kl_ba")
+    names = (
+        "prompt_id",
+        "category",
+        "seed",
+        "step",
+        "condition_a",
+        "condition_b",
+        "kl_ab",
+        "kl_ba",
+    )
     kl = pd.concat(pairs, ignore_index=True) if pairs else pd.DataFrame(columns=list(names))
     frame = pd.DataFrame(runs)
     return Tables(

@@ -30,7 +30,7 @@ def test_a_batch_makes_what_every_run_makes_alone(embedded, found):
         np.testing.assert_allclose(pair.ba, alone.ba, rtol=1e-3, atol=allowed)
 
 
-def test_attention_sums_to_one_and_modes_part_after_the_first_set(found):
+def test_attention_sums_to_one_and_conditions_part_after_the_first_set(found):
     _, batched = found
     for outcome in batched.values():
         for run in outcome.runs:

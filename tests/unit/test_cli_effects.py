@@ -136,12 +136,12 @@ def test_suites_say_which_settings_have_no_effect():
     suite_files = pytest.importorskip("tempo_mlx.experiments.suite_files")
     grid = "grid: {visibility: [tree, visible], max_leaves: [2, 3]}\n"
     assert suite_files.parse_suite(SUITE + grid).expand().notes == [
-        "max_leaves has no effect without visibility tree (in 2 of 4 modes)"
+        "max_leaves has no effect without visibility tree (in 2 of 4 conditions)"
     ]
     pruning = "grid: {pruning: [null, {rule: random, keep_rate: 0.5}]}\nseeds: [1]\n"
     notes = suite_files.parse_suite(SUITE + pruning).expand().notes
     assert [note for note in notes if "pruning" in note] == [
-        "pruning.keep_rate has no effect without pruning.decision quota (in 1 of 2 modes)"
+        "pruning.keep_rate has no effect without pruning.decision quota (in 1 of 2 conditions)"
     ]
     assert suite_files.parse_suite(SUITE).expand().notes == []
 

@@ -17,8 +17,8 @@ from tempo_mlx.experiments.matching import (
 from tempo_mlx.experiments.measures import measure
 from tempo_mlx.experiments.summary import (
     by_prompt,
-    mode_differences,
-    mode_pairs,
+    condition_differences,
+    condition_pairs,
     overall,
     summarise,
 )
@@ -40,7 +40,7 @@ FAST = {"resamples": 99}
 
 @pytest.fixture(scope="module")
 def tables():
-    return replace(SMALL, effect=0.006, mode_effect=0.004, prompt_sd=0.001).tables(1)
+    return replace(SMALL, effect=0.006, condition_effect=0.004, prompt_sd=0.001).tables(1)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def effects_alone(tables):
     """The table of effects without the rest of an analysis."""
     prompts = by_prompt(measure(tables, Rules()))
     beside = ["siblings", "controls", "naive"]
-    return {"effects": summarise(prompts, ["measure", "mode"], beside, resamples=99, seed=0)}
+    return {"effects": summarise(prompts, ["measure", "condition"], beside, resamples=99, seed=0)}
 
 
 def effects_of(analysis, measure="token", grouping="overall"):
@@ -102,7 +102,7 @@ def test_other_runs_of_the_prompt_are_asked_only_where_the_own_run_has_none():
         keys, on="row", suffixes=("", "_control")
     )
     assert (sides["prompt_id"] == sides["prompt_id_control"]).all()
-    assert (sides["mode"] == sides["mode_control"]).all()
+    assert (sides["condition"] == sides["condition_control"]).all()
     own = sides["run_id"] == sides["run_id_control"]
     assert (own == (sides["scope"] == "run")).all() and {True, False} == set(own)
     counts = count_matches(units, pairs)
@@ -177,11 +177,11 @@ def test_values_of_a_prompt_are_those_written_out_by_hand(tables):
         rows = pairs.loc[pairs["unit"] == unit, "row"]
         controls.append(tables.received[rows, layer].mean())
     assert len(mine) > 5
-    prompt, mode = tables.runs.set_index("run_id").loc[run, ["prompt_id", "mode"]]
+    prompt, condition = tables.runs.set_index("run_id").loc[run, ["prompt_id", "condition"]]
     row = found[
         (found["measure"] == "token")
         & (found["prompt_id"] == prompt)
-        & (found["mode"] == mode)
+        & (found["condition"] == condition)
         & (found["layer"] == layer)
         & found["set_size"].isna()
     ].iloc[0]
@@ -208,11 +208,11 @@ def test_seeds_count_equally_and_are_no_replicates():
     assert cell["n"] == 15 and analysis.info["n_runs"] == 120
     measured = measure(tables, Rules()).measured["token"]
     runs = measured.cells.assign(effect=measured.effect.mean(axis=(1, 2)))
-    runs = runs[(runs["set_size"] == 0) & (runs["mode"] == cell["mode"])]
+    runs = runs[(runs["set_size"] == 0) & (runs["condition"] == cell["condition"])]
     by_hand = runs.groupby("prompt_id")["effect"].mean()
     assert cell["mean"] == pytest.approx(by_hand.mean())
     assert cell["p_t"] == pytest.approx(ttest_1samp(by_hand, 0).pvalue)
-    seeds = analysis["seeds"].set_index(["measure", "mode"]).loc["token"]
+    seeds = analysis["seeds"].set_index(["measure", "condition"]).loc["token"]
     assert seeds["runs"].between(50, 60).all() and seeds["sd_seeds"].between(0.002, 0.004).all()
     over = analysis["intervals"]
     assert set(over.loc[over["measure"] == "token", "over"]) == {"runs"}
@@ -221,7 +221,7 @@ def test_seeds_count_equally_and_are_no_replicates():
 @pytest.mark.usefixtures("own_rules_only")
 def test_copies_are_named_as_such():
     tables = replace(SMALL, seeds=(1, 2)).tables(4)
-    # The same ids in every run of a prompt and mode.
+    # The same ids in every run of a prompt and condition.
     tokens = tables.tokens.assign(id=7)
     first = tokens["run_id"].str.replace(r"/\d$", "", regex=True)
     kept = tokens.groupby(first)["run_id"].transform("min")
@@ -237,13 +237,15 @@ def test_copies_are_named_as_such():
     seeds = analysis["seeds"]
     assert (seeds["distinct"] == seeds["prompts"]).all() and (seeds["runs"] > 20).any()
     for row in seeds[seeds["measure"] == "token"].itertuples():
-        said = f"{row.mode}: {row.runs} runs of {row.prompts} prompts, {row.prompts} of them diff"
+        said = (
+            f"{row.condition}: {row.runs} runs of {row.prompts} prompts, {row.prompts} of them diff"
+        )
         assert any(note.startswith(said) for note in analysis.info["notes"])
 
 
 def test_taking_the_siblings_out_gives_what_softmax_gives_without_them():
     """Rows of a softmax in which siblings weigh what single tokens weigh: they only share."""
-    one = Planted(prompts=40, categories=("any",), modes=("isolated",), softmax=True, base=0.3)
+    one = Planted(prompts=40, categories=("any",), conditions=("isolated",), softmax=True, base=0.3)
     tables = replace(one, noise=0.0, layers=1, heads=1, single=0.5).tables(5)
     keys = keys_of(tables)
     units = measure(tables, Rules(None, None)).measured["alone"].units
@@ -304,7 +306,7 @@ def test_what_matching_leaves_different_is_adjusted_for(planted):
 
 
 def test_slopes_are_those_of_a_regression(tables):
-    singles = keys_of(tables).query("kind == 'single' and mode == 'visible'")
+    singles = keys_of(tables).query("kind == 'single' and condition == 'visible'")
     attention = tables.received[singles["row"], 0, 1].astype(float)
     fit = ols(
         "attention ~ 0 + C(distance) + logit + query_step + n_keys",
@@ -316,66 +318,68 @@ def test_slopes_are_those_of_a_regression(tables):
 
 
 def test_planted_effects_and_their_difference_are_found(analysis):
-    cells = effects_of(analysis).set_index("mode")
-    for mode, planted in (("isolated", 0.006), ("visible", 0.010)):
-        assert cells.loc[mode, "low"] < planted < cells.loc[mode, "high"]
-        assert cells.loc[mode, "p_t_holm"] < 1e-4 and cells.loc[mode, "p_w_holm"] < 0.01
+    cells = effects_of(analysis).set_index("condition")
+    for condition, planted in (("isolated", 0.006), ("visible", 0.010)):
+        assert cells.loc[condition, "low"] < planted < cells.loc[condition, "high"]
+        assert cells.loc[condition, "p_t_holm"] < 1e-4 and cells.loc[condition, "p_w_holm"] < 0.01
     contrasts = analysis["contrasts"]
     cell = contrasts[(contrasts["measure"] == "token") & (contrasts["grouping"] == "overall")]
     assert cell["low"].item() < 0.004 < cell["high"].item() and cell["n"].item() > 10
     models = analysis["models"].set_index("question")
-    assert models.loc["modes", "low"] < 0.004 < models.loc["modes", "high"]
+    assert models.loc["conditions", "low"] < 0.004 < models.loc["conditions", "high"]
 
 
 def test_sensitivity_holds_the_analysis_itself_and_what_other_rules_give(tables, analysis):
     found = analysis["sensitivity"]
-    chosen = found[found["chosen"] & (found["measure"] == "token")].set_index("mode")
-    cells, contrasts = effects_of(analysis).set_index("mode"), analysis["contrasts"]
-    of_modes = contrasts[(contrasts["measure"] == "token") & (contrasts["grouping"] == "overall")]
-    for mode, cell in [*cells.iterrows(), ("visible - isolated", of_modes.iloc[0])]:
-        assert chosen.loc[mode, "n"] == cell["n"]
+    chosen = found[found["chosen"] & (found["measure"] == "token")].set_index("condition")
+    cells, contrasts = effects_of(analysis).set_index("condition"), analysis["contrasts"]
+    of_conditions = contrasts[
+        (contrasts["measure"] == "token") & (contrasts["grouping"] == "overall")
+    ]
+    for condition, cell in [*cells.iterrows(), ("visible - isolated", of_conditions.iloc[0])]:
+        assert chosen.loc[condition, "n"] == cell["n"]
         for name, value in (("effect", "mean"), ("effect_low", "low"), ("effect_high", "high")):
-            assert chosen.loc[mode, name] == pytest.approx(cell[value], rel=1e-5)
-    matches = analysis["matches"].query("of == 'tokens' and mode == 'visible'")
+            assert chosen.loc[condition, name] == pytest.approx(cell[value], rel=1e-5)
+    matches = analysis["matches"].query("of == 'tokens' and condition == 'visible'")
     share = matches["without"].sum() / matches["units"].sum()
     assert chosen.loc["visible", "without"] == pytest.approx(share)
     none = found[(found["adjustment"] == "none") & (found["caliper"] == 0.5)]
-    assert set(none["mode"]) == set(chosen.index) and not none["chosen"].any()
+    assert set(none["condition"]) == set(chosen.index) and not none["chosen"].any()
     effect = overall(by_prompt(measure(tables, Rules(adjustment="none"))))
-    mean = effect.query("measure == 'set' and mode == 'isolated'")["effect"].mean()
-    row = none.query("measure == 'set' and mode == 'isolated'").iloc[0]
+    mean = effect.query("measure == 'set' and condition == 'isolated'")["effect"].mean()
+    row = none.query("measure == 'set' and condition == 'isolated'").iloc[0]
     assert row["effect"] == pytest.approx(mean, rel=1e-5)
 
 
 def test_contrasts_pair_prompts(tables, analysis):
     prompts = overall(by_prompt(measure(tables, Rules())))
     wide = prompts[prompts["measure"] == "token"].pivot(
-        index="prompt_id", columns="mode", values="effect"
+        index="prompt_id", columns="condition", values="effect"
     )
     contrasts = analysis["contrasts"]
     cell = contrasts[(contrasts["measure"] == "token") & (contrasts["grouping"] == "overall")].iloc[
         0
     ]
     paired = ttest_rel(wide["visible"], wide["isolated"], nan_policy="omit")
-    assert (cell["mode_a"], cell["mode_b"]) == ("isolated", "visible")
+    assert (cell["condition_a"], cell["condition_b"]) == ("isolated", "visible")
     assert (cell["t"], cell["p_t"]) == pytest.approx((paired.statistic, paired.pvalue))
     # A prompt that lost one of its runs is in no pair.
     prompts = prompts[prompts["measure"] == "token"]
-    lost = prompts[(prompts["prompt_id"] != "factual-1") | (prompts["mode"] != "visible")]
-    pairs = mode_differences(lost, [("isolated", "visible")])
+    lost = prompts[(prompts["prompt_id"] != "factual-1") | (prompts["condition"] != "visible")]
+    pairs = condition_differences(lost, [("isolated", "visible")])
     assert "factual-1" not in set(pairs["prompt_id"]) and len(pairs) == len(wide.dropna()) - 1
 
 
-def test_modes_are_paired_that_differ_in_one_setting():
+def test_conditions_are_paired_that_differ_in_one_setting():
     runs = pd.DataFrame(
         {
-            "mode": ["a", "b", "c", "d", "a"],
+            "condition": ["a", "b", "c", "d", "a"],
             "visibility": ["isolated", "visible", "isolated", "visible", "isolated"],
             "combine": ["mean", "mean", "last", "last", "mean"],
             "seed": [1, 2, 3, 4, 5],
         }
     )
-    assert mode_pairs(runs) == [("a", "b"), ("a", "c"), ("b", "d"), ("c", "d")]
+    assert condition_pairs(runs) == [("a", "b"), ("a", "c"), ("b", "d"), ("c", "d")]
 
 
 # Tables.
@@ -392,7 +396,7 @@ def test_cells_are_means_over_prompts_of_every_margin(tables, analysis):
         "interaction",
     }
     for cell in effects.sample(30, random_state=1).to_dict("records"):
-        same = (prompts["measure"] == cell["measure"]) & (prompts["mode"] == cell["mode"])
+        same = (prompts["measure"] == cell["measure"]) & (prompts["condition"] == cell["condition"])
         for factor in ("set_size", "layer"):
             value = cell[factor]
             same &= prompts[factor].isna() if pd.isna(value) else (prompts[factor] == value)
@@ -424,16 +428,16 @@ def test_families_are_the_groupings_and_interactions_are_not_tested(analysis):
 
 def test_heads_average_to_the_layers(analysis):
     heads = analysis["heads"]
-    means = heads.groupby(["measure", "mode", "layer"])["effect"].mean()
+    means = heads.groupby(["measure", "condition", "layer"])["effect"].mean()
     layers = analysis["effects"]
-    layers = layers[(layers["grouping"] == "by layer")].set_index(["measure", "mode", "layer"])
+    layers = layers[(layers["grouping"] == "by layer")].set_index(["measure", "condition", "layer"])
     for key, mean in means.items():
         assert layers.loc[key, "mean"] == pytest.approx(mean)
     assert len(heads) == 3 * 2 * SMALL.layers * SMALL.heads
 
 
 def test_distances_show_the_decay_and_the_effect(analysis):
-    found = analysis["distances"].set_index(["mode", "distance"])
+    found = analysis["distances"].set_index(["condition", "distance"])
     isolated = found.loc["isolated"]
     assert (isolated["controls"].diff().dropna() < 0.001).all()
     gap = isolated["siblings"] - isolated["controls"]
@@ -484,8 +488,12 @@ def test_a_single_prompt_has_a_mean_and_no_interval():
 def test_no_controls_anywhere_is_an_empty_result_not_an_error():
     analysis = analyze(replace(SMALL, single=0.0).tables(12), **FAST)
     assert (effects_of(analysis)["n"] == 0).all() and not len(analysis["intervals"])
-    by_mode = analysis["sensitivity"]
-    assert by_mode["without"].eq(1).all() and by_mode["n"].eq(0).all() and len(by_mode) > 20
+    by_condition = analysis["sensitivity"]
+    assert (
+        by_condition["without"].eq(1).all()
+        and by_condition["n"].eq(0).all()
+        and len(by_condition) > 20
+    )
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 1.5, -0.1])

@@ -40,7 +40,7 @@ pytestmark = pytest.mark.xdist_group("analyses of the report")
 
 MARKUP = 'a <b>bold</b> | pipe & "quotes" $x$ [link](x)'
 REORDERING = "user \u202etxt.exe\u2066 \x1b[2J"
-SUITE = Planted(effect=0.006, mode_effect=0.004, prompt_sd=0.002, layers=3, heads=2)
+SUITE = Planted(effect=0.006, condition_effect=0.004, prompt_sd=0.002, layers=3, heads=2)
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +59,9 @@ def analysis(tables):
 
 @pytest.fixture(scope="module")
 def wide():
-    """An analysis of three modes, one with a long name, and many layers."""
-    modes = ("isolated", "visible", "hidden, combine=mean, threshold=0.05, schedule=constant")
-    return analyze(replace(SUITE, modes=modes, layers=30).tables(4), resamples=99)
+    """An analysis of three conditions, one with a long name, and many layers."""
+    conditions = ("isolated", "visible", "hidden, combine=mean, threshold=0.05, schedule=constant")
+    return analyze(replace(SUITE, conditions=conditions, layers=30).tables(4), resamples=99)
 
 
 @pytest.fixture(scope="module")
@@ -157,9 +157,8 @@ def test_report_shows_the_numbers_of_the_analysis_naive_beside_controlled(folder
     lines = (folder / "report.md").read_text().splitlines()
     effects = analysis["effects"]
     for cell in effects[effects["grouping"] == "overall"].to_dict("records"):
-        start = (
-            f"| {cell['measure']} | {cell['mode']} | {cell['n']} | {number(cell['naive'], True)}"
-        )
+        start = f"| {cell['measure']} | {cell['condition']} | {cell['n']} | "
+        start += number(cell["naive"], True)
         (line,) = [line for line in lines if line.startswith(start)]
         cells = [part.strip().replace("\\", "") for part in line.split(" | ")]
         assert cells[5] == number(cell["mean"], True)
@@ -230,9 +229,9 @@ def boxes(figure):
 @pytest.mark.parametrize(
     "draw", [heads_figure, prompts_figure, categories_figure, distances_figure, kl_figure]
 )
-@pytest.mark.parametrize("modes", [2, 3])
-def test_no_text_of_a_picture_overlaps_another_or_leaves_it(draw, modes, analysis, wide):
-    found = {2: analysis, 3: wide}[modes]
+@pytest.mark.parametrize("conditions", [2, 3])
+def test_no_text_of_a_picture_overlaps_another_or_leaves_it(draw, conditions, analysis, wide):
+    found = {2: analysis, 3: wide}[conditions]
     with look():
         figure = draw(found, "token")
     drawn = boxes(figure)
@@ -251,9 +250,9 @@ def test_heads_are_drawn_as_they_are_numbered(analysis):
     with look():
         figure = heads_figure(analysis, "token")
     heads = analysis["heads"]
-    for axes, mode in zip(figure.axes, ("isolated", "visible"), strict=False):
+    for axes, condition in zip(figure.axes, ("isolated", "visible"), strict=False):
         image = axes.images[0]
-        mine = heads[(heads["measure"] == "token") & (heads["mode"] == mode)]
+        mine = heads[(heads["measure"] == "token") & (heads["condition"] == condition)]
         for row in mine.to_dict("records"):
             assert image.get_array()[row["layer"], row["head"]] == row["effect"]
         low, high = image.get_clim()
@@ -271,7 +270,7 @@ def test_every_prompt_has_its_point(analysis):
 
 @pytest.mark.usefixtures("own_rules_only")
 def test_pictures_without_data_are_left_out(tmp_path):
-    one = analyze(Planted(modes=("isolated",)).tables(5), resamples=9)
+    one = analyze(Planted(conditions=("isolated",)).tables(5), resamples=9)
     names = [path.name for path in plot_experiment(one, tmp_path / "plots", ending=".png")]
     assert names == [f"{name}.png" for name in PICTURES if name != "kl"]
     write_report(one, tmp_path)
@@ -409,7 +408,7 @@ def test_missing_packages_are_named_with_the_extra(run, tmp_path, monkeypatch):
 
 
 def test_a_suite_in_which_nothing_matched_has_a_report(tmp_path):
-    tables = Planted(modes=("isolated",)).tables(5)
+    tables = Planted(conditions=("isolated",)).tables(5)
     found = analyze(tables, Rules(caliper=1e-12, window=0), resamples=9)
     assert found["influence"].empty or found["influence"]["value"].notna().all()
     write_report(found, tmp_path)

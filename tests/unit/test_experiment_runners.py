@@ -184,8 +184,8 @@ def stock_distributions(model, run):
 
 
 def test_next_tokens_and_divergences_are_those_of_stock_distributions(loaded, folder):
-    # With sets of one, a run is a plain decode; modes differ by what they make of siblings, and a
-    # prompt pruned of nothing: the divergence of two runs is 0. Runs of two prompts stand in.
+    # With sets of one, a run is a plain decode; conditions differ by what they make of siblings,
+    # and a prompt pruned of nothing: the divergence of two runs is 0. Runs of two prompts stand in.
     settings = {"threshold": 1.0, "max_tokens": 5}
     groups = groups_of(folder, settings=settings)
     found = dict(run_batched(*loaded, groups, 8))

@@ -88,7 +88,7 @@ def test_pairs_are_by_prompt_not_by_place():
     # Unpaired, the prompts' levels bury it.
     assert mean_tests(found)["p_t"] < 1e-6
     assert stats.ttest_ind(first, second).pvalue > 0.3
-    # A prompt of one mode alone is no pair.
+    # A prompt of one condition alone is no pair.
     assert list(differences(first, second.drop("p3")).index) == [p for p in prompts if p != "p3"]
     with pytest.raises(ValueError, match="p1"):
         differences(first, pd.concat([second, pd.Series({"p1": 0.0})]))
@@ -178,7 +178,7 @@ def repeated(planted, seed):
         planted,
         prompts=REPETITIONS * PROMPTS,
         categories=("any",),
-        modes=("isolated",),
+        conditions=("isolated",),
         layers=1,
         heads=1,
         prompt_tokens=2,
@@ -186,12 +186,12 @@ def repeated(planted, seed):
     )
     tables = many.tables(seed)
     number = tables.runs["prompt_id"].str.removeprefix("any-").astype(int) - 1
-    # As modes the suites share nothing, not even slopes.
-    runs = tables.runs.assign(mode="suite " + (number // PROMPTS).astype(str))
+    # As conditions the suites share nothing, not even slopes.
+    runs = tables.runs.assign(condition="suite " + (number // PROMPTS).astype(str))
     found = measure(replace(tables, runs=runs), Rules())
     assert len(found.adjusted) == REPETITIONS
     return {
-        name: [mine["effect"].to_numpy() for _, mine in part.groupby("mode")]
+        name: [mine["effect"].to_numpy() for _, mine in part.groupby("condition")]
         for name, part in overall(by_prompt(found)).groupby("measure")
     }
 
@@ -288,14 +288,14 @@ def observations_of(tables):
 
 
 def test_mixed_model_finds_the_planted_effect():
-    planted = Planted(prompts=3, modes=("isolated",), effect=0.006, prompt_sd=0.003)
+    planted = Planted(prompts=3, conditions=("isolated",), effect=0.006, prompt_sd=0.003)
     found = sibling_model(observations_of(planted.tables(4)))
     assert found["low"] < 0.006 < found["high"] and found["p"] < 1e-3
     assert found["n_prompts"] == 15 and 0.001 < found["var_sibling"] ** 0.5 < 0.006
 
 
 def test_mixed_model_says_why_there_is_none():
-    one = Planted(prompts=1, categories=("any",), modes=("isolated",))
+    one = Planted(prompts=1, categories=("any",), conditions=("isolated",))
     found = sibling_model(observations_of(one.tables()))
     assert found["estimate"] is None and found["note"] == "n too small"
     crowded = sibling_model(observations_of(replace(one, prompts=4, single=0.0).tables()))

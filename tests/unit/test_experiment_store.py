@@ -78,7 +78,7 @@ def test_the_tables_are_what_the_runs_were(undisturbed, session):
         "prompt",
         "seed",
         "visibility",
-        "mode",
+        "condition",
         "n_steps",
         "n_tokens",
         "text",
@@ -88,7 +88,7 @@ def test_the_tables_are_what_the_runs_were(undisturbed, session):
     assert runs["prompt_id"].tolist() == [
         f"{category}-{n}" for category in ("first", "second") for n in (1, 2) for _ in range(2)
     ]
-    assert runs["mode"].tolist() == ["isolated", "visible"] * 4 and runs["seed"].isna().all()
+    assert runs["condition"].tolist() == ["isolated", "visible"] * 4 and runs["seed"].isna().all()
     for row in runs.itertuples():
         mine = tokens[tokens["run_id"] == row.run_id]
         assert len(mine) == row.n_tokens and mine["step"].nunique() == row.n_steps
@@ -120,7 +120,9 @@ def test_the_tables_are_what_the_runs_were(undisturbed, session):
     both = best.merge(first, on=["run_id", "step"], suffixes=("", "_token"))
     assert len(both) == len(first) and (both["id"] == both["id_token"]).all()
     assert (both["text"] == both["text_token"]).all()
-    assert (tables.kl["mode_a"] == "isolated").all() and (tables.kl["mode_b"] == "visible").all()
+    assert (tables.kl["condition_a"] == "isolated").all() and (
+        tables.kl["condition_b"] == "visible"
+    ).all()
     assert tables.kl.groupby("prompt_id")["step"].apply(list).tolist() == [list(range(6))] * 4
     at_start = tables.kl[tables.kl["step"] == 0]
     np.testing.assert_allclose(at_start[["kl_ab", "kl_ba"]], 0, atol=1e-5)

@@ -47,11 +47,11 @@ def test_with_sampling_every_seed_is_a_run():
     assert len(sampled.groups) == 12
 
 
-def test_modes_that_draw_have_seeds_and_the_others_are_run_once():
+def test_conditions_that_draw_have_seeds_and_the_others_are_run_once():
     mixed = plan(seeds=[1, 2], grid={"pruning": [None, {"rule": "random"}]})
     drawn = [run for run in mixed.runs if run.settings.uses_rng]
     assert len(drawn) == 4 * 2 and len(mixed.runs) == 4 * 2 + 4
-    assert "1 modes draw no tokens" in mixed.notes[0]
+    assert "1 conditions draw no tokens" in mixed.notes[0]
 
 
 def test_copies_in_the_grid_are_run_once():
@@ -71,8 +71,8 @@ def test_the_grid_varies_settings_and_those_of_pruning():
     assert last.settings.pruning == Pruning(
         rule="attention", threshold=0.4, layers=1, schedule=Relu(0.5)
     )
-    # Settings with one value are no part of a mode's name.
-    assert last.mode == "hidden, combine=product, pruning.threshold=0.4"
+    # Settings with one value are no part of a condition's name.
+    assert last.condition == "hidden, combine=product, pruning.threshold=0.4"
     assert last.varied["pruning.layers"] == "last:1"
     for group in wide.groups:
         a, b = (run.to_dict() for run in group)

@@ -1,6 +1,6 @@
-"""What do two modes make of the same prompts? Sizes of their sets, and how far they drift apart.
+"""Compare two visibilities on the same prompts: sizes of their sets, and how far they drift apart.
 
-python scripts/compare_modes.py --modes isolated,visible
+python scripts/compare_conditions.py --conditions isolated,visible
 """
 
 import tempfile
@@ -19,19 +19,23 @@ PROMPTS = Path(__file__).with_name("prompts.txt")
 
 
 def main(
-    modes: Annotated[str, typer.Option(help="Two visibilities.")] = "isolated,visible",
+    conditions: Annotated[str, typer.Option(help="Two visibilities.")] = "isolated,visible",
+    modes: Annotated[str | None, typer.Option(hidden=True)] = None,
     prompts: Annotated[int, typer.Option(help="Prompts to use, at least 2.")] = 20,
     max_tokens: Annotated[int, typer.Option(help="Steps of each run.")] = 10,
     threshold: Annotated[float, typer.Option(help="Of the sets.")] = 0.1,
     model: Annotated[str, typer.Option(help="Recipe, folder or Hub id.")] = "smollm2-135m",
 ) -> None:
+    if modes is not None:
+        typer.echo("warning: --modes is now --conditions", err=True)
+        conditions = modes
     suite = Suite.model_validate(
         {
-            "name": "compare-modes",
+            "name": "compare-conditions",
             "model": model,
             "prompts": {"prompts": PROMPTS.read_text().splitlines()[:prompts]},
             "settings": {"max_tokens": max_tokens, "threshold": threshold},
-            "grid": {"visibility": modes.split(",")},
+            "grid": {"visibility": conditions.split(",")},
         }
     )
     with tempfile.TemporaryDirectory() as folder:
@@ -40,8 +44,8 @@ def main(
 
     # A prompt is one observation: the mean size of its sets.
     runs = tables.runs.assign(size=tables.runs["n_tokens"] / tables.runs["n_steps"])
-    first, second = modes.split(",")
-    sizes = runs.pivot(index="prompt_id", columns="mode", values="size")
+    first, second = conditions.split(",")
+    sizes = runs.pivot(index="prompt_id", columns="condition", values="size")
     test = stats.ttest_rel(sizes[first], sizes[second])
     low, high = test.confidence_interval()
     print(
