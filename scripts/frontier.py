@@ -16,7 +16,7 @@ from typing import Annotated
 from tempo_mlx import Settings, load, stream_batch_generate
 from tempo_mlx.cli.options import Overwrite
 from tempo_mlx.cli.outputs import Output, check_outputs, picture
-from tempo_mlx.decode.scheduler import Failure
+from tempo_mlx.generation import Failure
 from tempo_mlx.plots import check_plot
 from tempo_mlx.plots.figure import save
 from tempo_mlx.rules.pruning import Pruning

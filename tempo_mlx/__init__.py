@@ -13,9 +13,9 @@ blas.preload()
 
 if TYPE_CHECKING:
     from .decode.prompt_cache import PromptCache as PromptCache
-    from .decode.scheduler import batch_generate as batch_generate
-    from .decode.scheduler import stream_batch_generate as stream_batch_generate
+    from .generation import batch_generate as batch_generate
     from .generation import generate as generate
+    from .generation import stream_batch_generate as stream_batch_generate
     from .generation import stream_generate as stream_generate
     from .models import PositionedModel as PositionedModel
     from .models import UnsupportedModelError as UnsupportedModelError
@@ -32,11 +32,11 @@ _HOMES = {
     "PromptCache": "decode.prompt_cache",
     "Settings": "settings",
     "UnsupportedModelError": "models",
-    "batch_generate": "decode.scheduler",
+    "batch_generate": "generation",
     "generate": "generation",
     "load": "weights",
     "search": "search",
-    "stream_batch_generate": "decode.scheduler",
+    "stream_batch_generate": "generation",
     "stream_generate": "generation",
     "stream_search": "search",
 }

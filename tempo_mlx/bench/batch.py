@@ -12,10 +12,9 @@ import numpy as np
 from mlx_lm.generate import BatchGenerator
 
 from ..arguments import check_count
-from ..decode.scheduler import Failure, stream_batch_generate
 from ..decode.sequences import Batch, SequenceState
 from ..errors import TempoError
-from ..generation import stream_generate
+from ..generation import Failure, stream_batch_generate, stream_generate
 from ..lattice.lattice import Lattice
 from ..models import PositionedModel
 from ..settings import Settings

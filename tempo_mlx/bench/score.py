@@ -14,7 +14,7 @@ from mlx_lm.models.cache import make_prompt_cache, trim_prompt_cache
 
 from ..arguments import check_count
 from ..models import PositionedModel
-from ..rules.combining import log_softmax_at
+from ..numerics import log_softmax_at
 from ..scoring import ContinuationScorer
 from ..text.vocabulary import encode_text
 from .setting import MOST_TOKENS, describe

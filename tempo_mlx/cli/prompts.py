@@ -12,8 +12,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..arguments import MOST_BYTES, shown
 from ..decode.prompt_cache import JoinedPrompt, PromptCache
-from ..decode.scheduler import BatchStatus, Failure, stream_batch_generate
+from ..decode.scheduler import BatchStatus
 from ..errors import TempoError
+from ..generation import Failure, stream_batch_generate
 from ..io.console import Console
 from ..io.files import Stream, replaceable
 from ..io.prompt_files import PromptRow, row_settings

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..lattice.lattice import Lattice
 from ..models import BatchedKVCache, PositionedModel
-from ..rules.combining import log_softmax_at
+from ..numerics import log_softmax_at
 from .sequences import Batch, SequenceState
 
 #: Fraction of unused slots above which the cache is compacted.

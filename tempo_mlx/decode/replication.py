@@ -15,7 +15,7 @@ from mlx.utils import tree_map
 from mlx_lm.generate import generation_stream
 from mlx_lm.models.cache import make_prompt_cache
 
-from ..rules.combining import softmax
+from ..numerics import softmax
 from ..rules.selection import StepCandidates, most_probable
 from .request import Request
 

@@ -1,26 +1,17 @@
-"""Many prompts in one batch: who is in it, who waits, and what becomes of those that fail."""
+"""The scheduler of a batch: which prompts are in it, and which wait."""
 
-import json
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, cast
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import mlx.core as mx
-import mlx.nn as nn
-from mlx_lm.generate import generation_stream, wired_limit
 
-from ..arguments import MOST_BYTES, check_count, shown
 from ..errors import TempoError
-from ..generation import begin
-from ..lattice.result import BEAM, GenerationResult, find_paths
+from ..lattice.result import GenerationResult
 from ..models import BatchedKVCache, PositionedModel
-from ..settings import Settings
-from ..text.vocabulary import Prompt, Vocabulary, require_tokenizer
 from .decoder import BatchDecoder, CacheBudgetError
-from .observation import Observer
 from .prompt_cache import PromptCache
 from .request import Request
 
@@ -29,24 +20,6 @@ BATCH_SIZE = 32
 
 #: Share of the device's memory that keys and values may take, unless the caller says how much.
 MEMORY_SHARE = 0.5
-
-
-@dataclass(frozen=True)
-class Failure:
-    """What became of a prompt that gave no result.
-
-    Args:
-        prompt: as it was given.
-        error: why, in one line.
-    """
-
-    prompt: Prompt
-    error: str
-
-    def to_dict(self) -> dict[str, Any]:
-        """The failure as JSON-ready data; what JSON does not have is as Python writes it."""
-        prompt = json.loads(json.dumps(self.prompt, default=_as_python_writes))
-        return {"prompt": prompt, "error": self.error}
 
 
 @dataclass
@@ -80,173 +53,6 @@ class BatchStatus:
     cache_bytes: int = 0
     waste: float = 0.0
     largest_waste: float = 0.0
-
-
-@dataclass
-class BatchResult:
-    """What :func:`batch_generate` returns.
-
-    Args:
-        results: of each prompt, in order.
-        status: as it was at the end.
-    """
-
-    results: list[GenerationResult | Failure]
-    status: BatchStatus = field(default_factory=BatchStatus)
-
-    @property
-    def texts(self) -> list[str | None]:
-        """The best text of each prompt, None where it failed."""
-        finished = [each for each in self.results if isinstance(each, GenerationResult)]
-        if finished:
-            find_paths(finished)
-        return [each.text if isinstance(each, GenerationResult) else None for each in self.results]
-
-
-def batch_generate(
-    model: nn.Module | PositionedModel,
-    tokenizer: Any,
-    prompts: Sequence[Prompt],
-    settings: Settings | Sequence[Settings] | None = None,
-    verbose: bool = False,
-    **kwargs: Any,
-) -> BatchResult:
-    """Generate from many prompts, in one forward pass for each step of all.
-
-    Row i is what ``generate`` with the same settings gives for prompt i alone.
-
-    Args:
-        model, tokenizer: as in :func:`tempo_mlx.generate`.
-        prompts: each a text, token ids, or chat messages.
-        settings: for all prompts, or one for each; None makes them of ``kwargs``.
-        verbose: print how far it has come.
-        kwargs: arguments of :func:`stream_batch_generate`; and of :class:`Settings` if
-            ``settings`` is None.
-
-    Returns:
-        a result or a :class:`Failure` for each prompt, in order.
-
-    Raises:
-        ValueError: for an argument out of range. What is wrong with one prompt fails that prompt.
-    """
-    results: dict[int, GenerationResult | Failure] = {}
-    status = BatchStatus()
-    tell = kwargs.pop("progress", None)
-
-    def progress(now: BatchStatus) -> None:
-        nonlocal status
-        if verbose and now.done > status.done:
-            print(f"{now.done}/{now.total} prompts, {now.tokens / now.seconds:.1f} tokens/s")
-        status = BatchStatus(**vars(now))
-        if tell is not None:
-            tell(now)
-
-    for i, result in stream_batch_generate(
-        model, tokenizer, prompts, settings, progress=progress, **kwargs
-    ):
-        results[i] = result
-    return BatchResult([results[i] for i in range(len(prompts))], status)
-
-
-def stream_batch_generate(
-    model: nn.Module | PositionedModel,
-    tokenizer: Any,
-    prompts: Sequence[Prompt],
-    settings: Settings | Sequence[Settings] | None = None,
-    *,
-    batch_size: int = BATCH_SIZE,
-    max_kv_bytes: int | None = None,
-    prompt_cache: PromptCache | None = None,
-    paths: int = 0,
-    verify: bool = False,
-    model_name: str | None = None,
-    observe: Callable[[int], Observer | None] | None = None,
-    progress: Callable[[BatchStatus], None] | None = None,
-    **kwargs: Any,
-) -> Generator[tuple[int, GenerationResult | Failure], None, None]:
-    """As :func:`batch_generate`; yields (number of the prompt, result) as they finish.
-
-    A prompt that ends makes room for the next one at once. Prompts are read while the others
-    generate, a chunk of at most ``prefill_step_size`` tokens between two steps; prompts that are
-    alike are read once.
-
-    Args:
-        model, tokenizer, prompts, settings: as in :func:`batch_generate`.
-        batch_size: prompts that generate at the same time, at least 1.
-        max_kv_bytes: bytes that keys, values and recurrent states may take; prompts wait while
-            they do not fit, and one that does not fit alone fails. None is half of the memory that
-            is left.
-        prompt_cache: read already; prompts that begin with its tokens go on from there, others
-            are appended to its text: see :meth:`PromptCache.join`.
-        paths: if above 0, paths that are found for each result before it is yielded; where the run
-            did not score them itself, for ``batch_size`` results together.
-        verify: as in :func:`tempo_mlx.stream_generate`.
-        model_name: what the results call the model.
-        observe: called with the number of a prompt whenever its run begins; returns what is to see
-            its steps. A run that has to start again gets another observer.
-        progress: called after every step.
-        kwargs: fields of :class:`Settings`, if ``settings`` is None.
-
-    Raises:
-        As :func:`batch_generate`.
-    """
-    if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Sequence):
-        raise TempoError(f"prompts must be a list of prompts, got {shown(prompts)}")
-    check_count("batch_size", batch_size)
-    if max_kv_bytes is not None:
-        check_count("max_kv_bytes", max_kv_bytes, most=MOST_BYTES)
-    check_count("paths", paths, 0)
-    if settings is None:
-        settings = Settings.of(kwargs)
-    elif kwargs:
-        raise TypeError(f"{sorted(kwargs)[0]!r} beside settings; put it into the settings")
-    if isinstance(settings, Settings):
-        each = [settings] * len(prompts)
-    elif isinstance(settings, Sequence) and not isinstance(settings, str):
-        each = list(settings)
-    else:
-        raise TempoError(
-            f"settings must be Settings, or one for each prompt, got {shown(settings)}"
-        )
-    if len(each) != len(prompts):
-        raise TempoError(
-            f"settings must be one for each of {len(prompts)} prompts, got {len(each)}"
-        )
-    for one in each:
-        if not isinstance(one, Settings):
-            raise TempoError(f"settings must be Settings, got {shown(one)}")
-    positioned = PositionedModel.of(model)
-    prompt_cache = PromptCache.of(prompt_cache, positioned, tokenizer)
-    require_tokenizer(tokenizer)
-    vocabulary = Vocabulary(tokenizer)
-
-    def new_run(i: int) -> Request:
-        if each[i].branching == "replicate":
-            raise TempoError("branching replicate generates from one prompt at a time")
-        result = begin(
-            positioned, tokenizer, prompts[i], each[i], model_name, vocabulary, prompt_cache
-        )
-        observer = None if observe is None else observe(i)
-        return Request(result, keep_logits=verify, paths=paths, observer=observer)
-
-    budget = max_kv_bytes or default_budget()
-    schedule = Scheduler(positioned, new_run, len(prompts), batch_size, budget, prompt_cache)
-    # Finished, but their paths are still to be found.
-    held: list[tuple[int, GenerationResult]] = []
-    with wired_limit(positioned.model, cast(Any, [generation_stream])):
-        for i, outcome in schedule.outcomes(progress or (lambda status: None)):
-            if not isinstance(outcome, GenerationResult):
-                yield i, Failure(prompts[i], outcome)
-            elif paths and not outcome.settings.has_parents:
-                held.append((i, outcome))
-            else:
-                yield i, outcome
-            if held and (len(held) == batch_size or schedule.left == 0):
-                finished = [result for _, result in held]
-                slots = [schedule.prompts.pop(id(result), None) for result in finished]
-                find_paths(finished, max(paths, BEAM), slots)
-                yield from held
-                held = []
 
 
 def default_budget() -> int:
@@ -425,7 +231,3 @@ class Scheduler:
         status.cache_bytes = decoder.nbytes
         status.waste = decoder.batch.waste() if decoder.requests else 0.0
         status.largest_waste = max(status.largest_waste, status.waste)
-
-
-def _as_python_writes(value: Any) -> Any:
-    return value.tolist() if hasattr(value, "tolist") else repr(value)

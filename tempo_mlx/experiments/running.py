@@ -11,7 +11,7 @@ from typing import Any
 import mlx.nn as nn
 import numpy as np
 
-from ..decode.scheduler import Failure, stream_batch_generate
+from ..generation import Failure, stream_batch_generate
 from ..lattice.result import GenerationResult
 from ..models import PositionedModel
 from .capture import Divergence, Pair, Recorder

@@ -6,8 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from ..rules.pruning import PruningDecision
-
 #: ``pruned_at`` of a slot that lives.
 NEVER = np.iinfo(np.int64).max
 
@@ -117,6 +115,27 @@ class Step:
         return [token for token in self.tokens if token.pruned_at is None]
 
 
+@dataclass(frozen=True)
+class PruningDecision:
+    """What was decided about one set after one step.
+
+    Args:
+        step: the step after whose forward pass the set was judged.
+        set_step: the step of the set.
+        threshold: the pruning threshold at that time.
+        slots: of the set's live tokens, [n].
+        scores: of the rule, [n].
+        pruned: the verdict, [n].
+    """
+
+    step: int
+    set_step: int
+    threshold: float
+    slots: list[int]
+    scores: list[float]
+    pruned: list[bool]
+
+
 class Lattice:
     """Prompt and steps of one run, with the table of their slots.
 
@@ -218,10 +237,10 @@ class Lattice:
         self._weight[slots] = weights / weights.sum()
 
     def apply(self, decision: PruningDecision, rule: str, erase: bool = False) -> None:
-        """Record a verdict: its fallen tokens are invisible after its step.
+        """Record a verdict: its pruned tokens are invisible after its step.
 
         Args:
-            judgement: on the live tokens of one set.
+            decision: on the live tokens of one set.
             rule: name of the pruning rule.
             erase: invisible to every step, as if they had never been there.
         """

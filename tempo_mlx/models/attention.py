@@ -8,7 +8,6 @@ of a step, which come as rows, are put side by side in their sequences for the c
 """
 
 import functools
-import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,9 +19,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ..numerics import softmax
 from .rows import TokenRows
-
-LOG2_E = math.log2(math.e)
 
 #: What the logarithm of an attention weight takes in place of 0.
 LEAST = 1e-30
@@ -117,12 +115,6 @@ def _entropy(weights: mx.array) -> mx.array:
     return -(weights * mx.log(mx.maximum(weights, LEAST))).sum(axis=-1, keepdims=True)
 
 
-def _softmax(scores: mx.array) -> mx.array:
-    """softmax over the last axis; by powers of 2, on x86 mlx's exp takes 2.7 times as long."""
-    powers = mx.power(2.0, (scores - scores.max(axis=-1, keepdims=True)) * LOG2_E)
-    return powers / powers.sum(axis=-1, keepdims=True)
-
-
 class AttentionRecorder:
     """Collects what a :class:`Capture` asks for during one forward pass.
 
@@ -207,9 +199,9 @@ def attention_weights(
         else:
             scores = scores + mask.astype(mx.float32)
     if sinks is None:
-        return on_tokens(_softmax, scores, tokens)
+        return on_tokens(softmax, scores, tokens)
     sink = mx.broadcast_to(sinks.astype(mx.float32)[None, :, None, None], (*scores.shape[:3], 1))
-    return on_tokens(_softmax, mx.concatenate([scores, sink], axis=-1), tokens)[..., :-1]
+    return on_tokens(softmax, mx.concatenate([scores, sink], axis=-1), tokens)[..., :-1]
 
 
 #: The pass of a cache of ours that a model is called for.

@@ -1,12 +1,11 @@
 """One next distribution out of the N rows of each parallel set."""
 
-import functools
 from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 import numpy as np
 
-from ..models.attention import LOG2_E
+from ..numerics import powers, softmax, tempered
 
 
 def mixture(w: np.ndarray) -> np.ndarray:
@@ -41,45 +40,6 @@ COMBINE: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 IN_LOGS = frozenset({"product"})
 
 
-def softmax(logits: mx.array) -> mx.array:
-    """softmax over the last axis, fp32; log p is exact to 1e-5 nats for any size of vocabulary.
-
-    By powers of 2: on x86 mlx's exp takes 2.7 times as long. Summed by a product with ones: on the
-    CPU mlx adds up a row one by one, which errs by 1e-4 over 50,000 tokens.
-    """
-    _, powers, total = _powers(logits)
-    return powers / total
-
-
-def tempered(logits: mx.array, temps: mx.array | float) -> mx.array:
-    """Logits [..., V] over temperatures, their maximum taken off first: it costs no precision."""
-    return (logits - logits.max(axis=-1, keepdims=True)) / temps
-
-
-def log_softmax_at(logits: mx.array, ids: mx.array) -> mx.array:
-    """log p of the tokens ids [..., K] in rows of logits [..., V], as exact as :func:`softmax`."""
-    shifted, _, total = _powers(logits)
-    return mx.take_along_axis(shifted, ids, axis=-1) - mx.log(total)
-
-
-def log_p_at(
-    logits: mx.array, rows: mx.array, ids: mx.array, sets: mx.array | None = None
-) -> tuple[mx.array, mx.array | None]:
-    """log p of single tokens and of sets of tokens, as exact as :func:`softmax`.
-
-    Args:
-        logits: [R, V], fp32.
-        rows, ids: which token of which row, [n] each.
-        sets: 1 for each token of a set, else 0, [V, K].
-
-    Returns:
-        log p of the tokens [n], and of each set in each row [R, K].
-    """
-    shifted, powers, total = _powers(logits)
-    found = shifted[rows, ids] - mx.log(total[rows, 0])
-    return found, None if sets is None else mx.log(powers @ sets) - mx.log(total)
-
-
 def most_probable_of(
     logits: mx.array, temps: Sequence[float] | None = None
 ) -> tuple[mx.array, mx.array]:
@@ -92,7 +52,7 @@ def most_probable_of(
         ids and probabilities, fp32, [N, 1] each.
     """
     # The maximum's power is 1.
-    _, _, total = _powers(_at_temperatures(logits, temps))
+    _, _, total = powers(_at_temperatures(logits, temps))
     return mx.argmax(logits, axis=-1, keepdims=True), 1 / total
 
 
@@ -102,19 +62,6 @@ def _at_temperatures(logits: mx.array, temps: Sequence[float] | None) -> mx.arra
     if temps is None or all(temp == 1.0 for temp in temps):
         return logits
     return tempered(logits, mx.array(np.asarray(temps, np.float32))[:, None])
-
-
-@functools.lru_cache(maxsize=4)
-def _ones(n: int) -> mx.array:
-    """Ones, [n, 1]."""
-    return mx.array(np.ones((n, 1), np.float32))
-
-
-def _powers(logits: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-    """Logits below their maximum, exp of them, and its sum [..., 1]."""
-    shifted = logits - logits.max(axis=-1, keepdims=True)
-    powers = mx.power(2.0, shifted * LOG2_E)
-    return shifted, powers, powers @ _ones(powers.shape[-1])
 
 
 def combine(

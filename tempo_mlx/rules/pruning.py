@@ -13,6 +13,7 @@ import numpy as np
 
 from ..arguments import check_choice, check_count, check_range, shown
 from ..errors import TempoError
+from ..lattice.lattice import PruningDecision
 from .schedules import Bezier, Schedule
 
 
@@ -211,27 +212,6 @@ def parse_layers(text: str) -> int | tuple[int, ...] | None:
         raise TempoError(
             f"prune layers must be all, last:N or numbers like 3,7,11, got {shown(text)}"
         ) from error
-
-
-@dataclass(frozen=True)
-class PruningDecision:
-    """What was decided about one set after one step.
-
-    Args:
-        step: the step after whose forward pass the set was judged.
-        set_step: the step of the set.
-        threshold: the pruning threshold at that time.
-        slots: of the set's live tokens, [n].
-        scores: of the rule, [n].
-        pruned: the verdict, [n].
-    """
-
-    step: int
-    set_step: int
-    threshold: float
-    slots: list[int]
-    scores: list[float]
-    pruned: list[bool]
 
 
 def falls(

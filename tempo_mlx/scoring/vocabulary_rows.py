@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import mlx.core as mx
 import numpy as np
 
-from ..rules.combining import log_p_at
+from ..numerics import log_p_at
 from ..rules.selection import require_finite
 from .requests import ScoreRequest, ScoringStats, TokenLogprobs
 

@@ -15,7 +15,7 @@ from ..decode.decoder import CacheBudgetError
 from ..decode.sequences import Batch, SequenceState
 from ..lattice.lattice import Lattice
 from ..models import PositionedModel
-from ..rules.combining import softmax, tempered
+from ..numerics import softmax, tempered
 from ..rules.selection import most_probable, noise_key, require_finite
 from ..text.vocabulary import Vocabulary
 from .settings import SearchSettings

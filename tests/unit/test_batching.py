@@ -4,8 +4,8 @@ import dataclasses
 
 from tempo_mlx import PositionedModel, batch_generate, generate
 from tempo_mlx.decode.prompt_cache import PromptCache
-from tempo_mlx.decode.scheduler import Failure, stream_batch_generate
 from tempo_mlx.decode.sequences import spread_evenly
+from tempo_mlx.generation import Failure, stream_batch_generate
 from tempo_mlx.rules.combining import COMBINE
 from tempo_mlx.rules.pruning import Pruning
 from tempo_mlx.rules.schedules import Constant

@@ -1,6 +1,7 @@
 """Combining rules against NumPy in double precision."""
 
-from tempo_mlx.rules.combining import COMBINE, combine, log_softmax_at, most_probable_of, softmax
+from tempo_mlx.numerics import log_softmax_at, softmax
+from tempo_mlx.rules.combining import COMBINE, combine, most_probable_of
 
 import mlx.core as mx
 import numpy as np

@@ -5,7 +5,7 @@ import shutil
 
 from tempo_mlx import PositionedModel, batch_generate, generate, load
 from tempo_mlx.decode.prompt_cache import PromptCache
-from tempo_mlx.decode.scheduler import Failure
+from tempo_mlx.generation import Failure
 from tests.comparison import assert_close
 from tests.tiny_folder import END, save_tiny_model
 

@@ -4,8 +4,8 @@ from collections import UserDict
 from types import SimpleNamespace
 
 from tempo_mlx import ContinuationScorer, PromptCache, batch_generate, generate, search
-from tempo_mlx.decode.scheduler import Failure
 from tempo_mlx.errors import TempoError
+from tempo_mlx.generation import Failure
 from tempo_mlx.models import PlainModel, PositionedModel
 from tempo_mlx.text.vocabulary import encode_prompt
 from tempo_mlx.weights import load

@@ -2,9 +2,9 @@
 
 from tempo_mlx.decode.retroactive import RetroactivePruner
 from tempo_mlx.generation import generate
-from tempo_mlx.lattice.lattice import Lattice, Step, Token
+from tempo_mlx.lattice.lattice import Lattice, PruningDecision, Step, Token
 from tempo_mlx.models import Capture, PositionedModel
-from tempo_mlx.rules.pruning import RULES, Evidence, Pruner, Pruning, PruningDecision, falls, spare
+from tempo_mlx.rules.pruning import RULES, Evidence, Pruner, Pruning, falls, spare
 from tempo_mlx.rules.schedules import Constant
 from tempo_mlx.settings import WEIGHTINGS, Settings
 from tests.tiny_models import tiny_model

@@ -12,9 +12,8 @@ from tempo_mlx import (
 from tempo_mlx.decode.decoder import BatchDecoder, CacheBudgetError
 from tempo_mlx.decode.prompt_cache import PromptCache
 from tempo_mlx.decode.request import Request
-from tempo_mlx.decode.scheduler import Failure
 from tempo_mlx.decode.sequences import Batch
-from tempo_mlx.generation import begin
+from tempo_mlx.generation import Failure, begin
 from tempo_mlx.rules.pruning import Pruning
 from tests.architectures import branches_difference
 from tests.tiny_models import tiny_model
