@@ -232,8 +232,8 @@ def status(
 ) -> None:
     """How far a suite is: runs by state, what failed and why, time left."""
     require_extra()
-    from ..experiments.ledger import DONE, FAILED
     from ..experiments.progress import read_progress
+    from ..experiments.store import DONE, FAILED
 
     found = read_progress(folder)
     if as_json:
@@ -241,7 +241,7 @@ def status(
         return
     out = Console(highlight=False, soft_wrap=True)
     told = ", ".join(f"{n} {state}" for state, n in found.counts.items() if n)
-    out.print(f"{found.suite or folder}: {found.total} runs, {told}")
+    out.print(f"{found.suite}: {found.total} runs, {told}")
     if found.counts[DONE] + found.counts[FAILED] < found.total:
         out.print("a command works on it" if found.in_use else "no command works on it")
         if found.seconds_left is not None:

@@ -1,7 +1,6 @@
 """The analysis of a suite: all that is computed from its tables, and the files it fills."""
 
 import json
-from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,11 @@ from pandas import DataFrame
 from ..arguments import check_count, check_seed
 from ..errors import TempoError
 from ..io.files import write_atomically
-from .ledger import DONE
 from .matching import Rules, keys_of
 from .measures import ALL, MEASURES, Measured, Measurements, measure
 from .mixed_model import condition_model, observations, seed_model, sibling_model
 from .statistics import CONFIDENCE, MIN_BOOTSTRAP, MIN_PROMPTS, MIN_WILCOXON, clustered_mean
-from .store import LEDGER, read_ledger
+from .store import done_runs
 from .summary import (
     EVERY_CATEGORY,
     TESTED,
@@ -35,7 +33,8 @@ from .summary import (
 from .table_checks import check_tables
 from .tables import Tables
 
-SCHEMA = 1
+#: Version of the files.
+SCHEMA = 2
 
 #: Where the files are, in the folder of a suite's run.
 FOLDER, INFO = "analysis", "analysis.json"
@@ -411,14 +410,12 @@ def load_analysis(folder: Path) -> Analysis:
         raise TempoError(f"{path} is of version {info.get('schema')}, this program reads {SCHEMA}")
     del info["tables"]
     tables = {name: pd.read_parquet(path.with_name(f"{name}{PARQUET}")) for name in CONTENTS}
-    if (folder / LEDGER).is_file():
-        with closing(read_ledger(folder)) as ledger:
-            done = {entry.run_id for entry in ledger.entries() if entry.state == DONE}
-        if new := done - set(tables["runs"]["run_id"]):
-            raise TempoError(
-                f"the analysis lacks {len(new)} of {len(done)} runs; run again: tempo-mlx "
-                f"experiment analyze {folder}"
-            )
+    done = done_runs(folder)
+    if new := done - set(tables["runs"]["run_id"]):
+        raise TempoError(
+            f"the analysis lacks {len(new)} of {len(done)} runs; run again: tempo-mlx "
+            f"experiment analyze {folder}"
+        )
     return Analysis(info, tables)
 
 

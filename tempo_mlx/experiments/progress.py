@@ -1,33 +1,46 @@
-"""How far a suite has come, read from its folder while a command may be at work there."""
+"""How far a suite is, read from its folder. A command may be running there."""
 
-from contextlib import closing
+from collections import Counter
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from .ledger import DONE, FAILED, PENDING, RUNNING, in_use
-from .store import damaged, read_ledger, read_manifest, size_of
+from .lock import in_use
+from .store import (
+    DONE,
+    FAILED,
+    MARKS,
+    PENDING,
+    RESULTS,
+    RUNNING,
+    damaged,
+    read_manifest,
+    read_suite_file,
+    size_of,
+    states,
+)
 
-#: States beside the ledger's: of runs that a command which was stopped had begun, and of runs that
-#: the ledger calls done while a file of theirs is missing or damaged. The next command makes them.
+#: States of runs that no file shows: a command that was stopped had begun them, or one of their
+#: files is damaged. The next command repeats both.
 INTERRUPTED, DAMAGED = "interrupted", "damaged"
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a suite has come.
+    """How far a suite is.
 
     Args:
-        suite: its name, None where no manifest says so.
+        suite: its name.
         in_use: whether a command works on the folder.
-        counts: number of runs by state: done, failed, running and pending, and where there are any
-            interrupted and damaged.
+        counts: number of runs by state: done, failed, running and pending; interrupted and damaged
+            only if there are any.
         failures: by run id, why it failed.
-        seconds_left: at the pace of the latest command; None where that says nothing.
+        seconds_left: at the pace of the latest command; None if no run has ended since it began.
         nbytes: of the folder.
     """
 
-    suite: str | None
+    suite: str
     in_use: bool
     counts: dict[str, int]
     failures: dict[str, str]
@@ -36,7 +49,7 @@ class Progress:
 
     @property
     def total(self) -> int:
-        """Runs."""
+        """Number of runs."""
         return sum(self.counts.values())
 
     def to_dict(self) -> dict[str, Any]:
@@ -52,30 +65,50 @@ class Progress:
 
 
 def read_progress(folder: Path) -> Progress:
-    """How far the suite of a folder has come.
+    """How far the suite in a folder is.
 
     Raises:
-        TempoError: if the folder holds no suite that was run, or what says so is damaged.
+        TempoError: if the folder holds no suite, or its manifest is damaged.
     """
-    # Asked before and after, because a command may begin or end while the ledger is read.
+    suite, manifest = read_suite_file(folder), read_manifest(folder)
+    # Asked before and after, because a command may begin or end in between.
     busy = in_use(folder)
-    with closing(read_ledger(folder)) as ledger:
-        entries, seconds_left = ledger.entries(), ledger.seconds_left()
+    found = states(folder)
     busy = in_use(folder) or busy
-    broken = set(damaged(folder, [entry.run_id for entry in entries if entry.state == DONE]))
-    counts = dict.fromkeys((DONE, FAILED, RUNNING, PENDING), 0)
-    for entry in entries:
-        state = entry.state
-        if state == RUNNING and not busy:
-            state = INTERRUPTED
-        if entry.run_id in broken:
-            state = DAMAGED
-        counts[state] = counts.get(state, 0) + 1
+    found |= dict.fromkeys(damaged(folder), DAMAGED)
+    if not busy:
+        stopped = [run_id for run_id, state in found.items() if state == RUNNING]
+        found |= dict.fromkeys(stopped, INTERRUPTED)
+    pending = manifest.get("runs", {}).get("total", len(found)) - len(found)
+    counts = (
+        dict.fromkeys((DONE, FAILED, RUNNING), 0) | {PENDING: pending} | Counter(found.values())
+    )
     return Progress(
-        read_manifest(folder).get("suite"),
+        suite["name"],
         busy,
         counts,
-        {entry.run_id: entry.error or "" for entry in entries if entry.state == FAILED},
-        seconds_left,
+        {
+            run_id: (folder / RESULTS / f"{run_id}{MARKS[FAILED]}").read_text(encoding="utf-8")
+            for run_id, state in found.items()
+            if state == FAILED
+        },
+        _seconds_left(folder, manifest, found, pending),
         size_of(folder),
     )
+
+
+def _seconds_left(
+    folder: Path, manifest: dict[str, Any], found: dict[str, str], pending: int
+) -> float | None:
+    """Seconds that the remaining runs take at the pace of the latest command."""
+    left = pending + sum(state in (RUNNING, INTERRUPTED) for state in found.values())
+    if not left or not manifest.get("sessions"):
+        return None
+    began = datetime.fromisoformat(manifest["sessions"][-1]["started"]).timestamp()
+    ended = [
+        moment
+        for run_id, state in found.items()
+        if state in (DONE, FAILED)
+        and (moment := (folder / RESULTS / f"{run_id}{MARKS[state]}").stat().st_mtime) >= began
+    ]
+    return left * (max(ended) - began) / len(ended) if ended else None

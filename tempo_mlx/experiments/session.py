@@ -24,7 +24,6 @@ from ..models import Capture, PositionedModel
 from ..text.vocabulary import Vocabulary
 from ..weights.fingerprint import identify
 from .capture import Recorder
-from .ledger import FAILED
 from .running import Outcome, run_batched, run_one_by_one
 from .store import SCHEMA, Store, read_manifest, size_of
 from .suite import Plan, RunConfig, Suite, SuiteError
@@ -212,7 +211,7 @@ class Session:
             return self._run(store, tell, command or ["tempo-mlx", *sys.argv[1:]])
 
     def _run(self, store: Store, tell: Callable[[Status], None], command: list[str]) -> Summary:
-        total, known = len(store.runs), store.done
+        total, known = len(store.runs), set(store.done)
         groups = [
             group
             for group in self.plan.groups
@@ -225,18 +224,22 @@ class Session:
             "command": shlex.join(command),
             "runner": str(self.options),
         }
-        manifest = self._manifest(read_manifest(self.folder), session)
-        store.write_manifest(manifest)
         done = total - sum(map(len, groups))
-        made = failed = 0
-        tell(Status(total, done, failed, "running"))
+        manifest = self._manifest(read_manifest(self.folder), session)
+        store.write_manifest(manifest | {"runs": {"total": total, "done": done}})
+        made = 0
+        errors: dict[str, str] = {}
+        tell(Status(total, done, 0, "running"))
         started = time.perf_counter()
-        for number, outcome in self._outcomes(groups, lambda i: store.ledger.start(ids[i])):
+        for number, outcome in self._outcomes(groups, lambda i: store.start(ids[i])):
             store.commit(ids[number], outcome)
-            errors = sum(isinstance(run, str) for run in outcome.runs)
             made += len(outcome.runs)
-            failed += errors
-            tell(Status(total, done + made - failed, failed, "running"))
+            errors |= {
+                run_id: run
+                for run_id, run in zip(ids[number], outcome.runs, strict=True)
+                if isinstance(run, str)
+            }
+            tell(Status(total, done + made - len(errors), len(errors), "running"))
         seconds = time.perf_counter() - started
         validation = None
         if self.options.cross_validate and store.done:
@@ -246,24 +249,17 @@ class Session:
                 self.tokenizer,
                 store,
                 self.options.cross_validate,
-                lambda run_id: tell(Status(total, len(store.done), failed, f"again: {run_id}")),
+                lambda run_id: tell(
+                    Status(total, len(store.done), len(errors), f"again: {run_id}")
+                ),
             )
             manifest["cross_validation"] = asdict(validation)
-        store.ledger.end()
         now_done = len(store.done)
         session |= {"finished": _now(), "made": made, "seconds": round(seconds, 3)}
         manifest |= {"finished": _now(), "runs": {"total": total, "done": now_done}}
         store.write_manifest(manifest)
-        entries = store.ledger.entries()
         return Summary(
-            total,
-            now_done,
-            sum(entry.state == FAILED for entry in entries),
-            made,
-            seconds,
-            size_of(self.folder),
-            {entry.run_id: entry.error or "" for entry in entries if entry.state == FAILED},
-            validation,
+            total, now_done, len(errors), made, seconds, size_of(self.folder), errors, validation
         )
 
     def _outcomes(

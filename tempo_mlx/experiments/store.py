@@ -1,8 +1,8 @@
-"""The folder of a suite: its ledger, and for every run that is done its files.
+"""The folder of a suite. Its files say which runs are done.
 
-The files of a run are written first, each whole or not at all, and the ledger says last that the
-run is done. What a dead process left of runs that are not done is removed by the next command; so
-are the files of runs of which one is missing or damaged, and these runs are made again.
+A run is done when its results are there. They are written last, and name the run's other files with
+their digests. Every file appears whole or not at all, so the folder is valid whenever a command
+dies. The next command removes what belongs to unfinished runs, and repeats runs with damaged files.
 """
 
 import errno
@@ -27,31 +27,35 @@ from safetensors.numpy import save as save_arrays
 from ..errors import TempoError
 from ..io.files import leftovers, write_atomically
 from .capture import AXES, MATRIX_AXES, Pair
-from .ledger import DONE, DiskFullError, Ledger, Lock
+from .lock import Lock
 from .running import Outcome, Record
 from .suite import RunConfig, Suite
 
 #: Version of the folder's layout.
-SCHEMA = 1
+SCHEMA = 2
 
-SUITE, MANIFEST, LEDGER = "suite.yaml", "manifest.json", "ledger.sqlite"
+SUITE, MANIFEST = "suite.yaml", "manifest.json"
 RESULTS, CAPTURES, KL = "results", "captures", "kl"
 FOLDERS = (RESULTS, CAPTURES, KL)
 
-#: Endings of a run's files: reductions, and matrices compressed.
-REDUCTIONS, MATRICES = ".safetensors", ".matrices.safetensors.zst"
+#: Endings of a run's files: results, reductions, compressed matrices.
+PARQUET, REDUCTIONS, MATRICES = ".parquet", ".safetensors", ".matrices.safetensors.zst"
 CODEC = "zstd"
 
-#: Keys of a suite that change no run: a folder that has moved is the same model.
+#: States of a run.
+PENDING, RUNNING, FAILED, DONE = "pending", "running", "failed", "done"
+
+#: Ending of the file in ``results`` that shows a state, the weakest first. A failure's file says
+#: why the run failed.
+MARKS = {RUNNING: ".running", FAILED: ".failed", DONE: PARQUET}
+
+#: Keys of a suite that change no run: a model folder may move.
 UNIMPORTANT = {"description", "model"}
 
-#: What to do about a damaged manifest.
-REMEDY = "delete it if it is the suite's: the next run of the suite writes it again"
-
-#: Names of the files of runs and of pairs of runs: a dot while they are written, ids, an ending.
+#: Names of our files: a dot while they are written, the ids of one run or two, an ending.
 OURS = re.compile(r"(\.?)([0-9a-f]{16}(?:-[0-9a-f]{16})?)\.")
 
-#: Key of what a Parquet file says of its run as a whole.
+#: Key of the metadata in a Parquet file.
 METADATA = b"tempo_mlx"
 
 TOKENS = pa.schema(
@@ -69,26 +73,35 @@ TOKENS = pa.schema(
 DIVERGENCES = pa.schema([("step", pa.int32()), ("kl_ab", pa.float64()), ("kl_ba", pa.float64())])
 
 
+class DiskFullError(OSError):
+    """The disk is full. The files that were stored before are whole."""
+
+
 class Store:
     """A suite's folder, open for writing.
 
     Args:
-        folder: made if it is not there.
-        suite: what is run; a folder holds one suite.
-        fingerprint: identity of the model.
-        runs: of the suite.
+        folder: created if it does not exist.
+        suite: the suite to run; a folder holds one suite.
+        fingerprint: of the model.
+        runs: of the suite, in its order.
+
+    Attributes:
+        runs: by id.
+        done: ids of the runs that are done.
 
     Raises:
-        ValueError: if another command works on the folder, it holds another suite, another
-            model's runs or files of someone else with names of ours, or it cannot be written.
-        DiskFullError: if the disk is full, from every method that writes.
+        TempoError: if another command uses the folder, or if it holds another suite, runs of
+            another model or unrelated files with our names.
+        DiskFullError: if the disk is full; also raised by every method that writes.
     """
 
     def __init__(self, folder: Path, suite: Suite, fingerprint: str, runs: Sequence[RunConfig]):
         self.folder = folder
         self.fingerprint = fingerprint
         self.runs = {run.id(fingerprint): run for run in runs}
-        # Before anything is made there, and again when nobody else works on it.
+        self.done: set[str] = set()
+        # Checked before anything is created, and again under the lock.
         self._check(suite)
         try:
             for name in FOLDERS:
@@ -102,23 +115,14 @@ class Store:
                 with self._full_disk("the suite"):
                     text = yaml.safe_dump(suite.to_dict(), sort_keys=False, allow_unicode=True)
                     write_atomically(folder / SUITE, text)
-            self.ledger = Ledger(folder / LEDGER)
-            if not self.runs.keys() >= {entry.run_id for entry in self.ledger.entries()}:
-                raise TempoError(
-                    f"{folder} holds runs that another version of tempo-mlx made of this suite; "
-                    "choose another --output"
-                )
-            self.ledger.plan(
-                [(run_id, json.dumps(_configuration(run))) for run_id, run in self.runs.items()]
-            )
-            self.ledger.forget(damaged(folder, self.done))
+            self.done = done_runs(folder) - set(damaged(folder))
             self._remove_leftovers()
         except BaseException:
             self._lock.release()
             raise
 
     def _check(self, suite: Suite) -> None:
-        """Refuse a folder of another suite, of another model or of someone else."""
+        """Refuse a folder that holds something else."""
         check_folder(self.folder)
         if (self.folder / SUITE).exists():
             there, here = read_suite_file(self.folder), suite.to_dict()
@@ -130,29 +134,38 @@ class Store:
         manifest = read_manifest(self.folder)
         if manifest.get("fingerprint", self.fingerprint) != self.fingerprint:
             raise TempoError(
-                f"{self.folder} holds runs of another model, {manifest.get('model')} with identity "
-                f"{manifest['fingerprint']}, not {self.fingerprint}; choose another --output"
+                f"{self.folder} holds runs of another model, {manifest.get('model')} with "
+                f"fingerprint {manifest['fingerprint']}, not {self.fingerprint}; choose another "
+                "--output"
+            )
+        if (self.folder / SUITE).exists() and not done_runs(self.folder) <= self.runs.keys():
+            raise TempoError(
+                f"{self.folder} holds runs that another version of tempo-mlx made of this suite; "
+                "choose another --output"
             )
 
     def _remove_leftovers(self) -> None:
-        """Remove files of runs that are not done, and what a dead process was writing."""
-        done = self.done
-        for name in FOLDERS:
-            for path in (self.folder / name).iterdir():
-                match = OURS.match(path.name)
-                if match and (match[1] or not done.issuperset(match[2].split("-"))):
-                    path.unlink()
+        """Remove files of runs that are not done, and files that a dead process was writing."""
+        marks = (MARKS[RUNNING], MARKS[FAILED])
+        for path in (path for name in FOLDERS for path in (self.folder / name).iterdir()):
+            match = OURS.match(path.name)
+            if match is None:
+                continue
+            owners = match[2].split("-")
+            if match[1] or path.suffix in marks or self.done.isdisjoint(owners):
+                path.unlink()
         for name in (SUITE, MANIFEST):
             for path in leftovers(self.folder / name):
                 path.unlink()
 
-    @property
-    def done(self) -> set[str]:
-        """Ids of the runs that are done."""
-        return {entry.run_id for entry in self.ledger.entries() if entry.state == DONE}
+    def start(self, run_ids: Sequence[str]) -> None:
+        """Mark runs as running."""
+        for run_id in run_ids:
+            with self._full_disk(f"run {run_id}"):
+                self._mark(run_id, RUNNING).touch()
 
     def commit(self, run_ids: Sequence[str], outcome: Outcome) -> None:
-        """Store what became of a group: its files, then all of its runs in the ledger at once."""
+        """Store the outcome of a group of runs."""
         records = {
             run_id: run
             for run_id, run in zip(run_ids, outcome.runs, strict=True)
@@ -163,23 +176,38 @@ class Store:
             a, b = run_ids[pair.a], run_ids[pair.b]
             if a in records and b in records:
                 with self._full_disk(f"runs {a} and {b}"):
-                    written = self._write(f"{KL}/{a}-{b}.parquet", _pair(pair, a, b))
+                    written = self._write(f"{KL}/{a}-{b}{PARQUET}", _pair(pair, a, b))
                 files[a] |= written
                 files[b] |= written
-        for run_id, record in records.items():
+        for run_id, run in zip(run_ids, outcome.runs, strict=True):
             with self._full_disk(f"run {run_id}"):
-                for name, data in _captures(run_id, record):
-                    files[run_id] |= self._write(name, data)
-                self._write(_results_name(run_id), _results(run_id, record, files[run_id]))
-        self.ledger.finish(
-            {
-                run_id: run if isinstance(run, str) else None
-                for run_id, run in zip(run_ids, outcome.runs, strict=True)
-            }
-        )
+                if isinstance(run, str):
+                    write_atomically(self._mark(run_id, FAILED), run)
+                else:
+                    for name, data in _captures(run_id, run):
+                        files[run_id] |= self._write(name, data)
+                    results = _results(run_id, run, self._configuration(run_id), files[run_id])
+                    write_atomically(self._mark(run_id, DONE), results)
+                    self.done.add(run_id)
+            self._mark(run_id, RUNNING).unlink(missing_ok=True)
+
+    def _mark(self, run_id: str, state: str) -> Path:
+        return self.folder / RESULTS / f"{run_id}{MARKS[state]}"
+
+    def _configuration(self, run_id: str) -> dict[str, Any]:
+        """What a run is, its place in the suite included."""
+        run = self.runs[run_id]
+        return {
+            **run.to_dict(),
+            "place": list(self.runs).index(run_id),
+            "prompt_id": run.prompt_id,
+            "category": run.category,
+            "condition": run.condition,
+            "varied": run.varied,
+        }
 
     def _write(self, name: str, data: bytes) -> dict[str, str]:
-        """Write a file; returns its name with what it must hold, see :func:`_results`."""
+        """Write a file; returns its name and digest."""
         write_atomically(self.folder / name, data)
         return {name: _sha256(data)}
 
@@ -195,19 +223,17 @@ class Store:
         try:
             yield
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or isinstance(error, DiskFullError):
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            done = len(self.done) if hasattr(self, "ledger") else 0
             raise DiskFullError(
                 errno.ENOSPC,
-                f"the disk is full, {what} cannot be stored; {done} runs are done and whole, free "
-                "some space and run the command again",
+                f"the disk is full, {what} cannot be stored; {len(self.done)} runs are done and "
+                "whole, free some space and run the command again",
                 str(self.folder),
             ) from error
 
     def close(self) -> None:
         """Release the folder."""
-        self.ledger.close()
         self._lock.release()
 
     def __enter__(self) -> "Store":
@@ -218,19 +244,20 @@ class Store:
 
 
 def check_folder(folder: Path) -> None:
-    """Raise TempoError where a folder has files of someone else under names of ours."""
+    """Raise TempoError if a folder cannot be a suite's."""
     if folder.exists() and not folder.is_dir():
         raise TempoError(f"--output {folder} cannot be written: {os.strerror(errno.ENOTDIR)}")
-    for name in (MANIFEST, LEDGER):
-        # The suite is the first thing that is stored.
-        if (folder / name).exists() and not (folder / SUITE).exists():
-            raise TempoError(f"{folder} holds a {name} but no {SUITE}; choose another --output")
-    if (manifest := read_manifest(folder)) and "fingerprint" not in manifest:
-        raise TempoError(f"{folder} holds a {MANIFEST} of something else; choose another --output")
+    if read_manifest(folder) and not (folder / SUITE).exists():
+        # The suite is stored first.
+        raise TempoError(f"{folder} holds a {MANIFEST} but no {SUITE}; choose another --output")
 
 
 def read_suite_file(folder: Path) -> dict[str, Any]:
-    """The suite that a folder holds, as resolved; ValueError if the folder holds none."""
+    """The suite in a folder, with its defaults.
+
+    Raises:
+        TempoError: if there is none.
+    """
     try:
         data = yaml.safe_load((folder / SUITE).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -241,29 +268,56 @@ def read_suite_file(folder: Path) -> dict[str, Any]:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a folder; empty where there is none yet."""
+    """The manifest in a folder; empty if there is none.
+
+    Raises:
+        TempoError: if it is damaged, not a suite's, or of another version.
+    """
     try:
-        data: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        data = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except ValueError as error:
-        raise TempoError(f"{folder / MANIFEST} is damaged; {REMEDY}") from error
+    except ValueError:
+        data = None
     if not isinstance(data, dict):
-        raise TempoError(f"{folder / MANIFEST} is damaged; {REMEDY}")
-    return data
+        raise TempoError(
+            f"{folder / MANIFEST} is damaged; delete it, the next run of the suite writes it again"
+        )
+    if "fingerprint" not in data:
+        raise TempoError(f"{folder} holds a {MANIFEST} of something else; choose another --output")
+    _check_schema(folder, data)
+    manifest: dict[str, Any] = data
+    return manifest
 
 
-def read_ledger(folder: Path) -> Ledger:
-    """The ledger of a folder; ValueError if there is none."""
-    if not (folder / LEDGER).is_file():
-        raise TempoError(f"{folder} holds no suite that was run: there is no {LEDGER}")
-    return Ledger(folder / LEDGER)
+def _check_schema(folder: Path, data: dict[str, Any]) -> None:
+    if data.get("schema") != SCHEMA:
+        raise TempoError(
+            f"{folder} was written by a version of tempo-mlx with folder layout "
+            f"{data.get('schema')}, this version reads {SCHEMA}; use that version, or run the "
+            "suite again into another folder"
+        )
 
 
-def damaged(folder: Path, run_ids: Iterable[str]) -> list[str]:
-    """Those of the runs of which a file is missing or does not hold what was written."""
+def states(folder: Path) -> dict[str, str]:
+    """State of every run that left a file; the others are pending."""
+    found: dict[str, str] = {}
+    for state, ending in MARKS.items():
+        for path in (folder / RESULTS).glob(f"*{ending}"):
+            if OURS.fullmatch(f"{path.stem}."):
+                found[path.stem] = state
+    return found
+
+
+def done_runs(folder: Path) -> set[str]:
+    """Ids of the runs whose results are there, damaged or not."""
+    return {run_id for run_id, state in states(folder).items() if state == DONE}
+
+
+def damaged(folder: Path) -> list[str]:
+    """Done runs with a file that is missing or does not hold what was written."""
     found = []
-    for run_id in run_ids:
+    for run_id in done_runs(folder):
         try:
             _, whole = _read_results(folder, run_id)
             for name in whole["files"]:
@@ -273,17 +327,24 @@ def damaged(folder: Path, run_ids: Iterable[str]) -> list[str]:
     return found
 
 
+def read_configurations(folder: Path) -> dict[str, dict[str, Any]]:
+    """Configuration of each done run, in the order of the suite."""
+    found = {
+        run_id: _read_results(folder, run_id)[1]["configuration"] for run_id in done_runs(folder)
+    }
+    return dict(sorted(found.items(), key=lambda item: item[1]["place"]))
+
+
 def read_run(folder: Path, run_id: str) -> Record:
-    """What is stored of a run, its matrices left out.
+    """The record of a run, without its matrices.
 
     Raises:
-        ValueError: if its files are missing or damaged.
+        TempoError: if a file of it is missing or damaged.
     """
     tokens, whole = _read_results(folder, run_id)
-    arrays = {}
-    if whole["captures"]:
-        data = _read_file(folder, f"{CAPTURES}/{run_id}{REDUCTIONS}", whole)
-        arrays = load_arrays(data)
+    arrays, captures = {}, f"{CAPTURES}/{run_id}{REDUCTIONS}"
+    if captures in whole["files"]:
+        arrays = load_arrays(_read_file(folder, captures, whole))
     return Record(
         tokens=tokens,
         prompt_tokens=whole["prompt_tokens"],
@@ -297,36 +358,33 @@ def read_run(folder: Path, run_id: str) -> Record:
 
 
 def _read_results(folder: Path, run_id: str) -> tuple[dict[str, list[Any]], dict[str, Any]]:
-    """A run's columns of tokens, and what its file says of the run as a whole."""
-    name = _results_name(run_id)
+    """A run's columns of tokens, and the metadata of their file."""
+    name = f"{RESULTS}/{run_id}{PARQUET}"
     try:
         table = pq.read_table(folder / name)
         whole = json.loads((table.schema.metadata or {})[METADATA])
         columns = table.to_pydict()
-        # Earlier versions wrote neither a digest nor files.
-        digest, whole = whole.pop("digest", None), {"files": {}, **whole}
-        if digest not in (None, _digest(whole, columns)):
-            raise TempoError("it does not hold what was written")
+        if whole.pop("digest") != _digest(whole, columns):
+            raise TempoError("its content has changed")
     except (OSError, pa.ArrowException, KeyError, ValueError) as error:
         raise _damage(folder, name, error) from error
+    _check_schema(folder, whole)
     return columns, whole
 
 
 def _read_file(folder: Path, name: str, whole: dict[str, Any]) -> bytes:
-    """A file of a run, as the run's results say that it was written."""
+    """A file of a run, checked against the digest in the run's results."""
     try:
         data = (folder / name).read_bytes()
     except OSError as error:
         raise _damage(folder, name, error) from error
-    if _sha256(data) != whole["files"].get(name, _sha256(data)):
-        raise _damage(folder, name, "it does not hold what was written")
+    if _sha256(data) != whole["files"][name]:
+        raise _damage(folder, name, "its content has changed")
     return data
 
 
 def _damage(folder: Path, name: str, why: object) -> TempoError:
-    return TempoError(
-        f"{folder / name} is damaged or missing: {why}; run the suite again, which makes it again"
-    )
+    return TempoError(f"{folder / name} is damaged or missing: {why}; run the suite again")
 
 
 def read_matrices(folder: Path, run_id: str) -> dict[str, np.ndarray]:
@@ -338,11 +396,12 @@ def read_matrices(folder: Path, run_id: str) -> dict[str, np.ndarray]:
     return arrays
 
 
-def read_pairs(folder: Path, done: set[str]) -> Iterator[tuple[str, str, pa.Table]]:
-    """(run a, run b, divergences) of all pairs of runs that are done."""
-    for path in sorted((folder / KL).glob("*.parquet")):
+def read_pairs(folder: Path, run_ids: Iterable[str]) -> Iterator[tuple[str, str, pa.Table]]:
+    """(run a, run b, divergences) of all pairs of these runs."""
+    known = set(run_ids)
+    for path in sorted((folder / KL).glob(f"*{PARQUET}")):
         a, _, b = path.stem.partition("-")
-        if {a, b} <= done:
+        if {a, b} <= known:
             try:
                 table = pq.read_table(path)
             except (OSError, pa.ArrowException) as error:
@@ -350,17 +409,8 @@ def read_pairs(folder: Path, done: set[str]) -> Iterator[tuple[str, str, pa.Tabl
             yield a, b, table
 
 
-def compressed(data: bytes) -> bytes:
-    """The data as a Zstandard stream."""
-    sink = pa.BufferOutputStream()
-    with pa.CompressedOutputStream(sink, CODEC) as stream:
-        stream.write(data)
-    whole: bytes = sink.getvalue().to_pybytes()
-    return whole
-
-
 def free_bytes(folder: Path) -> int:
-    """Bytes that are free where the folder is, or will be."""
+    """Free bytes on the disk of a folder that may not exist yet."""
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free
@@ -368,54 +418,36 @@ def free_bytes(folder: Path) -> int:
 
 def size_of(folder: Path) -> int:
     """Bytes of all files in a folder."""
-    return sum(
-        os.path.getsize(os.path.join(parent, name))
-        for parent, _, names in os.walk(folder)
-        for name in names
-    )
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def _configuration(run: RunConfig) -> dict[str, Any]:
-    """The configuration as the ledger has it: what makes the run's id, and what it is called."""
-    return {
-        **run.to_dict(),
-        "prompt_id": run.prompt_id,
-        "category": run.category,
-        "condition": run.condition,
-        "varied": run.varied,
-    }
-
-
-def _results_name(run_id: str) -> str:
-    return f"{RESULTS}/{run_id}.parquet"
-
-
-def _results(run_id: str, record: Record, files: dict[str, str] | None = None) -> bytes:
-    """The file of a run's results.
+def _results(
+    run_id: str, record: Record, configuration: dict[str, Any], files: dict[str, str]
+) -> bytes:
+    """The results file of a run.
 
     Args:
-        run_id, record: of the run.
+        run_id, record, configuration: of the run.
         files: SHA-256 of the run's other files by name, relative to the suite's folder.
     """
     whole = {
         "schema": SCHEMA,
         "run_id": run_id,
+        "configuration": configuration,
         "prompt_tokens": record.prompt_tokens,
         "text": record.text,
         "finish_reason": record.finish_reason,
         "n_steps": record.n_steps,
         "seconds": record.seconds,
-        "captures": bool(record.arrays),
         "texts": {str(id): text for id, text in record.texts.items()},
-        "files": files or {},
+        "files": files,
     }
     table = pa.table(record.tokens, schema=TOKENS)
-    whole["digest"] = _digest(whole, table.to_pydict())
-    return _parquet(table.replace_schema_metadata({METADATA: json.dumps(whole)}))
+    return _parquet(table, whole | {"digest": _digest(whole, table.to_pydict())})
 
 
 def _captures(run_id: str, record: Record) -> Iterator[tuple[str, bytes]]:
-    """(name, content) of the files of what was captured."""
+    """(name, content) of the files of a run's captures."""
     if record.arrays:
         axes = {name: AXES[name] for name in record.arrays}
         data = save_arrays(record.arrays, _named(run_id, axes))
@@ -425,21 +457,20 @@ def _captures(run_id: str, record: Record) -> Iterator[tuple[str, bytes]]:
             name: MATRIX_AXES if name.startswith("attention") else MATRIX_AXES[-1:]
             for name in record.full
         }
-        data = save_arrays(record.full, _named(run_id, axes))
-        yield f"{CAPTURES}/{run_id}{MATRICES}", compressed(data)
+        sink = pa.BufferOutputStream()
+        with pa.CompressedOutputStream(sink, CODEC) as stream:
+            stream.write(save_arrays(record.full, _named(run_id, axes)))
+        yield f"{CAPTURES}/{run_id}{MATRICES}", sink.getvalue().to_pybytes()
 
 
 def _pair(pair: Pair, a: str, b: str) -> bytes:
-    columns = {"step": pair.steps, "kl_ab": pair.ab, "kl_ba": pair.ba}
-    whole = {"schema": SCHEMA, "a": a, "b": b}
-    return _parquet(
-        pa.table(columns, schema=DIVERGENCES.with_metadata({METADATA: json.dumps(whole)}))
-    )
+    table = pa.table({"step": pair.steps, "kl_ab": pair.ab, "kl_ba": pair.ba}, schema=DIVERGENCES)
+    return _parquet(table, {"schema": SCHEMA, "a": a, "b": b})
 
 
-def _parquet(table: pa.Table) -> bytes:
+def _parquet(table: pa.Table, metadata: dict[str, Any]) -> bytes:
     sink = BytesIO()
-    pq.write_table(table, sink)
+    pq.write_table(table.replace_schema_metadata({METADATA: json.dumps(metadata)}), sink)
     return sink.getvalue()
 
 

@@ -67,17 +67,12 @@ def load_tables(folder: Path) -> Tables:
     """
     import pandas as pd
 
-    from .ledger import DONE
-    from .store import read_ledger, read_manifest, read_pairs, read_run, read_suite_file
+    from .store import read_configurations, read_manifest, read_pairs, read_run, read_suite_file
 
-    ledger = read_ledger(folder)
-    try:
-        done = [entry for entry in ledger.entries() if entry.state == DONE]
-    finally:
-        ledger.close()
-    if not done:
+    suite, manifest = read_suite_file(folder), read_manifest(folder)
+    configurations = read_configurations(folder)
+    if not configurations:
         raise TempoError(f"{folder} holds no run that is done; run the suite first")
-    configurations = {entry.run_id: json.loads(entry.configuration) for entry in done}
     runs, parts = [], []
     for run_id, configuration in configurations.items():
         record = read_run(folder, run_id)
@@ -113,7 +108,7 @@ def load_tables(folder: Path) -> Tables:
     tokens["pruned_at"] = tokens["pruned_at"].astype("Int64")
     pairs = []
     place = {run_id: i for i, run_id in enumerate(configurations)}
-    found = read_pairs(folder, set(place))
+    found = read_pairs(folder, place)
     for a, b, table in sorted(found, key=lambda pair: (place[pair[0]], place[pair[1]])):
         first, second = configurations[a], configurations[b]
         frame = table.to_pandas()
@@ -143,8 +138,8 @@ def load_tables(folder: Path) -> Tables:
         entropy=entropy,
         next_tokens=next_tokens,
         kl=kl.assign(seed=kl["seed"].astype("Int64")),
-        suite=read_suite_file(folder),
-        manifest=read_manifest(folder),
+        suite=suite,
+        manifest=manifest,
     )
 
 

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 from tempo_mlx.cli import experiment
-from tempo_mlx.experiments.ledger import Lock
+from tempo_mlx.experiments.lock import Lock
 from tempo_mlx.experiments.session import Options
 from tempo_mlx.experiments.suite_files import json_schema
 from tempo_mlx.experiments.tables import load_tables
@@ -149,7 +149,7 @@ def test_results_that_were_deleted_are_made_again(run, suite, tmp_path):
     for path in (where / "results").iterdir():
         path.unlink()
     code, out, _ = run("experiment", "status", where)
-    assert code == 0 and "4 runs, 4 damaged" in out and "no command works on it" in out
+    assert code == 0 and "4 runs, 4 pending" in out and "no command works on it" in out
     code, out, err = run("experiment", "run", suite, "-o", where)
     assert code == 0 and "4 of 4 runs are done, 4 now" in out and "done already" not in err
     assert_same_tables(load_tables(where), before)

@@ -548,7 +548,7 @@ def test_analysis_is_the_same_again_and_from_its_files(tables, analysis, tmp_pat
     text = (tmp_path / "analysis" / "analysis.json").read_text()
     assert "NaN" not in text
     data = json.loads(text)
-    assert data["schema"] == 1 and data["rules"] == {
+    assert data["schema"] == 2 and data["rules"] == {
         "caliper": 0.5,
         "window": 3,
         "adjustment": "linear",

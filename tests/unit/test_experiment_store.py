@@ -7,16 +7,22 @@ import os
 import random
 import shutil
 import signal
-import sqlite3
+from datetime import datetime
 
 from tempo_mlx import PositionedModel, load
-from tempo_mlx.experiments import ledger as ledgers
+from tempo_mlx.experiments import lock as locks
 from tempo_mlx.experiments import store as stores
 from tempo_mlx.experiments.capture import AXES
-from tempo_mlx.experiments.ledger import DONE, DiskFullError, Ledger, LockedError
+from tempo_mlx.experiments.lock import LockedError
 from tempo_mlx.experiments.progress import read_progress
 from tempo_mlx.experiments.session import Options, Session, capture_bytes
-from tempo_mlx.experiments.store import read_ledger, read_manifest, read_matrices, read_run
+from tempo_mlx.experiments.store import (
+    DiskFullError,
+    done_runs,
+    read_manifest,
+    read_matrices,
+    read_run,
+)
 from tempo_mlx.experiments.suite_files import parse_suite
 from tempo_mlx.experiments.tables import load_tables
 from tests.commands import run_command, run_signalled
@@ -54,14 +60,6 @@ def undisturbed(loaded, folder, tmp_path_factory):
     where = tmp_path_factory.mktemp("undisturbed")
     Session(parse_suite(suite_text(folder)), where, *loaded, Options(batch_size=3)).run()
     return load_tables(where)
-
-
-def states(where):
-    ledger = read_ledger(where)
-    try:
-        return [entry.state for entry in ledger.entries()]
-    finally:
-        ledger.close()
 
 
 def files(where):
@@ -168,10 +166,9 @@ class Killed(BaseException):
     """Nothing catches this, as nothing catches a kill."""
 
 
-@pytest.mark.parametrize("owner", ["files", "ledger"])
-def test_ended_at_any_write_it_goes_on_to_the_same_tables(session, undisturbed, monkeypatch, owner):
+def test_ended_at_any_write_it_goes_on_to_the_same_tables(session, undisturbed, monkeypatch):
     """At every one of the writes, in turn; what was whole before stays as it is."""
-    wrapped = stores.write_atomically if owner == "files" else Ledger.finish
+    wrapped = stores.write_atomically
     left = [0]
 
     def dying(*arguments):
@@ -180,15 +177,12 @@ def test_ended_at_any_write_it_goes_on_to_the_same_tables(session, undisturbed, 
             raise Killed
         return wrapped(*arguments)
 
-    if owner == "files":
-        monkeypatch.setattr(stores, "write_atomically", dying)
-    else:
-        monkeypatch.setattr(Ledger, "finish", dying)
+    monkeypatch.setattr(stores, "write_atomically", dying)
     attempts = 0
     whole = 0
     while True:
         # Each time one write more succeeds than a suite's beginning needs.
-        left[0] = attempts % 9 if owner == "files" else attempts % 2
+        left[0] = attempts % 9
         attempts += 1
         assert attempts < 100
         try:
@@ -196,15 +190,14 @@ def test_ended_at_any_write_it_goes_on_to_the_same_tables(session, undisturbed, 
             break
         except Killed:
             pass
-        if (session().folder / stores.LEDGER).exists():
-            done = states(session().folder).count(DONE)
-            assert done >= whole
-            whole = done
+        done = len(done_runs(session().folder))
+        assert done >= whole
+        whole = done
     assert attempts > 3
     assert_same_tables(load_tables(session().folder), undisturbed)
     names = {str(path) for path in files(session().folder)}
     assert not any("/." in name for name in names)
-    assert len(names) == 8 + 8 + 4 + 4  # results, captures, kl, and lock, suite, manifest, ledger
+    assert len(names) == 8 + 8 + 4 + 3  # results, captures, kl, and lock, suite, manifest
 
 
 def command(suite, where):
@@ -223,17 +216,12 @@ def test_killed_at_random_it_goes_on_to_the_same_tables(folder, tmp_path, loaded
         moment = {kind: rng.randint(1, most)}
         killed = run_signalled(command(suite, where), signal.SIGKILL, folder=where, **moment)
         assert killed.returncode == -signal.SIGKILL and "Traceback" not in killed.stderr
-        if not (where / stores.LEDGER).exists():
-            continue
-        now = states(where).count(DONE)
-        assert now >= done
+        now = done_runs(where)
+        assert len(now) >= done
         # Whatever is done is whole.
-        ledger = read_ledger(where)
-        for entry in ledger.entries():
-            if entry.state == DONE:
-                read_run(where, entry.run_id)
-        ledger.close()
-        done = now
+        for run_id in now:
+            read_run(where, run_id)
+        done = len(now)
     assert 0 < done < 24
     finished = run_command(command(suite, where))
     assert "24 of 24 runs are done" in finished.stdout
@@ -254,7 +242,7 @@ def test_a_second_command_on_one_folder_says_so(session, folder, tmp_path):
 
 
 @pytest.mark.parametrize("after", [0, 1, 2, 7, 12])
-def test_a_full_disk_is_a_clear_error_and_the_ledger_is_intact(
+def test_a_full_disk_is_a_clear_error_and_what_is_stored_stays(
     session, undisturbed, monkeypatch, after
 ):
     original, left = stores.write_atomically, [after]
@@ -272,25 +260,9 @@ def test_a_full_disk_is_a_clear_error_and_the_ledger_is_intact(
     assert "run the command again" in str(error.value)
     where = session().folder
     if after > 1:
-        assert sqlite3.connect(where / stores.LEDGER).execute(
-            "PRAGMA integrity_check"
-        ).fetchone() == ("ok",)
-        done = states(where).count(DONE)
-        assert f"{done} runs are done and whole" in str(error.value)
+        assert f"{len(done_runs(where))} runs are done and whole" in str(error.value)
     assert session().run().done == 8
     assert_same_tables(load_tables(where), undisturbed)
-
-
-def test_a_ledger_that_is_full_is_the_same_error(session, undisturbed, monkeypatch):
-    made = session()
-    made.run()
-    ledger = Ledger(made.folder / stores.LEDGER)
-    pages = ledger._connection.execute("PRAGMA page_count").fetchone()[0]
-    ledger._connection.execute(f"PRAGMA max_page_count = {pages}")
-    with pytest.raises(DiskFullError, match="the disk is full"):
-        ledger.plan([(f"run {i}", "x" * 5000) for i in range(10)])
-    assert len(ledger.entries()) == 8
-    ledger.close()
 
 
 def test_a_folder_holds_one_suite_of_one_model(session, loaded, folder, tmp_path):
@@ -324,7 +296,6 @@ def test_files_of_others_are_left_alone(session):
     [
         ("manifest.json", '{"name": "app"}'),
         ("manifest.json", "[1]"),
-        ("ledger.sqlite", "anything"),
         ("suite.yaml", "name: other\n"),
         ("suite.yaml", "anything"),
         ("manifest.json with our suite", '{"name": "app"}'),
@@ -371,11 +342,20 @@ def test_a_folder_that_cannot_be_used_is_named(session, tmp_path):
         session("file").run()
     made = session()
     made.run()
-    (made.folder / stores.LEDGER).write_bytes(b"no ledger at all" * 100)
-    with pytest.raises(ValueError, match="cannot be used"):
-        made.run()
-    with pytest.raises(ValueError, match="there is no ledger"):
+    with pytest.raises(ValueError, match="holds no suite: there is no suite.yaml"):
         load_tables(tmp_path)
+
+
+def test_a_folder_of_an_older_version_is_refused_in_a_line(session):
+    made = session()
+    made.run()
+    manifest = read_manifest(made.folder)
+    (made.folder / stores.MANIFEST).write_text(json.dumps({**manifest, "schema": 1}))
+    before = files(made.folder)
+    for use in (made.run, lambda: load_tables(made.folder), lambda: read_progress(made.folder)):
+        with pytest.raises(ValueError, match="folder layout 1, this version reads 2; use that"):
+            use()
+    assert files(made.folder) == before
 
 
 def test_a_failed_run_is_tried_again(session, monkeypatch):
@@ -423,7 +403,9 @@ def test_what_is_missing_or_damaged_is_made_again(session, hurt, name):
     hurt(victim)
     progress = read_progress(made.folder)
     broken = 2 if name == "kl" else 1
-    assert (progress.counts["done"], progress.counts["damaged"]) == (8 - broken, broken)
+    # A run without results was never done.
+    state = "pending" if (name, hurt) == ("results", os.unlink) else "damaged"
+    assert (progress.counts["done"], progress.counts[state]) == (8 - broken, broken)
     again = session(captures="full").run()
     # With its group, for divergences need both.
     assert (again.done, again.made) == (8, 2)
@@ -432,7 +414,7 @@ def test_what_is_missing_or_damaged_is_made_again(session, hurt, name):
     assert session(captures="full").run().made == 0
 
 
-def test_a_manifest_is_written_again_and_a_damaged_ledger_is_not_guessed(session):
+def test_a_manifest_is_written_again(session):
     made = session()
     made.run()
     (made.folder / stores.MANIFEST).unlink()
@@ -442,12 +424,6 @@ def test_a_manifest_is_written_again_and_a_damaged_ledger_is_not_guessed(session
     cut(made.folder / stores.MANIFEST)
     with pytest.raises(ValueError, match="manifest.json is damaged; delete it"):
         made.run()
-    (made.folder / stores.MANIFEST).unlink()
-    (made.folder / stores.LEDGER).write_bytes(b"no ledger at all" * 100)
-    with pytest.raises(ValueError, match="delete it, and all runs are made again"):
-        made.run()
-    (made.folder / stores.LEDGER).unlink()
-    assert made.run().made == 8
 
 
 def test_a_model_that_moved_goes_on_and_one_of_another_configuration_does_not(
@@ -471,17 +447,17 @@ def test_a_model_that_moved_goes_on_and_one_of_another_configuration_does_not(
 def test_a_look_at_a_folder_keeps_no_command_from_beginning(session, monkeypatch):
     made = session()
     made.run()
-    looking = os.open(made.folder / ledgers.LOCK, os.O_RDONLY)
+    looking = os.open(made.folder / locks.LOCK, os.O_RDONLY)
     fcntl.flock(looking, fcntl.LOCK_SH)
-    assert not ledgers.in_use(made.folder)
+    assert not locks.in_use(made.folder)
     # The look ends while the command waits for it.
-    monkeypatch.setattr(ledgers.time, "sleep", lambda seconds: fcntl.flock(looking, fcntl.LOCK_UN))
-    lock = ledgers.Lock(made.folder)
-    assert ledgers.in_use(made.folder)
+    monkeypatch.setattr(locks.time, "sleep", lambda seconds: fcntl.flock(looking, fcntl.LOCK_UN))
+    lock = locks.Lock(made.folder)
+    assert locks.in_use(made.folder)
     with pytest.raises(LockedError):
-        ledgers.Lock(made.folder)
+        locks.Lock(made.folder)
     lock.release()
-    assert not ledgers.in_use(made.folder)
+    assert not locks.in_use(made.folder)
     os.close(looking)
 
 
@@ -495,7 +471,9 @@ def test_cross_validation_compares_and_names_what_differs(session):
     for path in (where / "results").glob("*.parquet"):
         run = read_run(where, path.stem)
         run.tokens["probability"][0] += 0.01
-        path.write_bytes(stores._results(path.stem, run))
+        _, whole = stores._read_results(where, path.stem)
+        results = stores._results(path.stem, run, whole["configuration"], whole["files"])
+        path.write_bytes(results)
     found = session(options=options).run().validation
     assert len(found.mismatches) == 4
     assert all("probability differs by 0.01" in why for why in found.mismatches.values())
@@ -518,21 +496,27 @@ def test_captures_stay_below_what_was_said_and_allowed(session, tmp_path):
     assert session(captures="none").capture_bytes == 0
 
 
-def test_the_pace_of_the_latest_command_says_how_long_it_takes(tmp_path, monkeypatch):
-    clock = [1000.0]
-    monkeypatch.setattr(ledgers.time, "time", lambda: clock[0])
-    ledger = Ledger(tmp_path / "ledger.sqlite")
-    ledger.plan([(str(i), "{}") for i in range(6)])
-    assert ledger.seconds_left() is None
-    ledger.start(["0", "1"])
-    clock[0] += 10
-    ledger.finish({"0": None, "1": "no"})
-    assert ledger.seconds_left() == 4 * 10 / 2
-    clock[0] += 500
-    ledger.plan([(str(i), "{}") for i in range(6)])  # another command; the failed one counts again
-    assert ledger.seconds_left() is None
-    clock[0] += 3
-    ledger.finish({"1": None})
-    assert ledger.seconds_left() == 4 * 3
-    assert [entry.state for entry in ledger.entries()] == [DONE, DONE] + ["pending"] * 4
-    ledger.close()
+def test_the_pace_of_the_latest_command_says_how_long_it_takes(session):
+    made = session()
+    made.run()
+    where = made.folder
+    assert read_progress(where).seconds_left is None
+    manifest = read_manifest(where)
+    began = datetime.fromisoformat("2030-01-01T00:00:00+00:00")
+    command = {**manifest["sessions"][0], "started": began.isoformat()}
+    changed = {**manifest, "sessions": [manifest["sessions"][0], command]}
+    (where / stores.MANIFEST).write_text(json.dumps(changed))
+    results = sorted((where / "results").iterdir())
+    for path in results[:3]:
+        path.unlink()
+    results[0].with_suffix(".running").touch()
+    # None of the runs ended since the latest command began.
+    assert read_progress(where).seconds_left is None
+    failed = results[1].with_suffix(".failed")
+    failed.write_text("it fell over")
+    for seconds, path in ((4, failed), (10, results[-1])):
+        os.utime(path, (began.timestamp() + seconds,) * 2)
+    found = read_progress(where)
+    assert found.seconds_left == 2 * 10 / 2
+    assert found.counts == {"done": 5, "failed": 1, "running": 0, "pending": 1, "interrupted": 1}
+    assert found.failures == {results[1].stem: "it fell over"}
