@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
 import mlx.nn as nn
@@ -353,7 +354,7 @@ def stream_batch_generate(
     require_tokenizer(tokenizer)
     vocabulary = Vocabulary(tokenizer)
 
-    def new_run(i: int) -> Request:
+    def new_request(i: int) -> Request:
         if each[i].branching == "replicate":
             raise TempoError("branching replicate generates from one prompt at a time")
         result = begin(
@@ -363,20 +364,23 @@ def stream_batch_generate(
         return Request(result, keep_logits=verify, paths=paths, observer=observer)
 
     budget = max_kv_bytes or default_budget()
-    schedule = Scheduler(positioned, new_run, len(prompts), batch_size, budget, prompt_cache)
+    scheduler = Scheduler(positioned, batch_size, budget, prompt_cache)
+    for i in range(len(prompts)):
+        scheduler.submit(i, partial(new_request, i))
     # Finished, but their paths are still to be found.
     held: list[tuple[int, GenerationResult]] = []
     with wired_limit(positioned.model, cast(Any, [generation_stream])):
-        for i, outcome in schedule.outcomes(progress or (lambda status: None)):
+        for key, outcome in scheduler.outcomes(progress or (lambda status: None)):
+            i = cast(int, key)
             if not isinstance(outcome, GenerationResult):
-                yield i, Failure(prompts[i], outcome)
+                yield i, Failure(prompts[i], str(outcome))
             elif paths and not outcome.settings.has_parents:
                 held.append((i, outcome))
             else:
                 yield i, outcome
-            if held and (len(held) == batch_size or schedule.left == 0):
+            if held and (len(held) == batch_size or scheduler.left == 0):
                 finished = [result for _, result in held]
-                slots = [schedule.prompts.pop(id(result), None) for result in finished]
+                slots = [scheduler.prompts.pop(id(result), None) for result in finished]
                 find_paths(finished, max(paths, BEAM), slots)
                 yield from held
                 held = []

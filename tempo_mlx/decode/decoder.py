@@ -146,7 +146,7 @@ class BatchDecoder:
             if request.error is None:
                 request.record()
             if request.finished:
-                self._leave(request)
+                self.leave(request)
         if not ahead:
             self._advance(list(self.requests), ahead)
         for request in self.requests:
@@ -248,12 +248,13 @@ class BatchDecoder:
             except TempoError as error:
                 request.error = error
 
-    def _leave(self, request: Request) -> None:
+    def leave(self, request: Request) -> None:
+        """Take a request out of the batch; what it holds is let go."""
         self.requests.remove(request)
         if request.rescores and request.finished and request.error is None:
             request.prompt_slots = self.batch.prompt_slots(request.sequence)
         self.batch.release(request.sequence)
-        if request.sequence.keep_logits and request.error is None:
+        if request.sequence.keep_logits and request.finished and request.error is None:
             request.result.verification = verify(
                 self.model, request.lattice, request.settings, request.sequence.logits
             )
@@ -280,7 +281,7 @@ class BatchDecoder:
             elif len(self.requests) > 1:
                 youngest = self.requests[-1]
                 self.preempted.append(youngest)
-                self._leave(youngest)
+                self.leave(youngest)
                 compacted = False
             else:
                 alone = self.requests[0]
@@ -290,7 +291,7 @@ class BatchDecoder:
                     "sets (max_tokens, max_parallel, threshold)"
                 )
                 self.failed.append(alone)
-                self._leave(alone)
+                self.leave(alone)
 
 
 def first_choices(requests: list[Request]) -> mx.array:

@@ -3,7 +3,7 @@
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -14,6 +14,9 @@ from ..models import BatchedKVCache, PositionedModel
 from .decoder import BatchDecoder, CacheBudgetError
 from .prompt_cache import PromptCache
 from .request import Request
+
+#: What names a request.
+Key = Hashable
 
 #: Prompts that generate at the same time, unless the caller says how many.
 BATCH_SIZE = 32
@@ -65,13 +68,11 @@ def default_budget() -> int:
 
 
 class Scheduler:
-    """Lets runs into a decoder while they fit, in order.
+    """Lets requests into a decoder while they fit, in the order in which they were submitted.
 
     Args:
         model: reads the tokens.
-        new_run: makes the run of a prompt; ValueError fails it.
-        total: prompts.
-        batch_size: runs that generate at the same time.
+        batch_size: requests that generate at the same time.
         max_kv_bytes: bytes of keys, values and recurrent states.
         prompt_cache: of a beginning that prompts may have.
     """
@@ -79,50 +80,94 @@ class Scheduler:
     def __init__(
         self,
         model: PositionedModel,
-        new_run: Callable[[int], Request],
-        total: int,
         batch_size: int,
         max_kv_bytes: int,
         prompt_cache: PromptCache | None = None,
     ):
         self._decoder = BatchDecoder(model, max_kv_bytes)
-        self._new_run = new_run
         self._batch_size = batch_size
         self._max_kv_bytes = max_kv_bytes
         self._prompt_cache = prompt_cache
-        self._waiting = deque(range(total))
-        self._ready: dict[int, Request] = {}  # runs that were made and could not start yet
-        self._numbers: dict[Request, int] = {}
-        #: runs in the batch when one was preempted: nobody is let in before one has left
+        self._waiting: deque[Key] = deque()
+        self._makers: dict[Key, Callable[[], Request]] = {}  # of all without an outcome
+        self._ready: dict[Key, Request] = {}  # requests that were made and could not start yet
+        self._keys: dict[Request, Key] = {}
+        #: requests in the batch when one was preempted: nobody is let in before one has left
         self._full_at: int | None = None
-        self.status = BatchStatus(total=total, waiting=total)
+        self.status = BatchStatus()
         self._started = time.perf_counter()
+        #: requests that took a step in the last :meth:`tick`, and their keys
+        self.stepped: list[tuple[Key, Request]] = []
         #: slots of the prompts of results that will be rescored, by the result's ``id``
         self.prompts: dict[int, BatchedKVCache] = {}
 
+    def submit(self, key: Key, make: Callable[[], Request]) -> None:
+        """Let a request wait for its place.
+
+        Args:
+            key: names it; different from those without an outcome.
+            make: makes the request when its turn comes, and again where it has to start again;
+                TempoError fails it.
+        """
+        self._makers[key] = make
+        self._waiting.append(key)
+        self.status.total += 1
+        self.status.waiting += 1
+
+    def cancel(self, key: Key) -> None:
+        """Forget a request; where its prompt is being read, as soon as that is done."""
+        if self._makers.pop(key, None) is None:
+            return
+        self._ready.pop(key, None)
+        if key in self._waiting:
+            self._waiting.remove(key)
+        for request, known in list(self._keys.items()):
+            if known == key and request in self._decoder.requests:
+                del self._keys[request]
+                self._decoder.leave(request)
+        self.status.done += 1
+
     @property
     def left(self) -> int:
-        """Prompts without an outcome."""
+        """Requests without an outcome."""
         return self.status.total - self.status.done
 
     def outcomes(
         self, progress: Callable[[BatchStatus], None]
-    ) -> Iterator[tuple[int, GenerationResult | str]]:
-        """(number of the prompt, its result or why it failed), as they finish."""
-        decoder = self._decoder
-        while self._waiting or decoder.requests or decoder.reading:
-            if not decoder.reading:
-                yield from self._admit()
-            if decoder.reading:
-                decoder.read()
-            if decoder.requests:
-                yield from self._step()
-            self._note()
+    ) -> Iterator[tuple[Key, GenerationResult | Exception]]:
+        """(key, result or what failed) of all requests, as they finish."""
+        while self.left:
+            yield from self.tick()
             progress(self.status)
 
-    def _step(self) -> Iterator[tuple[int, GenerationResult | str]]:
+    def tick(self) -> list[tuple[Key, GenerationResult | Exception]]:
+        """Admit who fits, read a chunk of prompts, take a step; the outcomes of those that finish.
+
+        Does nothing where nobody is left.
+        """
+        decoder = self._decoder
+        self.stepped = []
+        finished: list[tuple[Key, GenerationResult | Exception]] = []
+        if not decoder.reading:
+            finished += self._admit()
+        if decoder.reading:
+            decoder.read()
+            self._drop_cancelled()
+        if decoder.requests:
+            finished += self._step()
+        self._note()
+        return finished
+
+    def _drop_cancelled(self) -> None:
+        for request in [each for each in self._decoder.requests if each in self._keys]:
+            if self._keys[request] not in self._makers:
+                del self._keys[request]
+                self._decoder.leave(request)
+
+    def _step(self) -> Iterator[tuple[Key, GenerationResult | Exception]]:
         decoder = self._decoder
         made = decoder.step()
+        self.stepped = [(self._keys[request], request) for request in made]
         status = self.status
         status.passes += 1
         status.steps += len(made)
@@ -132,24 +177,23 @@ class Scheduler:
             if request.prompt_slots is not None:
                 self.prompts[id(request.result)] = request.prompt_slots
             if request.finished:
-                yield self._close(self._numbers.pop(request), request.error or request.result)
+                yield self._close(self._keys.pop(request), request.error or request.result)
         decoder.failed.clear()
         for request in reversed(decoder.preempted):
-            self._waiting.appendleft(self._numbers.pop(request))
+            self._waiting.appendleft(self._keys.pop(request))
             self._full_at = len(decoder.requests)
             status.preempted += 1
         decoder.preempted.clear()
 
     def _close(
-        self, i: int, outcome: GenerationResult | Exception
-    ) -> tuple[int, GenerationResult | str]:
+        self, key: Key, outcome: GenerationResult | Exception
+    ) -> tuple[Key, GenerationResult | Exception]:
+        del self._makers[key]
         self.status.done += 1
-        if isinstance(outcome, GenerationResult):
-            return i, outcome
-        self.status.failed += 1
-        return i, str(outcome)
+        self.status.failed += isinstance(outcome, Exception)
+        return key, outcome
 
-    def _admit(self) -> Iterator[tuple[int, GenerationResult | str]]:
+    def _admit(self) -> Iterator[tuple[Key, GenerationResult | Exception]]:
         """Start to read the prompts that come next, as many as there are places and memory for."""
         decoder = self._decoder
         running = len(decoder.requests)
@@ -161,13 +205,13 @@ class Scheduler:
         requests: list[Request] = []
         shared = 0
         while self._waiting and running + len(requests) < self._batch_size:
-            i = self._waiting[0]
+            key = self._waiting[0]
             try:
-                request = self._ready.pop(i, None) or self._new_run(i)
+                request = self._ready.pop(key, None) or self._makers[key]()
                 self._require_memory(request)
             except TempoError as error:
                 self._waiting.popleft()
-                yield self._close(i, error)
+                yield self._close(key, error)
                 continue
             covered = (
                 self._prompt_cache.covers(request.lattice.prompt_tokens)
@@ -175,14 +219,14 @@ class Scheduler:
                 else 0
             )
             if requests and (covered != shared or not self._read_together([*requests, request])):
-                self._ready[i] = request
+                self._ready[key] = request
                 break
             if not self._fits([*requests, request]) and (requests or decoder.requests):
-                self._ready[i] = request
+                self._ready[key] = request
                 self.status.waiting_for_memory = True
                 break
             self._waiting.popleft()
-            self._numbers[request] = i
+            self._keys[request] = key
             requests.append(request)
             shared = covered
         if requests:
