@@ -55,7 +55,7 @@ def modes(tokens: int) -> list[Mode]:
         settings = Settings(
             visibility="tree",
             threshold=ANY,
-            max_leaves=width,
+            beam_width=width,
             max_parallel=width,
             max_tokens=tokens,
         )
@@ -65,8 +65,8 @@ def modes(tokens: int) -> list[Mode]:
         settings = Settings(
             visibility="tree",
             threshold=threshold,
-            max_leaves=leaves,
-            leaf_margin=margin,
+            beam_width=leaves,
+            beam_margin=margin,
             max_tokens=tokens,
         )
         return Mode(f"tree {threshold}, {leaves} leaves, margin {margin}", "tree", settings)

@@ -36,7 +36,7 @@ def texts_of(
         return [path.tokens for path in result.paths(1)], result.lattice.n_tokens
     if way.startswith("beam"):
         width = budget // tokens
-        tree = {"visibility": "tree", "max_leaves": width, "max_parallel": width}
+        tree = {"visibility": "tree", "beam_width": width, "max_parallel": width}
         result = generate(model, tokenizer, prompt, threshold=1e-9, max_tokens=tokens, **tree)
         return [path.tokens for path in result.paths(width)], result.lattice.n_tokens
     if way.startswith("best of"):

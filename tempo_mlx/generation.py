@@ -20,7 +20,7 @@ from .errors import TempoError
 from .lattice.lattice import Lattice, Step
 from .lattice.result import BEAM, GenerationResult, find_paths
 from .models import PlainModel, PositionedModel
-from .settings import Settings
+from .settings import Settings, given
 from .text.rendering import StepWriter, plain
 from .text.vocabulary import Prompt, Vocabulary, encode_prompt, require_tokenizer
 
@@ -59,7 +59,8 @@ def generate(
         tokenizer: the model's tokenizer.
         prompt: text, token ids, or chat messages for the model's template.
         verbose: print the sets as they come.
-        kwargs: arguments of :func:`stream_generate`, which are those of :class:`Settings`.
+        kwargs: arguments of :func:`stream_generate`, ``settings`` among them; or fields of
+            :class:`Settings`.
 
     Raises:
         ValueError: for an argument out of range or a prompt that is empty or too long.
@@ -85,7 +86,8 @@ def stream_generate(
     prompt_cache: PromptCache | None = None,
     paths: int = 0,
     prompt_progress_callback: Callable[[int, int], None] | None = None,
-    **settings: Any,
+    settings: Settings | None = None,
+    **kwargs: Any,
 ) -> Generator[StepResponse, None, None]:
     """Generate with parallel sets, one response for each step.
 
@@ -93,14 +95,15 @@ def stream_generate(
         model, tokenizer, prompt: as in :func:`generate`.
         verify: after the last step, replay the run (see :func:`.verification.verify`) and put the
             largest difference into ``result.verification``. Keeps every step's logits in memory.
-            Refused for visibilities that are not among :data:`.verification.KNOWN`.
+            Refused for a visibility of your own without ``sees``.
         model_name: what the result calls the model.
         prompt_cache: read already; a prompt that begins with its tokens goes on from there, any
             other one is appended to its text: see :meth:`PromptCache.join`.
         paths: paths that ``result.paths`` will be asked for; they are found before the last
             response, while the prompt is still in the cache, instead of when they are asked for.
         prompt_progress_callback: called with (prompt tokens read, prompt tokens).
-        settings: fields of :class:`Settings`.
+        settings: how to generate; None makes them of ``kwargs``.
+        kwargs: fields of :class:`Settings`, if ``settings`` is None.
 
     Yields:
         :class:`StepResponse`; the last one has a ``finish_reason``.
@@ -108,7 +111,7 @@ def stream_generate(
     Raises:
         As :func:`generate`.
     """
-    chosen = Settings.of(settings)
+    chosen = given(settings, kwargs, Settings)
     check_count("paths", paths, 0)
     if chosen.branching == "replicate":
         if verify or prompt_cache is not None:
@@ -146,7 +149,7 @@ def begin(
         model_name=model_name or model.name or str(getattr(tokenizer, "name_or_path", "")),
         prompt=text,
         lattice=Lattice(prompt_tokens),
-        settings=settings.seeded(),
+        settings=settings.resolved(model),
     )
 
 
@@ -330,25 +333,14 @@ def stream_batch_generate(
     if max_kv_bytes is not None:
         check_count("max_kv_bytes", max_kv_bytes, most=MOST_BYTES)
     check_count("paths", paths, 0)
-    if settings is None:
-        settings = Settings.of(kwargs)
-    elif kwargs:
-        raise TypeError(f"{sorted(kwargs)[0]!r} beside settings; put it into the settings")
-    if isinstance(settings, Settings):
-        each = [settings] * len(prompts)
-    elif isinstance(settings, Sequence) and not isinstance(settings, str):
-        each = list(settings)
+    if isinstance(settings, Sequence) and not isinstance(settings, str):
+        each = [given(one, kwargs, Settings) for one in settings]
     else:
-        raise TempoError(
-            f"settings must be Settings, or one for each prompt, got {shown(settings)}"
-        )
+        each = [given(settings, kwargs, Settings)] * len(prompts)
     if len(each) != len(prompts):
         raise TempoError(
             f"settings must be one for each of {len(prompts)} prompts, got {len(each)}"
         )
-    for one in each:
-        if not isinstance(one, Settings):
-            raise TempoError(f"settings must be Settings, got {shown(one)}")
     positioned = PositionedModel.of(model)
     prompt_cache = PromptCache.of(prompt_cache, positioned, tokenizer)
     require_tokenizer(tokenizer)

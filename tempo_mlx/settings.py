@@ -2,25 +2,26 @@
 
 import secrets
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, TypeVar, cast
 
 from .arguments import check_choice, check_count, check_range, check_seed, check_text, shown
 from .errors import TempoError
+from .models import PlainModel, PositionedModel
 from .needs import NEEDS, told, unmet
-from .rules.combining import COMBINE
+from .old_names import first_names, renamed, renames
+from .rules.combining import COMBINE, CombiningRule, combining_rule
 from .rules.pruning import COMPACT_ABOVE, Pruning
+from .rules.rule import Named, source_of, stored
 from .rules.schedules import Constant, Schedule
-from .rules.visibility import VISIBILITY, WITH_PARENTS
+from .rules.selection import SAMPLING, SamplingRule, sampling_rule
+from .rules.visibility import VISIBILITY, Visibility, visibility_of
 
 #: Weights that the tokens of a set may have as keys.
 WEIGHTINGS = ("none", "prior", "posterior")
 
 #: Steps that a posterior weight looks ahead where no pruning says how many.
 WEIGHTING_LOOKBACK = 3
-
-#: How the candidates of a set are found.
-SAMPLING = ("deterministic", "gumbel")
 
 #: Temperatures at which logits that were divided by them are finite and differ in fp32.
 TEMPERATURES = 1e-6, 1e6
@@ -32,6 +33,7 @@ MOST_MARGIN = 1e6
 BRANCHING = ("shared", "replicate")
 
 
+@renames(max_leaves="beam_width", leaf_margin="beam_margin")
 @dataclass(frozen=True)
 class Settings:
     """How a run selects, sees and combines.
@@ -44,15 +46,18 @@ class Settings:
         schedule: how the threshold moves from the one to the other.
         max_parallel: tokens of a set at most, at least 1.
         temp: temperature of the softmax that the threshold is compared with, [1e-6, 1e6].
-        sampling: "deterministic", or "gumbel" to draw without replacement before the threshold.
+        sampling: "deterministic", or "gumbel" to draw without replacement before the threshold; or
+            a :class:`~tempo_mlx.rules.selection.SamplingRule` or function of your own.
         seed: of the draws; None picks one and records it. Without sampling it changes nothing.
-        visibility: a key of :data:`~tempo_mlx.rules.visibility.VISIBILITY`. Where none is given
-            it is "recombined", or "isolated" with pruning, weighting or a temperature, which need
-            sets without parents.
-        combine: a key of :data:`tempo_mlx.rules.combining.COMBINE`.
+        visibility: who sees whom: a name in :data:`~tempo_mlx.rules.visibility.VISIBILITY`, or a
+            :class:`~tempo_mlx.rules.visibility.Visibility` or function of your own. None is
+            "recombined", or "isolated" with pruning, weighting or a temperature, which need sets
+            without parents, or "tree" with branching replicate.
+        combine: a name in :data:`~tempo_mlx.rules.combining.COMBINE`, or a
+            :class:`~tempo_mlx.rules.combining.CombiningRule` or function of your own.
         pruning: how tokens are pruned after the fact; None prunes nothing.
-        max_leaves: with visibility "tree", branches at most, the most probable texts; at least 1.
-        leaf_margin: and none whose text is more than this many nats less probable than the best
+        beam_width: with visibility "tree", branches at most, the most probable texts; at least 1.
+        beam_margin: and none whose text is more than this many nats less probable than the best
             one's; None keeps all.
         branching: with visibility "tree", where branches live: "shared", all in one sequence, or
             "replicate", each in a row of its own, for models that cannot hold them in one.
@@ -71,23 +76,25 @@ class Settings:
     schedule: Schedule = field(default_factory=Constant)
     max_parallel: int = 16
     temp: float = 1.0
-    sampling: str = "deterministic"
+    sampling: str | SamplingRule = "deterministic"
     seed: int | None = None
-    visibility: str = ""
-    combine: str = "mixture"
+    visibility: str | Visibility | None = None
+    combine: str | CombiningRule = "mixture"
     pruning: Pruning | None = None
-    max_leaves: int = 8
-    leaf_margin: float | None = None
+    beam_width: int = 8
+    beam_margin: float | None = None
     branching: str = "shared"
     weighting: str = "none"
     stop: tuple[str, ...] = ()
     prefill_step_size: int = 2048
 
     def __post_init__(self) -> None:
-        if not self.visibility:
-            sets = self.pruning is not None or self.weighting != "none" or self.temp != 1.0
-            object.__setattr__(self, "visibility", "isolated" if sets else "recombined")
-        for name in ("max_tokens", "max_parallel", "max_leaves", "prefill_step_size"):
+        object.__setattr__(self, "sampling", stored(self.sampling_rule, SAMPLING))
+        object.__setattr__(self, "combine", stored(self.combining_rule, COMBINE))
+        if self.visibility is not None:
+            rule = stored(visibility_of(self.visibility), VISIBILITY)
+            object.__setattr__(self, "visibility", rule)
+        for name in ("max_tokens", "max_parallel", "beam_width", "prefill_step_size"):
             check_count(name, getattr(self, name))
         if not callable(self.schedule):
             raise TempoError(
@@ -108,18 +115,15 @@ class Settings:
         check_temperature("temp", self.temp, "for greedy decoding use threshold 1")
         if self.seed is not None:
             check_seed(self.seed)
-        check_choice("sampling", self.sampling, SAMPLING)
-        check_choice("visibility", self.visibility, VISIBILITY)
         check_choice("branching", self.branching, BRANCHING)
-        if self.branching == "replicate" and self.visibility != "tree":
+        if self.branching == "replicate" and self.visibility_rule is not VISIBILITY["tree"]:
             raise TempoError(
-                f"branching replicate needs visibility tree, got {self.visibility!r}: rows of "
-                "their own share nothing"
+                f"branching replicate needs visibility tree, got {self.visibility_rule}: a branch "
+                "in a row of its own sees its own text"
             )
-        check_choice("combine", self.combine, COMBINE)
         check_choice("weighting", self.weighting, WEIGHTINGS)
-        if self.leaf_margin is not None:
-            check_range("leaf_margin", self.leaf_margin, 0.0, MOST_MARGIN)
+        if self.beam_margin is not None:
+            check_range("beam_margin", self.beam_margin, 0.0, MOST_MARGIN)
         if self.has_parents:
             self._check_parents()
         if not isinstance(self.stop, (tuple, list)) or not all(self.stop):
@@ -131,7 +135,7 @@ class Settings:
 
     def _check_parents(self) -> None:
         """Refuse what has no meaning, or no exact one, where tokens have parents."""
-        where = f"visibility {self.visibility}"
+        where = f"visibility {self.visibility_rule}"
         if self.pruning is not None:
             raise TempoError(
                 f"pruning judges the tokens of a set by what follows all of them; with {where} "
@@ -144,28 +148,53 @@ class Settings:
                 f"temp must be 1 with {where}, whose texts are scored by the model's own "
                 f"probabilities, got {self.temp}"
             )
-        if self.visibility == "tree" and self.is_sampled:
-            raise TempoError("sampling must be deterministic with visibility tree, got 'gumbel'")
+        if self.branches and not self.by_probability:
+            raise TempoError(f"sampling must be deterministic with {where}, got {self.sampling}")
+
+    @property
+    def visibility_rule(self) -> Visibility:
+        """Who sees whom; chosen to go with the other settings where nobody did."""
+        if self.visibility is not None:
+            return visibility_of(self.visibility)
+        if self.branching == "replicate":
+            return VISIBILITY["tree"]
+        sets = self.pruning is not None or self.weighting != "none" or self.temp != 1.0
+        return VISIBILITY["isolated" if sets else "recombined"]
+
+    @property
+    def combining_rule(self) -> CombiningRule:
+        """How the rows of a set make the next distribution."""
+        return combining_rule(self.combine)
+
+    @property
+    def sampling_rule(self) -> SamplingRule:
+        """How candidates are ranked."""
+        return sampling_rule(self.sampling)
+
+    @property
+    def by_probability(self) -> bool:
+        """Whether candidates are ranked by their probability."""
+        return self.sampling_rule is SAMPLING["deterministic"]
 
     @property
     def has_parents(self) -> bool:
         """Whether each token continues one other token."""
-        return self.visibility in WITH_PARENTS
+        return self.visibility_rule.has_parents
 
     @property
     def branches(self) -> bool:
         """Whether each token of a set has continuations of its own."""
-        return self.visibility == "tree"
+        return self.visibility_rule.branches
 
     @property
     def is_sampled(self) -> bool:
         """Whether tokens are drawn."""
-        return self.sampling == "gumbel"
+        return self.sampling_rule.draws
 
     @property
     def uses_rng(self) -> bool:
         """Whether anything is drawn, so that the seed matters."""
-        return self.is_sampled or (self.pruning is not None and self.pruning.rule == "random")
+        return self.is_sampled or (self.pruning is not None and self.pruning.scoring.draws)
 
     @property
     def greedy(self) -> bool:
@@ -176,7 +205,7 @@ class Settings:
     def always_single(self) -> bool:
         """Whether every set has one token whatever the model says."""
         if self.branches:
-            return self.greedy or self.max_parallel == 1 or self.max_leaves == 1
+            return self.greedy or self.max_parallel == 1 or self.beam_width == 1
         return self.greedy or self.max_parallel == 1
 
     @property
@@ -199,19 +228,33 @@ class Settings:
         """Steps after which a set is judged or weighted no more."""
         return self.pruning.lookback if self.pruning else WEIGHTING_LOOKBACK
 
-    def seeded(self) -> "Settings":
-        """These settings with a seed, drawn here if the run needs one and has none."""
-        if not self.uses_rng or self.seed is not None:
-            return self
-        return replace(self, seed=secrets.randbelow(2**32))
+    def resolved(self, model: PositionedModel | PlainModel) -> "Settings":
+        """These settings as a run of a model has them: with a visibility and, if it draws, a seed.
+
+        Raises:
+            UnsupportedModelError: if the model cannot do what they ask for.
+            TempoError: for layers that the model does not have.
+        """
+        rule = self.visibility_rule
+        if isinstance(model, PositionedModel):
+            if not (self.has_parents or self.always_single):
+                model.require_merging(rule.name)
+            if self.pruning is not None and self.pruning.scoring.needs_attention:
+                model.require_capture()
+                self.pruning.chosen_layers(model.n_layers)
+            if self.weighting != "none":
+                model.require_additive_masks()
+        seed = secrets.randbelow(2**32) if self.uses_rng and self.seed is None else self.seed
+        return replace(self, visibility=stored(rule, VISIBILITY), seed=seed)
 
     def values(self) -> dict[str, Any]:
         """Every setting by its name; those of the pruning, if there is one, as "pruning.rule"."""
-        return vars(self) | ({} if self.pruning is None else _inner(self.pruning))
+        own = vars(self) | {"visibility": self.visibility_rule.name}
+        return own | ({} if self.pruning is None else _inner(self.pruning))
 
     def changed(self) -> set[str]:
         """Names of the settings that are not at their defaults."""
-        defaults = vars(type(self)()) | _inner(Pruning())
+        defaults = type(self)().values() | _inner(Pruning())
         return {name for name, value in self.values().items() if value != defaults[name]}
 
     def notes(self, given: Iterable[str] | None = None) -> list[str]:
@@ -237,36 +280,67 @@ class Settings:
         if sets and self.always_single:
             notes.append(
                 f"{', '.join(sets)}: no effect, because every set has one token (threshold 1, or "
-                "max_parallel or max_leaves 1)"
+                "max_parallel or beam_width 1)"
             )
-        elif self.pruning and self.pruning.needs_attention and self.visibility == "hidden":
+        elif (
+            self.pruning
+            and self.pruning.scoring.needs_attention
+            and self.visibility_rule.hides_sets
+        ):
             notes.append(
-                "pruning.rule attention scores every token 0 with visibility hidden, where no "
-                "later step looks at a set"
+                f"pruning.rule {self.pruning.rule} scores every token 0 with visibility "
+                f"{self.visibility_rule}, where no later step looks at a set"
             )
         return notes
 
     def to_dict(self) -> dict[str, Any]:
-        """One key for each setting; the schedule as its text."""
+        """One key for each setting: the schedule as its text, rules by their names."""
         return {
-            **asdict(self),
+            **vars(self),
             "schedule": str(self.schedule),
+            "sampling": str(self.sampling),
+            "visibility": self.visibility_rule.name,
+            "combine": str(self.combine),
             "pruning": self.pruning and self.pruning.to_dict(),
             "stop": list(self.stop),
         }
 
-    @classmethod
-    def of(cls, given: Mapping[str, Any]) -> "Settings":
-        """Settings from keyword arguments.
+    def identity(self) -> dict[str, Any]:
+        """What decides a run's results: its settings, and the sources of rules of one's own.
 
-        Raises:
-            TypeError: for a name that is no setting.
+        By the names that settings had first, so that results of earlier versions are found again.
         """
-        known = {f.name for f in fields(cls)}
-        unknown = sorted(set(given) - known)
+        pruning = self.pruning
+        given: list[Any] = [self.sampling, self.visibility, self.combine]
+        given += [] if pruning is None else [pruning.rule, pruning.decision]
+        own = {rule.name: source_of(rule) for rule in given if isinstance(rule, Named)}
+        settings = first_names(self.to_dict(), Settings)
+        if pruning is not None:
+            settings["pruning"] = first_names(pruning.to_dict(), Pruning)
+        return settings | ({"rules": own} if own else {})
+
+
+S = TypeVar("S")
+
+
+def given(settings: S | None, kwargs: Mapping[str, Any], kind: type[S]) -> S:
+    """The settings that a caller gave, as an object or as keyword arguments.
+
+    Raises:
+        TypeError: for both of them, or a name that is no setting.
+        TempoError: for settings of another class, or values that they refuse.
+    """
+    if settings is None:
+        known = [f.name for f in fields(cast(Any, kind))]
+        unknown = sorted(set(kwargs) - {*known, *renamed(kind)})
         if unknown:
             raise TypeError(f"unknown setting {unknown[0]!r}; settings are {', '.join(known)}")
-        return cls(**given)
+        return kind(**kwargs)
+    if kwargs:
+        raise TypeError(f"{sorted(kwargs)[0]!r} beside settings; put it into the settings")
+    if not isinstance(settings, kind):
+        raise TempoError(f"settings must be {kind.__name__}, got {shown(settings)}")
+    return settings
 
 
 def _inner(pruning: Pruning) -> dict[str, Any]:

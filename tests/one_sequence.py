@@ -1,10 +1,17 @@
 """A batch of one sequence, with the arguments that tests of one sequence need."""
 
 from tempo_mlx.decode.sequences import Batch, SequenceState
-from tempo_mlx.rules.visibility import VISIBILITY, WITH_PARENTS
+from tempo_mlx.rules.visibility import VISIBILITY, WITH_PARENTS, Isolated
 
 #: Rules under which a set is one, without parents.
 SETS_VISIBILITY = sorted(set(VISIBILITY) - WITH_PARENTS)
+
+
+class SeesSiblings(Isolated):
+    """A faulty rule: its masks let siblings see each other, which its definition does not."""
+
+    def allowed(self, queries, keys):
+        return VISIBILITY["visible"].allowed(queries, keys)
 
 
 class OneSequence(Batch):

@@ -161,7 +161,7 @@ def bench_tree(
     tree = {
         "visibility": "tree",
         "threshold": ANY,
-        "max_leaves": leaves,
+        "beam_width": leaves,
         "max_parallel": leaves,
         "max_tokens": max_tokens,
     }

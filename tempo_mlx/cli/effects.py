@@ -17,7 +17,7 @@ PRINTED = (Need("quiet", absent=True), Need("output", (STANDARD_OUTPUT,), absent
 
 
 def typed(context: typer.Context) -> dict[str, str]:
-    """The options on the command line: name of the parameter -> the option, "--max-leaves"."""
+    """The options on the command line: name of the parameter -> the option, "--beam-width"."""
     return {
         name: flag
         for name, flag in _flags(context).items()

@@ -22,11 +22,11 @@ from ..plots import check_plot, plot_lattice, plot_mask
 from ..rules.combining import COMBINE
 from ..rules.pruning import (
     DECISIONS,
+    IF_ALL_PRUNED,
     LAYER_WEIGHTS,
     QUERY_WEIGHTS,
     REPAIRS,
     RULES,
-    WHEN_ALL_FALL,
     Pruning,
     parse_layers,
 )
@@ -188,7 +188,7 @@ def generate(
             "tokens' probabilities. mean: equal weights. product: weighted mean of the "
             "log-probabilities. last: the last row alone.",
         ),
-    ] = DEFAULTS.combine,
+    ] = str(DEFAULTS.combine),
     temp: Annotated[
         float,
         typer.Option(help="Temperature of the softmax before the threshold, in [1e-6, 1e6]."),
@@ -200,16 +200,16 @@ def generate(
             help="deterministic, or gumbel: draw --max-parallel tokens without replacement, then "
             "apply the threshold to them.",
         ),
-    ] = DEFAULTS.sampling,
+    ] = str(DEFAULTS.sampling),
     seed: Annotated[
         int | None,
         typer.Option(help="Seed of the draws; without --sampling gumbel it changes nothing."),
     ] = None,
-    max_leaves: Annotated[
+    beam_width: Annotated[
         int,
         typer.Option(help="With --visibility tree, branches at most, the most probable texts."),
-    ] = DEFAULTS.max_leaves,
-    leaf_margin: Annotated[
+    ] = DEFAULTS.beam_width,
+    beam_margin: Annotated[
         float | None,
         typer.Option(
             help="With --visibility tree, drop branches this many nats behind the best one."
@@ -243,7 +243,7 @@ def generate(
             "below it. sigmoid: 1 / (1 + exp(-steepness (threshold - score))) above 0.5, or drawn "
             "where the run samples. quota: the lowest scores, so that --prune-keep-rate stays.",
         ),
-    ] = PRUNING.decision,
+    ] = str(PRUNING.decision),
     prune_steepness: Annotated[
         float, typer.Option(help="Steepness of the sigmoid decision, above 0.")
     ] = PRUNING.steepness,
@@ -283,12 +283,12 @@ def generate(
             help="Whether rows count alike or by the probability of their token.",
         ),
     ] = PRUNING.query_weights,
-    prune_when_all_fall: Annotated[
+    prune_if_all_pruned: Annotated[
         str,
         typer.Option(
-            metavar="|".join(WHEN_ALL_FALL), help="What happens to a set that would lose all."
+            metavar="|".join(IF_ALL_PRUNED), help="What happens to a set that would lose all."
         ),
-    ] = PRUNING.when_all_fall,
+    ] = PRUNING.if_all_pruned,
     prune_repair: Annotated[
         str,
         typer.Option(
@@ -383,7 +383,7 @@ def generate(
             layers=parse_layers(prune_layers),
             layer_weights=prune_layer_weights,
             query_weights=prune_query_weights,
-            when_all_fall=prune_when_all_fall,
+            if_all_pruned=prune_if_all_pruned,
             repair=prune_repair,
         )
     settings = Settings(
@@ -395,10 +395,10 @@ def generate(
         temp=temp,
         sampling=sampling,
         seed=seed,
-        visibility=visibility,
+        visibility=visibility or None,
         combine=combine,
-        max_leaves=max_leaves,
-        leaf_margin=leaf_margin,
+        beam_width=beam_width,
+        beam_margin=beam_margin,
         branching=branching,
         pruning=pruning,
         weighting=weighting,
@@ -570,7 +570,7 @@ def generate(
     for drawing in plot or ():
         with written.output(drawing, "drawn"):
             if is_mask(drawing):
-                plot_mask(result, settings.visibility, drawing)
+                plot_mask(result, settings.visibility_rule, drawing)
             else:
                 chain = result.paths(1)[0].tokens if result.lattice.sets else None
                 plot_lattice(

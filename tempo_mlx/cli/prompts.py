@@ -174,7 +174,7 @@ def key_of(row: PromptRow, job: Job | None, common: Sequence[Any]) -> str:
     prompt: Any = job.prompt
     if job.joined is not None and job.joined.appended:
         prompt = [job.joined.tokens, job.joined.text]
-    return row_key(SCHEMA, row.id, prompt, job.settings.to_dict(), *common)
+    return row_key(SCHEMA, row.id, prompt, job.settings.identity(), *common)
 
 
 def join_note(cache: PromptCache, joined: Sequence[JoinedPrompt]) -> str:

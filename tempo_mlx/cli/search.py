@@ -88,7 +88,7 @@ def search(
             help="uct: value + c sqrt(ln N / n). puct: value + c p sqrt(N) / (1 + n), with the "
             "model's probability p.",
         ),
-    ] = DEFAULTS.selection,
+    ] = str(DEFAULTS.selection),
     exploration: Annotated[
         float, typer.Option("--exploration", "-c", help="The constant c, in [0, 1e9].")
     ] = DEFAULTS.exploration,
@@ -100,7 +100,7 @@ def search(
             "geometric mean of their probabilities), or rollout (the same of it and --depth more "
             "tokens).",
         ),
-    ] = DEFAULTS.evaluation,
+    ] = str(DEFAULTS.evaluation),
     value: Annotated[
         str | None,
         typer.Option(
@@ -111,7 +111,7 @@ def search(
     backup: Annotated[
         str,
         typer.Option(metavar="|".join(BACKUPS), help="What a node makes of the values below it."),
-    ] = DEFAULTS.backup,
+    ] = str(DEFAULTS.backup),
     depth: Annotated[int, typer.Option(help="Tokens of a rollout, at least 1.")] = DEFAULTS.depth,
     rollout_temp: Annotated[
         float,
@@ -233,7 +233,7 @@ def search(
 
         try:
             for now in stream_search(
-                language_model, tokenizer, text, value=function, progress=tell, **vars(settings)
+                language_model, tokenizer, text, value=function, progress=tell, settings=settings
             ):
                 result = now
         except KeyboardInterrupt:

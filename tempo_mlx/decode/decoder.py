@@ -15,7 +15,7 @@ from mlx_lm.generate import generation_stream
 from ..errors import TempoError
 from ..models import BatchedKVCache, Capture, PositionedModel
 from ..rules.combining import combine, most_probable_of
-from ..rules.selection import StepCandidates, gumbel, most_probable
+from ..rules.selection import StepCandidates, candidate_scores, most_probable
 from .observation import Attending, PassAttention, head_capture
 from .request import Request
 from .sequences import Batch, SequenceState
@@ -141,7 +141,7 @@ class BatchDecoder:
                 request.select()
             except TempoError as error:
                 request.error = error
-        self._repair([request for request in made if request.fallen is not None])
+        self._repair([request for request in made if request.pruned is not None])
         for request in made:
             if request.error is None:
                 request.record()
@@ -207,10 +207,13 @@ class BatchDecoder:
                 for _ in own
             ]
             p, rows = combine(
-                logits, [request.settings.combine for request in groups], weights, temps
+                logits, [request.settings.combining_rule for request in groups], weights, temps
             )
-            keys = [request.noise() for request in groups]
-            scores = p if all(key is None for key in keys) else gumbel(p, keys)
+            scores = candidate_scores(
+                p,
+                [request.settings.sampling_rule for request in groups],
+                [request.noise() for request in groups],
+            )
             ids = most_probable(scores, max(request.k for request in requests))
             step_candidates = StepCandidates.of_rows(
                 ids,
@@ -228,7 +231,7 @@ class BatchDecoder:
         mx.async_eval(*step_candidates.state, *self.batch.cache.state)
 
     def _repair(self, requests: list[Request]) -> None:
-        """Run what saw fallen tokens again, and select anew."""
+        """Run what saw pruned tokens again, and select once more."""
         if not requests:
             return
         with mx.stream(generation_stream):

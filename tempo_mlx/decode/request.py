@@ -1,12 +1,13 @@
 """One prompt's generation: what it selects, what it knows afterwards, and when it ends."""
 
 import time
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
 
 from ..errors import TempoError
-from ..lattice.lattice import Slots, Step, Token
+from ..lattice.lattice import NEVER, Slots, Step, Token
 from ..lattice.result import GenerationResult
 from ..models import BatchedKVCache, PositionedModel
 from ..rules.branching import branch, recombine
@@ -19,6 +20,9 @@ from .retroactive import RetroactivePruner
 from .sequences import SequenceState
 from .stopping import StopWatch
 from .verification import require_known
+
+#: The key of rules that do not draw.
+NO_NOISE = np.zeros(2, np.uint32)
 
 
 class Request:
@@ -51,25 +55,18 @@ class Request:
         self.prompt_slots: BatchedKVCache | None = None
         self.settings = settings = result.settings
         self.lattice = result.lattice
+        model, rule = result.model, settings.visibility_rule
         if keep_logits:
-            require_known(settings)
-        model = result.model
-        if isinstance(model, PositionedModel):
-            if not (settings.has_parents or settings.always_single):
-                model.require_merging(settings.visibility)
-            if settings.pruning is not None and settings.pruning.needs_attention:
-                model.require_capture()
-            if observer is not None:
-                require_observable(settings)
-                model.require_capture()
-            if settings.weighting != "none":
-                model.require_additive_masks()
+            require_known(rule, model)
+        if observer is not None and isinstance(model, PositionedModel):
+            require_observable(settings)
+            model.require_capture()
         self.sequence = SequenceState(
             self.lattice,
-            settings.visibility,
+            rule,
             settings.weighting != "none",
             keep_logits,
-            is_line=settings.always_single,
+            is_line=settings.always_single and rule.full_context,
         )
         self.pruner: RetroactivePruner | None = None
         if settings.looks_back:
@@ -85,7 +82,7 @@ class Request:
         if settings.greedy:
             self.k = 1
         elif settings.branches:
-            self.k = min(settings.max_parallel, settings.max_leaves)
+            self.k = min(settings.max_parallel, settings.beam_width)
         elif not settings.is_sampled:
             # End tokens are never kept, so room for them lets a set still fill up.
             self.k += len(result.vocabulary.end_tokens)
@@ -95,8 +92,8 @@ class Request:
         self.upcoming: tuple[StepCandidates, int] | None = None
         self._queries: Slots | None = None
         self._kept: Selected | None = None
-        #: earliest step of which a token fell in this step
-        self.fallen: int | None = None
+        #: earliest step of which a token was pruned in this step
+        self.pruned: int | None = None
         self.error: Exception | None = None
         #: log-probabilities of the texts that end with the last set's tokens, and their slots
         self._scores = np.zeros(1)
@@ -119,10 +116,10 @@ class Request:
     def finished(self) -> bool:
         return self.result.finish_reason is not None or self.error is not None
 
-    def noise(self) -> np.ndarray | None:
-        """A new key for the draws of a step, uint32 [2]; None where nothing is drawn."""
+    def noise(self) -> np.ndarray:
+        """A new key for the draws of a step, uint32 [2]; the same one where nothing is drawn."""
         if not self.settings.is_sampled:
-            return None
+            return NO_NOISE
         self._draws += 1
         return noise_key(self.settings.seed or 0, self._draws)
 
@@ -149,7 +146,7 @@ class Request:
     @property
     def wants_best_only(self) -> bool:
         """Whether the most probable token is all that the run wants of a distribution."""
-        return self.k == 1 and not self.settings.is_sampled and self.observer is None
+        return self.k == 1 and self.settings.by_probability and self.observer is None
 
     @property
     def pending(self) -> Slots:
@@ -178,7 +175,7 @@ class Request:
             settings.max_tokens,
         )
         self._kept = self._keep()
-        self.fallen = None
+        self.pruned = None
         if self.pruner and len(self._kept.ids):
             assert self.step_candidates is not None
             step_candidates, place = self.step_candidates
@@ -188,14 +185,14 @@ class Request:
                 if received is not None:
                     self.pruner.attend(received, attending.held)
             self.pruner.select(self._kept.probabilities, self._kept.transitions)
-            fallen = self.pruner.prune()
-            if settings.repairs and fallen is not None:
-                self.fallen = fallen
+            pruned = self.pruner.prune()
+            if settings.repairs and pruned is not None:
+                self.pruned = pruned
                 # What runs again sees the tokens that stay, with weights that sum to 1.
                 self.pruner.weigh()
 
     def select_again(self) -> None:
-        """Keep what qualifies now that what saw the fallen tokens has been run again."""
+        """Keep what qualifies now that what saw the pruned tokens has been run again."""
         kept = self._keep()
         self._kept = kept.with_rows([t.pruned_at is None for t in self.lattice.steps[-1].tokens])
         if self.pruner and len(kept.ids):
@@ -211,8 +208,8 @@ class Request:
                 self._last,
                 self._threshold,
                 settings.max_parallel,
-                settings.max_leaves,
-                settings.leaf_margin,
+                settings.beam_width,
+                settings.beam_margin,
                 ends,
             )
         kept = keep(candidates, self._threshold, settings.max_parallel, ends)
@@ -249,8 +246,11 @@ class Request:
 
     def first_to_repair(self) -> int:
         """The first step that has to be run again; siblings too where they saw each other."""
-        assert self.fallen is not None
-        return self.fallen if self.settings.visibility == "visible" else self.fallen + 1
+        assert self.pruned is not None
+        slots = np.array([token.slot for token in self.lattice.steps[self.pruned].tokens])
+        siblings = replace(self.lattice.slots[slots], pruned_at=np.full(len(slots), NEVER))
+        seen = may_attend(self.sequence.visibility, siblings, siblings)
+        return self.pruned if seen.sum() > len(slots) else self.pruned + 1
 
     def record(self) -> Step:
         """Write the set into the lattice; the run may be finished by it."""
@@ -294,7 +294,7 @@ class Request:
         return self.stop_watch is not None and self.stop_watch.reached()
 
     def _is_complete(self) -> bool:
-        """Whether no branch can become as good a path as the ``max_leaves`` that have ended.
+        """Whether no branch can become as good a path as the ``beam_width`` that have ended.
 
         Paths are ranked by log-probability per token. The most that a branch can reach is that all
         tokens that follow are certain.
@@ -303,7 +303,7 @@ class Request:
             return False
         steps = self.lattice.steps
         ended = [(e.logprob or 0.0) / (s.step + 1) for s in steps for e in s.endings]
-        n = self.settings.max_leaves
+        n = self.settings.beam_width
         return len(ended) >= n and sorted(ended)[-n] >= self._scores.max() / (self.limit + 1)
 
 

@@ -29,7 +29,7 @@ class RetroactivePruner:
         self._posteriors = SetPosteriors(self._lookback)
         self._n_layers = n_layers
         self._layers: tuple[int, ...] = ()
-        if pruning and pruning.needs_attention:
+        if pruning and pruning.scoring.needs_attention:
             self._layers = pruning.chosen_layers(n_layers)
         self._received = np.zeros(0)
         self._attended = np.zeros(0, np.int64)
@@ -71,13 +71,13 @@ class RetroactivePruner:
         self._posteriors.extend(probabilities, None if first else transitions, replace=again)
 
     def prune(self) -> int | None:
-        """Judge the recent sets; returns the earliest step of which a token fell, or None."""
+        """Judge the recent sets; returns the earliest step of which a token was pruned, or None."""
         if self._pruner is None:
             return None
         lattice, pruner = self._lattice, self._pruner
         now = len(lattice.steps)  # the step just selected; the last forward pass was of now - 1
         # Attention was paid by the rows of the last pass, other evidence is the selection itself.
-        latest = now - 1 if pruner.pruning.needs_attention else now
+        latest = now - 1 if pruner.pruning.scoring.needs_attention else now
         received = np.zeros(lattice.n_slots)
         received[self._attended] = self._received
         earliest = None
@@ -96,11 +96,11 @@ class RetroactivePruner:
             )
             verdict = pruner.judge(now - 1, step, evidence)
             erase = pruner.pruning.repair == "recompute"
-            lattice.apply(verdict, pruner.pruning.rule, erase)
+            lattice.apply(verdict, pruner.pruning.scoring.name, erase)
             if any(verdict.pruned):
-                fallen = np.zeros(len(chosen), bool)
-                fallen[np.flatnonzero(chosen)[verdict.pruned]] = True
-                self._posteriors.prune(step, fallen)
+                pruned = np.zeros(len(chosen), bool)
+                pruned[np.flatnonzero(chosen)[verdict.pruned]] = True
+                self._posteriors.prune(step, pruned)
                 earliest = step if earliest is None else earliest
         return earliest
 

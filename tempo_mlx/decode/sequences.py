@@ -10,7 +10,7 @@ import numpy as np
 
 from ..lattice.lattice import NEVER, Lattice, Slots
 from ..models import BatchedKVCache, Capture, PositionedModel
-from ..rules.visibility import may_attend, weighted_rows
+from ..rules.visibility import Visibility, may_attend, visibility_of, weighted_rows
 
 #: Share of unused slots that is left at most where sequences are put together anew.
 REPACKED_WASTE = 0.1
@@ -22,7 +22,7 @@ class SequenceState:
 
     Args:
         lattice: its slots are what the cache holds.
-        visibility: a key of :data:`tempo_mlx.rules.visibility.VISIBILITY`.
+        visibility: a rule, or its name in :data:`tempo_mlx.rules.visibility.VISIBILITY`.
         weighted: whether keys are weighted by ``lattice.weights`` in the mask.
         keep_logits: keep every pass's logits, [N, V] each, for
             :mod:`~tempo_mlx.decode.verification`.
@@ -30,7 +30,7 @@ class SequenceState:
     """
 
     lattice: Lattice
-    visibility: str = "isolated"
+    visibility: Visibility | str = "isolated"
     weighted: bool = False
     keep_logits: bool = False
     is_line: bool = False
@@ -66,6 +66,9 @@ class SequenceState:
         """Which held slots the pending set, and so any later one, may see, [S]."""
         if self.pending is None or self.is_line:
             return np.ones(len(self.held), bool)
+        if not visibility_of(self.visibility).monotone:
+            # A later step may see what this one does not.
+            return self.lattice.slots[self.held].pruned_at >= self.pending.step.max()
         return np.any(self.seen_by(self.pending)[:, : len(self.held)], axis=0)
 
     def keep(self, chosen: np.ndarray, at: np.ndarray | None = None) -> None:

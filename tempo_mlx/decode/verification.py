@@ -1,8 +1,8 @@
 """The oracle: replay a lattice in one uncached pass, by the definitions, slot by slot.
 
-It shares neither the cache nor the vectorised visibility rules with what it checks. The model's
-own files run with a cache object that stores nothing. What it shares is that tokens are rows of the
-model, which attention sees side by side.
+It shares neither the cache nor the vectorised masks with what it checks: who sees whom is asked of
+the visibility's scalar ``sees``. The model's own files run with a cache object that stores nothing.
+What it shares is that tokens are rows of the model, which attention sees side by side.
 """
 
 from dataclasses import dataclass
@@ -12,14 +12,13 @@ import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
 from ..errors import TempoError
-from ..lattice.lattice import Lattice, Token
-from ..models import Capture, PositionedModel
+from ..lattice.lattice import Lattice, Slot, Token
+from ..models import Capture, PlainModel, PositionedModel
 from ..models.attention import AttentionRecorder, during
 from ..models.rows import TokenRows
+from ..rules.rule import called
+from ..rules.visibility import Visibility
 from ..settings import Settings
-
-#: Visibilities that are defined here, too, slot by slot; see :func:`_sees` and :func:`_lines`.
-KNOWN = ("isolated", "visible", "hidden", "tree", "recombined")
 
 
 def oracle_of(model: PositionedModel) -> str:
@@ -27,12 +26,17 @@ def oracle_of(model: PositionedModel) -> str:
     return "mlx-lm's own decode of each text" if model.is_recurrent else "one uncached pass"
 
 
-def require_known(settings: Settings) -> None:
+def require_known(rule: Visibility, model: PositionedModel | PlainModel) -> None:
     """Raise TempoError for a visibility of which a replay would not know who sees whom."""
-    if settings.visibility not in KNOWN:
+    if not rule.can_be_verified:
         raise TempoError(
-            f"verify and attention received know the visibilities {', '.join(KNOWN)}, "
-            f"not {settings.visibility!r}"
+            f"verify and attention received need a visibility with sees(query, key), which "
+            f"{rule.name} has not"
+        )
+    if isinstance(model, PositionedModel) and model.is_recurrent and not rule.full_context:
+        raise TempoError(
+            f"verify decodes each text of a recurrent model by itself, where a token sees all "
+            f"before it; with visibility {rule.name} it does not, unless full_context says so"
         )
 
 
@@ -119,7 +123,7 @@ def verify(
         seen: (slots [N], logits [N, V]) of each forward pass of the run.
 
     Raises:
-        TempoError: for a visibility that is not among :data:`KNOWN`.
+        TempoError: see :func:`require_known`.
     """
     if model.is_recurrent:
         return _by_texts(model, lattice, seen)
@@ -173,7 +177,7 @@ def received_attention(
 
     Raises:
         UnsupportedModelError: if the model's attention cannot be captured, or layers are recurrent.
-        TempoError: for a visibility that is not among :data:`KNOWN`.
+        TempoError: see :func:`require_known`.
     """
     model.require_capture()
     model.require_replay()
@@ -192,58 +196,55 @@ def replay(
     recorder: AttentionRecorder | None = None,
 ) -> mx.array:
     """Logits [S, V], fp32, of all recorded slots, by one uncached pass; see :func:`verify`."""
-    require_known(settings)
-    length = len(lattice.prompt_tokens)
-    rows: list[tuple[int, int, int, int, int | None]] = [
-        (id, i, i - length, 1, None) for i, id in enumerate(lattice.prompt_tokens)
-    ]
-    for step in lattice.steps:
-        for token in step.tokens:
-            rows.append((token.id, step.position, step.step, len(step.tokens), token.pruned_at))
-    lines = _lines(lattice) if settings.has_parents else None
-    tokens = np.array([row[0] for row in rows])
-    positions = np.array([row[1] for row in rows])
+    rule = settings.visibility_rule
+    require_known(rule, model)
+    slots = _slots(lattice)
+    tokens = [token for step in lattice.steps for token in step.tokens]
+    ids = np.array([*lattice.prompt_tokens, *(token.id for token in tokens)])
+    pruned_at = [None] * len(lattice.prompt_tokens) + [token.pruned_at for token in tokens]
+    positions = np.array([len(lattice.prompt_tokens) + slot.step for slot in slots])
     weighted = settings.weighting != "none"
-    mask = np.zeros((len(rows), len(rows)), np.float32 if weighted else bool)
-    for q, (_, _, q_step, q_size, _) in enumerate(rows):
-        weights = lattice.key_weights.get(q_step)
-        for k, (_, _, k_step, k_size, k_pruned) in enumerate(rows):
-            if lines is None:
-                sees = _sees(settings, q_step, k_step, k_size, k_pruned, q == k)
-            else:
-                sees = k in lines[q] if k >= length else k <= q
-            if not weighted:
-                mask[q, k] = sees
-            elif not sees:
-                mask[q, k] = -np.inf
-            elif weights is not None and (k_step < q_step or settings.visibility == "visible"):
-                mask[q, k] = np.log(max(weights[k], 1e-30)) if k_size > 1 or q_size > 1 else 0.0
+    mask = np.zeros((len(slots), len(slots)), np.float32 if weighted else bool)
+    for query in slots:
+        seen = []
+        for key, pruned in zip(slots, pruned_at, strict=True):
+            alive = pruned is None or not (settings.repairs or pruned < query.step)
+            if _sees(rule, query, key, alive):
+                seen.append(key)
+        if not weighted:
+            mask[query.index, [key.index for key in seen]] = True
+            continue
+        mask[query.index] = -np.inf
+        weights = lattice.key_weights.get(query.step)
+        siblings = sum(key.step == query.step for key in seen) > 1
+        for key in seen:
+            own = key is query and not siblings
+            known = weights is not None and not own and (key.set_size > 1 or query.set_size > 1)
+            weight = weights[key.index] if weights is not None and known else 1.0
+            mask[query.index, key.index] = np.log(max(weight, 1e-30))
     shared = _Replay(positions, recorder)
     caches = [
         _Stateless(positions, mask, layer.window, model, shared) for layer in model.make_cache().kv
     ]
     with during(shared):
-        return model.model(mx.array(tokens)[:, None], cache=caches)[:, 0].astype(mx.float32)
+        return model.model(mx.array(ids)[:, None], cache=caches)[:, 0].astype(mx.float32)
 
 
-def _lines(lattice: Lattice) -> list[set[int]]:
-    """For each slot, itself and the slots that lead to it from the prompt."""
-    lines: list[set[int]] = [set() for _ in lattice.prompt_tokens]
+def _slots(lattice: Lattice) -> list[Slot]:
+    """All recorded slots, with the slots that lead to each where tokens have parents."""
+    length = len(lattice.prompt_tokens)
+    slots = [Slot(i, i - length, 1) for i in range(length)]
     for step in lattice.steps:
         for token in step.tokens:
-            assert token.parent is not None
-            lines.append(lines[token.parent] | {token.slot})
-    return lines
+            before = frozenset() if token.parent is None else slots[token.parent].chain
+            slots.append(Slot(token.slot, step.step, len(step.tokens), before | {token.slot}))
+    return slots
 
 
-def _sees(
-    settings: Settings, q_step: int, k_step: int, k_size: int, k_pruned: int | None, own: bool
-) -> bool:
-    """Whether a query of one step sees a key of another, by the definitions."""
-    if own:
+def _sees(rule: Visibility, query: Slot, key: Slot, alive: bool) -> bool:
+    """Whether a query sees a key, by the definitions."""
+    if query.index == key.index:
         return True
-    if k_pruned is not None and (settings.repairs or k_pruned < q_step):
+    if key.step > query.step or not alive:
         return False
-    if k_step == q_step:
-        return settings.visibility == "visible"
-    return k_step < q_step and (settings.visibility != "hidden" or k_size == 1)
+    return query.step < 0 or bool(called(rule, rule.sees, query, key))

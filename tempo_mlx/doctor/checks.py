@@ -26,7 +26,7 @@ from ..generation import generate
 from ..lattice.lattice import Lattice
 from ..models import Capture, PositionedModel
 from ..rules.pruning import Pruning
-from ..rules.visibility import VISIBILITY, WITH_PARENTS
+from ..rules.visibility import VISIBILITY
 from ..scoring.prefix_tree_scorer import PrefixTreeScorer
 from ..scoring.requests import ScoreRequest
 from ..text.vocabulary import without_end
@@ -302,7 +302,7 @@ def sibling_difference(
     sequence = SequenceState(lattice, visibility)
     batch = Batch(model, [sequence])
     batch.prefill(length)
-    parents = [length - 1] * SIBLINGS if visibility in WITH_PARENTS else None
+    parents = [length - 1] * SIBLINGS if VISIBILITY[visibility].has_parents else None
     new = lattice.reserve(SIBLINGS, 0, parents)
     rows = _numpy(batch.append(mx.array(siblings), [(sequence, new)])[0])
     separate = [stock_logits(subject.model, [*subject.prompt, id], length)[-1] for id in siblings]
@@ -475,14 +475,15 @@ ORACLES: dict[str, Oracle] = {
     "mlx-lm: cached = uncached": Oracle(stock_difference, "none"),
     **{
         f"{name}: cached = replay": Oracle(
-            functools.partial(replay_difference, visibility=name), merges=name not in WITH_PARENTS
+            functools.partial(replay_difference, visibility=name), merges=not rule.has_parents
         )
-        for name in VISIBILITY
+        for name, rule in VISIBILITY.items()
     },
     "retroactive pruning: cached = replay": Oracle(retroactive_pruning_difference, merges=True),
     **{
         f"{name}: set = mlx-lm's": Oracle(
-            functools.partial(sibling_difference, visibility=name), merges=name not in WITH_PARENTS
+            functools.partial(sibling_difference, visibility=name),
+            merges=not VISIBILITY[name].has_parents,
         )
         for name in ("isolated", "tree")
     },

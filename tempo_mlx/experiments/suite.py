@@ -23,6 +23,7 @@ from ..errors import TempoError
 from ..io.prompt_files import PARSERS, setting_names
 from ..rules.pruning import Pruning
 from ..settings import Settings
+from ..settings import given as settings_given
 from .suite_keys import STRICT, Grid, SettingsSpec
 
 #: Version of what identifies a run.
@@ -247,7 +248,9 @@ class RunConfig:
         Args:
             model: the :func:`~tempo_mlx.weights.fingerprint.identify` of model and tokenizer.
         """
-        text = json.dumps([self.to_dict(), model], sort_keys=True)
+        text = json.dumps(
+            [self.to_dict() | {"settings": self.settings.identity()}, model], sort_keys=True
+        )
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property
@@ -284,7 +287,7 @@ class Plan:
 def label(varied: dict[str, Any], settings: Settings, names: list[str]) -> str:
     """The visibility and the other named grid keys: "visible, combine=mean"."""
     others = [f"{name}={_shown(varied[name])}" for name in names if name != "visibility"]
-    return ", ".join([settings.visibility, *others])
+    return ", ".join([settings.visibility_rule.name, *others])
 
 
 def _shown(value: Any) -> str:
@@ -298,7 +301,7 @@ def _settings(given: dict[str, Any]) -> Settings:
     values = _parsed(given)
     if values.get("pruning") is not None:
         values["pruning"] = Pruning(**_parsed(values["pruning"]))
-    return Settings.of(values)
+    return settings_given(None, values, Settings)
 
 
 def _parsed(given: dict[str, Any]) -> dict[str, Any]:

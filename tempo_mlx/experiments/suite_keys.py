@@ -15,11 +15,11 @@ from pydantic import (
 from ..rules.combining import COMBINE
 from ..rules.pruning import (
     DECISIONS,
+    IF_ALL_PRUNED,
     LAYER_WEIGHTS,
     QUERY_WEIGHTS,
     REPAIRS,
     RULES,
-    WHEN_ALL_FALL,
     Pruning,
 )
 from ..rules.schedules import Schedule
@@ -35,7 +35,7 @@ CHOICES: dict[str, Any] = {
     "weighting": WEIGHTINGS,
     "rule": RULES,
     "decision": DECISIONS,
-    "when_all_fall": WHEN_ALL_FALL,
+    "if_all_pruned": IF_ALL_PRUNED,
     "layer_weights": LAYER_WEIGHTS,
     "query_weights": QUERY_WEIGHTS,
     "repair": REPAIRS,

@@ -99,9 +99,7 @@ def row_settings(row: PromptRow, defaults: Settings) -> Settings:
     """The settings of a row: its own, and the defaults for those that it does not name.
 
     The same holds inside "pruning": what its object does not name is as in the pruning of the
-    defaults, or as in ``Pruning()`` where they prune nothing. "pruning": null prunes nothing. A
-    row without "visibility" has that of the defaults, or "isolated" in place of "recombined" where
-    its other settings need it.
+    defaults, or as in ``Pruning()`` where they prune nothing. "pruning": null prunes nothing.
 
     Raises:
         ValueError: naming file, line and setting, if the row has an error, a value is out of range
@@ -113,9 +111,6 @@ def row_settings(row: PromptRow, defaults: Settings) -> Settings:
     try:
         if overrides.get("pruning") is not None:
             overrides["pruning"] = replace(defaults.pruning or Pruning(), **overrides["pruning"])
-        if defaults.visibility == "recombined":
-            # A row that asks for pruning, weighting or a temperature gets the default for these.
-            overrides.setdefault("visibility", "")
         return replace(defaults, **overrides)
     except TempoError as error:
         raise TempoError(row.told(error)) from error

@@ -14,6 +14,24 @@ ERASED = np.iinfo(np.int64).min
 
 
 @dataclass(frozen=True)
+class Slot:
+    """One slot, as the definition of a visibility sees it.
+
+    Args:
+        index: number of the slot, in order of appending.
+        step: step of its set; prompt tokens count down to -1 before step 0.
+        set_size: tokens in its set.
+        chain: the slots behind the prompt that lead to it by their parents, itself included; empty
+            for the prompt's.
+    """
+
+    index: int
+    step: int
+    set_size: int
+    chain: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
 class Slots:
     """What visibility needs to know of S slots; every array is [S], integers.
 

@@ -4,7 +4,6 @@ import logging
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from ..errors import MissingExtraError, TempoError
 from ..io.files import check_writable, write_atomically
 from ..lattice.lattice import Lattice
 from ..lattice.result import GenerationResult
+from ..rules.pruning import Pruning
 from .labels import fonts, readable, width
 
 if TYPE_CHECKING:
@@ -179,19 +179,20 @@ def cut(text: str, room: float, bold: bool = False) -> str:
 
 def unusual(settings: Any) -> list[str]:
     """What a title says of settings: the most important, and what differs from its default."""
-    usual = type(settings)()
-    values = {field.name: getattr(settings, field.name) for field in fields(settings)}
+    return _unusual(settings.to_dict(), type(settings)().to_dict())
+
+
+def _unusual(values: dict[str, Any], usual: dict[str, Any]) -> list[str]:
     shown = [name for name in SHOWN if name in values]
     shown += [
         name
         for name, value in values.items()
-        if value != getattr(usual, name) and name not in (*SHOWN, *UNSEEN)
+        if value != usual[name] and name not in (*SHOWN, *UNSEEN)
     ]
     return [f"{name.replace('_', ' ')} {_plain(values[name])}" for name in shown]
 
 
 def _plain(value: Any) -> str:
-    # Schedules are dataclasses too, and have a text of their own.
-    if is_dataclass(value) and not callable(value):
-        return f"({', '.join(unusual(value))})"
+    if isinstance(value, dict):
+        return f"({', '.join(_unusual(value, Pruning().to_dict()))})"
     return f"{value:g}" if isinstance(value, float) else str(value)

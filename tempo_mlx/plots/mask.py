@@ -1,14 +1,14 @@
 """A picture of who saw whom: the visibility of every slot to every other."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import TempoError
-from ..lattice.lattice import Lattice, Slots
+from ..lattice.lattice import NEVER, Lattice, Slots
 from ..lattice.result import GenerationResult
-from ..rules.visibility import VISIBILITY, WITH_PARENTS, may_attend
+from ..rules.visibility import Visibility, may_attend, visibility_of
 from .figure import (
     GREY,
     INK,
@@ -47,12 +47,12 @@ NUMBERS = 20
 NUMBER_SIZE = 6.5
 
 
-def plot_mask(run: GenerationResult | Lattice, visibility: str, path: Path) -> None:
+def plot_mask(run: GenerationResult | Lattice, visibility: Visibility | str, path: Path) -> None:
     """Draw which slot saw which, and save it as SVG, PNG or PDF.
 
     Args:
         run: a result, or its lattice alone, which does not know the prompt's text.
-        visibility: a key of :data:`tempo_mlx.rules.visibility.VISIBILITY`.
+        visibility: a rule, or its name in :data:`tempo_mlx.rules.visibility.VISIBILITY`.
         path: the file; its ending names the format.
 
     Raises:
@@ -64,25 +64,25 @@ def plot_mask(run: GenerationResult | Lattice, visibility: str, path: Path) -> N
         save(mask_figure(run, visibility), path, "mask")
 
 
-def visibility_matrix(slots: Slots, visibility: str, shown: np.ndarray) -> np.ndarray:
+def visibility_matrix(slots: Slots, visibility: Visibility | str, shown: np.ndarray) -> np.ndarray:
     """What each query of ``shown`` may do with each key of ``shown``: indices of MEANINGS.
 
     Args:
         slots: all of the run.
-        visibility: a key of :data:`tempo_mlx.rules.visibility.VISIBILITY`.
+        visibility: a rule, or its name in :data:`tempo_mlx.rules.visibility.VISIBILITY`.
         shown: numbers of slots, [n].
 
     Returns:
         integers [n, n], queries x keys.
     """
-    if visibility not in VISIBILITY:
-        raise TempoError(f"visibility must be one of {', '.join(VISIBILITY)}, got {visibility!r}")
-    allowed = may_attend(visibility, slots[shown], slots)[:, shown]
-    by_rule = VISIBILITY[visibility](slots[shown], slots)[:, shown]
+    rule = visibility_of(visibility)
+    allowed = may_attend(rule, slots[shown], slots)[:, shown]
+    unpruned = replace(slots, pruned_at=np.full(len(slots), NEVER))
+    by_rule = may_attend(rule, unpruned[shown], unpruned)[:, shown]
     return np.where(allowed, 1, np.where(by_rule, 2, 0))
 
 
-def mask_figure(run: GenerationResult | Lattice, visibility: str) -> "Figure":
+def mask_figure(run: GenerationResult | Lattice, visibility: Visibility | str) -> "Figure":
     """The figure that :func:`plot_mask` saves, made inside :func:`~.figure.look`."""
     from matplotlib.colors import ListedColormap
 
@@ -90,7 +90,7 @@ def mask_figure(run: GenerationResult | Lattice, visibility: str) -> "Figure":
     left_out = max(0, len(lattice.prompt_tokens) - PROMPT_TOKENS)
     shown = np.arange(left_out, lattice.n_slots)
     slots = lattice.slots
-    if visibility in WITH_PARENTS:
+    if visibility_of(visibility).has_parents:
         slots = lattice.with_chains(slots)
     matrix = visibility_matrix(slots, visibility, shown)
 

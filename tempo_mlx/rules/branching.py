@@ -41,21 +41,21 @@ def branch(
     slots: Sequence[int],
     threshold: float,
     max_parallel: int,
-    max_leaves: int,
-    leaf_margin: float | None,
+    beam_width: int,
+    beam_margin: float | None,
     end_tokens: frozenset[int],
 ) -> Selected:
     """Continue each leaf by its own candidates, and keep the most probable texts.
 
     Of each leaf the tokens with p >= threshold qualify, at most ``max_parallel``, or the most
-    probable one where none does. Of all these texts the ``max_leaves`` most probable stay, and of
-    them none that is more than ``leaf_margin`` nats behind the best. Texts that end are endings.
+    probable one where none does. Of all these texts the ``beam_width`` most probable stay, and of
+    them none that is more than ``beam_margin`` nats behind the best. Texts that end are endings.
 
     Args:
         candidates: ids and probabilities [M, K] of each of M leaves, most probable first.
         scores: log-probabilities of the leaves' texts, [M], nats.
         slots: of the leaves, [M].
-        threshold, max_parallel, max_leaves, leaf_margin: see :class:`~tempo_mlx.Settings`.
+        threshold, max_parallel, beam_width, beam_margin: see :class:`~tempo_mlx.Settings`.
         end_tokens: ids that end a text.
 
     Raises:
@@ -68,10 +68,10 @@ def branch(
     qualified[:, 0] = True
     with np.errstate(divide="ignore"):
         joint = np.where(qualified, scores[:, None] + np.log(p.astype(np.float64)), -np.inf)
-    best = np.argsort(-joint, axis=None, kind="stable")[:max_leaves]
+    best = np.argsort(-joint, axis=None, kind="stable")[:beam_width]
     best = best[np.isfinite(joint.flat[best])]
-    if leaf_margin is not None:
-        best = best[joint.flat[best] >= joint.flat[best[0]] - leaf_margin]
+    if beam_margin is not None:
+        best = best[joint.flat[best] >= joint.flat[best[0]] - beam_margin]
     leaves, places = np.unravel_index(best, joint.shape)
     chosen, chances, logprobs = ids[leaves, places], p[leaves, places], joint[leaves, places]
     ends = np.isin(chosen, list(end_tokens))

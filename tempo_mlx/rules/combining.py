@@ -1,11 +1,16 @@
 """One next distribution out of the N rows of each parallel set."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
+from ..arguments import shown
+from ..errors import TempoError
 from ..numerics import powers, softmax, tempered
+from .rule import Rule, find
 
 
 def mixture(w: np.ndarray) -> np.ndarray:
@@ -28,16 +33,48 @@ def last(w: np.ndarray) -> np.ndarray:
     return np.eye(len(w))[-1]
 
 
-#: Name -> rule (selection probabilities of the set's tokens [N]) -> factors of its rows [N], with
-#: which the rows p_i are added up, or log p_i for the rules in :data:`IN_LOGS`.
-COMBINE: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "mixture": mixture,
-    "mean": mean,
-    "product": product,
-    "last": last,
+@dataclass(frozen=True)
+class CombiningRule(Rule):
+    """A rule (selection probabilities of a set's tokens [N]) -> factors of its rows [N].
+
+    Args:
+        in_logs: whether the factors add up the rows' log p_i, normalised afterwards, and not the
+            rows p_i. Those of p_i are at least 0 and sum to 1.
+    """
+
+    in_logs: bool = False
+
+    def factors(self, w: np.ndarray) -> np.ndarray:
+        """The rule's factors, [N].
+
+        Raises:
+            TempoError: for what are no such factors.
+        """
+        found = np.asarray(self(w), np.float64)
+        fits = found.shape == w.shape and bool(np.isfinite(found).all())
+        if not fits or not (self.in_logs or (found.min() >= 0 and abs(found.sum() - 1) < 1e-6)):
+            wanted = "" if self.in_logs else " of at least 0 that sum to 1"
+            raise TempoError(
+                f"combine {self.name} must return {len(w)} numbers{wanted}, got {shown(found)}"
+            )
+        return found
+
+
+#: Name -> rule.
+COMBINE: dict[str, CombiningRule] = {
+    rule.name: rule
+    for rule in (
+        CombiningRule("mixture", mixture),
+        CombiningRule("mean", mean),
+        CombiningRule("product", product, in_logs=True),
+        CombiningRule("last", last),
+    )
 }
 
-IN_LOGS = frozenset({"product"})
+
+def combining_rule(given: Any) -> CombiningRule:
+    """The rule of a name, an object or a function; TempoError for anything else."""
+    return find("combine", given, COMBINE, CombiningRule)
 
 
 def most_probable_of(
@@ -66,7 +103,7 @@ def _at_temperatures(logits: mx.array, temps: Sequence[float] | None) -> mx.arra
 
 def combine(
     logits: mx.array,
-    rules: Sequence[str],
+    rules: Sequence[CombiningRule | str],
     weights: Sequence[np.ndarray],
     temps: Sequence[float] | None = None,
 ) -> tuple[mx.array, mx.array]:
@@ -74,7 +111,7 @@ def combine(
 
     Args:
         logits: the rows of G sets, one set after another, [N, V].
-        rules: of each set, a key of :data:`COMBINE`, [G].
+        rules: of each set, or their names, [G].
         weights: of each set the selection probabilities of its tokens; renormalised here.
         temps: of each set the temperature of its rows' softmax, above 0; None means 1.
 
@@ -82,6 +119,7 @@ def combine(
         p [G, V] and the rows p_i [N, V], fp32, each summing to 1. Lazy: rows that no rule uses
         and nobody reads are not computed.
     """
+    chosen = [combining_rule(rule) for rule in rules]
     sizes = [len(w) for w in weights]
     if temps is not None:
         temps = [temp for temp, n in zip(temps, sizes, strict=True) for _ in range(n)]
@@ -91,11 +129,11 @@ def combine(
         return rows, rows
     factors = np.zeros((len(sizes), sum(sizes)), np.float32)
     end = 0
-    for group, (rule, w) in enumerate(zip(rules, weights, strict=True)):
-        factors[group, end : end + len(w)] = COMBINE[rule](np.asarray(w, np.float64))
+    for group, (rule, w) in enumerate(zip(chosen, weights, strict=True)):
+        factors[group, end : end + len(w)] = rule.factors(np.asarray(w, np.float64))
         end += len(w)
     mixed = mx.array(factors)
-    in_logs = [rule in IN_LOGS for rule in rules]
+    in_logs = [rule.in_logs for rule in chosen]
     if not any(in_logs):
         return mixed @ rows, rows
     # The rows' normalisers are constants of the softmax. A row that excludes a token vetoes it,

@@ -1,12 +1,12 @@
 """Retroactive pruning: which tokens of earlier parallel sets the future did not need.
 
 A rule scores the live tokens of one set by the evidence that has come since; a decision turns the
-scores into a verdict. Both are small functions in a dict, so that adding one is one function.
+scores into a verdict.
 """
 
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,8 @@ import numpy as np
 from ..arguments import check_choice, check_count, check_range, shown
 from ..errors import TempoError
 from ..lattice.lattice import PruningDecision
+from ..old_names import renames
+from .rule import Rule, find, stored
 from .schedules import Bezier, Schedule
 
 
@@ -63,17 +65,161 @@ def random(evidence: Evidence) -> np.ndarray:
     )
 
 
-#: Name -> rule (evidence) -> scores [n]; a higher score is better.
-RULES: dict[str, Callable[[Evidence], np.ndarray]] = {
-    "attention": attention,
-    "posterior": posterior,
-    "probability": probability,
-    "random": random,
+@dataclass(frozen=True)
+class PruningRule(Rule):
+    """A rule (evidence) -> scores [n]; a higher score is better.
+
+    Args:
+        needs_attention: whether it reads ``evidence.attention``, which costs a pass more time.
+        draws: whether it draws, so that the seed matters.
+    """
+
+    needs_attention: bool = False
+    draws: bool = False
+
+    def scores(self, evidence: Evidence) -> np.ndarray:
+        """The rule's scores, [n]; TempoError for what are none."""
+        found = np.asarray(self(evidence), np.float64)
+        if found.shape != evidence.slots.shape or np.isnan(found).any():
+            raise TempoError(
+                f"prune rule {self.name} must return {len(evidence.slots)} numbers, "
+                f"got {shown(found)}"
+            )
+        return found
+
+
+#: Name -> rule.
+RULES: dict[str, PruningRule] = {
+    rule.name: rule
+    for rule in (
+        PruningRule("attention", attention, needs_attention=True),
+        PruningRule("posterior", posterior),
+        PruningRule("probability", probability),
+        PruningRule("random", random, draws=True),
+    )
 }
 
-#: How scores become verdicts. "quota" keeps a share of the tokens whatever their scores.
-DECISIONS = ("relative", "absolute", "sigmoid", "quota")
-WHEN_ALL_FALL = ("keep_best", "keep_all", "drop_set")
+
+def pruning_rule(given: Any) -> PruningRule:
+    """The rule of a name, an object or a function; TempoError for anything else."""
+    return find("prune rule", given, RULES, PruningRule)
+
+
+@dataclass(frozen=True)
+class Judging:
+    """What a decision knows beside the scores of the n live tokens of a set.
+
+    Args:
+        threshold: of this step.
+        steepness, keep_rate: see :class:`Pruning`.
+        rng: where verdicts are drawn; None draws none.
+        seen: tokens that the run has judged, this set's included.
+        pruned: those of them that were pruned.
+    """
+
+    threshold: float
+    steepness: float = 50.0
+    keep_rate: float = 0.75
+    rng: np.random.Generator | None = None
+    seen: int = 0
+    pruned: int = 0
+
+
+def relative(scores: np.ndarray, judging: Judging) -> np.ndarray:
+    """score / best score of the set < threshold."""
+    # Without products of subnormals.
+    best = scores.max()
+    return scores < judging.threshold * best if best > 0 else np.zeros(len(scores), bool)
+
+
+def absolute(scores: np.ndarray, judging: Judging) -> np.ndarray:
+    """score < threshold."""
+    return scores < judging.threshold
+
+
+def sigmoid(scores: np.ndarray, judging: Judging) -> np.ndarray:
+    """1 / (1 + exp(-steepness (threshold - score))) > 0.5, or drawn."""
+    if judging.rng is None:
+        # The sigmoid is above 0.5 exactly where its argument is above 0.
+        return scores < judging.threshold
+    with np.errstate(over="ignore"):
+        chance = 1.0 / (1.0 + np.exp(-judging.steepness * (judging.threshold - scores)))
+    return chance > judging.rng.random(len(scores))
+
+
+def quota(scores: np.ndarray, judging: Judging) -> np.ndarray:
+    """The lowest scores, as far as ``keep_rate`` of all tokens allows; one token always stays."""
+    allowed = int((1 - judging.keep_rate) * judging.seen - judging.pruned + 1e-9)
+    pruned = np.zeros(len(scores), bool)
+    pruned[np.argsort(scores, kind="stable")[: min(allowed, len(scores) - 1)]] = True
+    return pruned
+
+
+@dataclass(frozen=True)
+class DecisionRule(Rule):
+    """A rule (scores [n], judging) -> which tokens are pruned, booleans [n].
+
+    Args:
+        by_threshold: whether it compares with a threshold, at every age of a set; a set is judged
+            once otherwise, when it is ``lookback`` steps old.
+        keeps_best: whether it never prunes the best token of a set.
+        draws: whether it draws where the run samples.
+    """
+
+    by_threshold: bool = True
+    keeps_best: bool = False
+    draws: bool = False
+
+    def verdict(self, scores: np.ndarray, judging: Judging) -> np.ndarray:
+        """Which tokens are pruned, [n], before ``if_all_pruned``; TempoError for what says none."""
+        found = np.asarray(self(scores, judging))
+        if found.shape != scores.shape or found.dtype != bool:
+            raise TempoError(
+                f"prune decision {self.name} must return {len(scores)} booleans, got {shown(found)}"
+            )
+        return found
+
+
+#: Name -> rule.
+DECISIONS: dict[str, DecisionRule] = {
+    rule.name: rule
+    for rule in (
+        DecisionRule("relative", relative, keeps_best=True),
+        DecisionRule("absolute", absolute),
+        DecisionRule("sigmoid", sigmoid, draws=True),
+        DecisionRule("quota", quota, by_threshold=False, keeps_best=True),
+    )
+}
+
+
+def decision_rule(given: Any) -> DecisionRule:
+    """The rule of a name, an object or a function; TempoError for anything else."""
+    return find("prune decision", given, DECISIONS, DecisionRule)
+
+
+def keep_best(pruned: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """All but the best token are pruned."""
+    kept = pruned.copy()
+    kept[scores.argmax()] = False
+    return kept
+
+
+def keep_all(pruned: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """No token is pruned."""
+    return np.zeros(len(pruned), bool)
+
+
+def drop_set(pruned: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """All tokens are pruned, and the set is gone."""
+    return pruned
+
+
+#: Name -> the verdict on a set that would lose all its tokens.
+IF_ALL_PRUNED: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    "keep_best": keep_best,
+    "keep_all": keep_all,
+    "drop_set": drop_set,
+}
 LAYER_WEIGHTS = ("uniform", "rising")
 #: Share of slots in the cache that may hold nothing of use.
 COMPACT_ABOVE = 0.25
@@ -81,6 +227,7 @@ QUERY_WEIGHTS = ("equal", "probability")
 REPAIRS = ("none", "recompute")
 
 
+@renames(when_all_fall="if_all_pruned")
 @dataclass(frozen=True)
 class Pruning:
     """How tokens are pruned after the fact.
@@ -90,14 +237,14 @@ class Pruning:
         threshold: base of the pruning threshold, [0, 1]; at each step base x schedule.
         decision: "relative" (score / best score of the set < threshold), "absolute" (score <
             threshold), "sigmoid" (1 / (1 + exp(-steepness (threshold - score))) > 0.5, or drawn
-            where the run samples), or "quota" (the lowest scores fall, so that ``keep_rate`` of
-            the tokens stays).
+            where the run samples), or "quota" (the lowest scores, so that ``keep_rate`` of the
+            tokens stays).
         steepness: of the sigmoid, above 0.
         keep_rate: share of the tokens in sets of several that "quota" keeps, (0, 1].
         schedule: how the threshold grows over the run.
         lookback: a set is judged until it is this many steps old, at least 1.
         min_age: and not before it is this many steps old, in [1, lookback].
-        when_all_fall: "keep_best", "keep_all" or "drop_set".
+        if_all_pruned: "keep_best", "keep_all" or "drop_set".
         layers: attention layers to average: None (all), the last n, or their numbers from 0.
         layer_weights: "uniform", or "rising" (linear from 0.5 to 1, normalised).
         query_weights: rows count "equal"ly or by their token's "probability".
@@ -109,15 +256,15 @@ class Pruning:
         ValueError: naming the argument, its value and the allowed range.
     """
 
-    rule: str = "posterior"
+    rule: str | PruningRule = "posterior"
     threshold: float = 0.5
-    decision: str = "relative"
+    decision: str | DecisionRule = "relative"
     steepness: float = 50.0
     keep_rate: float = 0.75
     schedule: Schedule = field(default_factory=Bezier)
     lookback: int = 3
     min_age: int = 1
-    when_all_fall: str = "keep_best"
+    if_all_pruned: str = "keep_best"
     layers: int | tuple[int, ...] | None = None
     layer_weights: str = "uniform"
     query_weights: str = "equal"
@@ -126,14 +273,14 @@ class Pruning:
 
     def __post_init__(self) -> None:
         for name, choices in (
-            ("rule", RULES),
-            ("decision", DECISIONS),
-            ("when_all_fall", WHEN_ALL_FALL),
+            ("if_all_pruned", IF_ALL_PRUNED),
             ("layer_weights", LAYER_WEIGHTS),
             ("query_weights", QUERY_WEIGHTS),
             ("repair", REPAIRS),
         ):
             check_choice(f"prune {name}", getattr(self, name), choices)
+        object.__setattr__(self, "rule", stored(pruning_rule(self.rule), RULES))
+        object.__setattr__(self, "decision", stored(decision_rule(self.decision), DECISIONS))
         check_range("prune threshold", self.threshold, 0.0, 1.0)
         check_range("prune keep_rate", self.keep_rate, 0.0, 1.0, low_open=True)
         check_range("prune compact_above", self.compact_above, 0.0, 1.0)
@@ -149,10 +296,10 @@ class Pruning:
             raise TempoError(
                 f"prune min_age must be in [1, lookback] = [1, {self.lookback}], got {self.min_age}"
             )
-        if self.repair == "recompute" and self.when_all_fall == "drop_set":
+        if self.repair == "recompute" and self.if_all_pruned == "drop_set":
             raise TempoError(
                 "prune repair recompute needs a token of each set to go on from, "
-                "so when_all_fall must be keep_best or keep_all, got 'drop_set'"
+                "so if_all_pruned must be keep_best or keep_all, got 'drop_set'"
             )
         if isinstance(self.layers, tuple) and self.layers:
             for layer in self.layers:
@@ -161,9 +308,14 @@ class Pruning:
             check_count("prune layers", self.layers)
 
     @property
-    def needs_attention(self) -> bool:
-        """Whether the rule reads captured attention."""
-        return self.rule == "attention"
+    def scoring(self) -> PruningRule:
+        """The rule that scores."""
+        return pruning_rule(self.rule)
+
+    @property
+    def deciding(self) -> DecisionRule:
+        """The rule that decides."""
+        return decision_rule(self.decision)
 
     def chosen_layers(self, n_layers: int) -> tuple[int, ...]:
         """Numbers of the layers to average, of a model with ``n_layers``.
@@ -193,7 +345,8 @@ class Pruning:
     def to_dict(self) -> dict[str, Any]:
         """One key for each setting; the schedule as its text."""
         layers = list(self.layers) if isinstance(self.layers, tuple) else self.layers
-        return {**asdict(self), "schedule": str(self.schedule), "layers": layers}
+        texts = {name: str(getattr(self, name)) for name in ("rule", "decision", "schedule")}
+        return {**vars(self), **texts, "layers": layers}
 
 
 def parse_layers(text: str) -> int | tuple[int, ...] | None:
@@ -214,42 +367,6 @@ def parse_layers(text: str) -> int | tuple[int, ...] | None:
         ) from error
 
 
-def falls(
-    scores: np.ndarray, threshold: float, pruning: Pruning, rng: np.random.Generator | None = None
-) -> np.ndarray:
-    """Which of a set's tokens a threshold decision prunes, before ``when_all_fall``.
-
-    Args:
-        scores: [n].
-        threshold: of this step.
-        pruning: decision and steepness.
-        rng: draws the sigmoid's verdicts; None compares with 0.5.
-    """
-    if pruning.decision == "absolute":
-        return scores < threshold
-    if pruning.decision == "relative":
-        # Without products of subnormals: score / best < threshold.
-        best = scores.max()
-        return scores < threshold * best if best > 0 else np.zeros(len(scores), bool)
-    if rng is None:
-        # The sigmoid is above 0.5 exactly where its argument is above 0.
-        return scores < threshold
-    with np.errstate(over="ignore"):
-        chance = 1.0 / (1.0 + np.exp(-pruning.steepness * (threshold - scores)))
-    return chance > rng.random(len(scores))
-
-
-def spare(fallen: np.ndarray, scores: np.ndarray, when_all_fall: str) -> np.ndarray:
-    """The verdict after a set that would lose its last token had its exception."""
-    if not fallen.all() or when_all_fall == "drop_set":
-        return fallen
-    if when_all_fall == "keep_all":
-        return np.zeros(len(fallen), bool)
-    spared = fallen.copy()
-    spared[scores.argmax()] = False
-    return spared
-
-
 class Pruner:
     """Judges sets by one :class:`Pruning` over one run.
 
@@ -265,18 +382,21 @@ class Pruner:
         self.seed = seed
         self._total_steps = total_steps
         self._rng = np.random.default_rng(seed) if uses_rng else None
-        self._seen = self._fallen = 0
+        self._seen = self._pruned = 0
 
     def judge(self, step: int, set_step: int, evidence: Evidence) -> PruningDecision:
         """The verdict on the live tokens of one set after the forward pass of ``step``."""
         pruning = self.pruning
-        scores = np.asarray(RULES[pruning.rule](evidence), float)
+        scores = pruning.scoring.scores(evidence)
         threshold = pruning.threshold * pruning.schedule(step / self._total_steps)
-        if pruning.decision == "quota":
-            pruned = self._over_quota(scores)
-        else:
-            fallen = falls(scores, threshold, pruning, self._rng)
-            pruned = spare(fallen, scores, pruning.when_all_fall)
+        self._seen += len(scores)
+        judging = Judging(
+            threshold, pruning.steepness, pruning.keep_rate, self._rng, self._seen, self._pruned
+        )
+        pruned = pruning.deciding.verdict(scores, judging)
+        if pruned.all():
+            pruned = IF_ALL_PRUNED[pruning.if_all_pruned](pruned, scores)
+        self._pruned += int(pruned.sum())
         return PruningDecision(
             step,
             set_step,
@@ -287,17 +407,7 @@ class Pruner:
         )
 
     def wants(self, age: int) -> bool:
-        """Whether a set of this age, in steps, is to be judged; by quota only once."""
-        if self.pruning.decision == "quota":
+        """Whether a set of this age, in steps, is to be judged."""
+        if not self.pruning.deciding.by_threshold:
             return age == self.pruning.lookback
         return self.pruning.min_age <= age <= self.pruning.lookback
-
-    def _over_quota(self, scores: np.ndarray) -> np.ndarray:
-        """The lowest scores fall as far as the run's quota allows; one token always stays."""
-        self._seen += len(scores)
-        allowed = int((1 - self.pruning.keep_rate) * self._seen - self._fallen + 1e-9)
-        n = min(allowed, len(scores) - 1)
-        pruned = np.zeros(len(scores), bool)
-        pruned[np.argsort(scores, kind="stable")[:n]] = True
-        self._fallen += n
-        return pruned

@@ -12,6 +12,7 @@ import numpy as np
 from ..decode.observation import Attending, PassAttention
 from ..errors import TempoError
 from ..lattice.lattice import Ending
+from .rule import Rule, find
 
 
 class NonFiniteLogitsError(TempoError):
@@ -186,21 +187,70 @@ def noise_key(seed: int, draw: int) -> np.ndarray:
     return np.random.SeedSequence([seed, draw]).generate_state(2)
 
 
-def gumbel(p: mx.array, keys: Sequence[np.ndarray | None]) -> mx.array:
+def gumbel(p: mx.array, keys: mx.array) -> mx.array:
     """Scores [G, V] whose k largest are a draw of k tokens from p [G, V] without replacement.
 
     log p + Gumbel noise (Kool, van Hoof and Welling, "Stochastic Beams and Where to Find Them",
-    ICML 2019; Vieira 2014 for the trick itself). A row without a key keeps its own order.
+    ICML 2019; Vieira 2014 for the trick itself).
 
     Args:
         p: distributions.
-        keys: of each row's noise, uint32 [2]; None draws nothing.
+        keys: of each row's noise, uint32 [G, 2].
     """
-    drawn = [key is not None for key in keys]
-    device = mx.array(np.stack([np.zeros(2, np.uint32) if key is None else key for key in keys]))
-    noise = mx.vmap(lambda key: mx.random.gumbel(p.shape[-1:], key=key))(device)
-    scores = mx.log(p)
-    return mx.where(mx.array(drawn)[:, None], scores + noise, scores)
+    noise = mx.vmap(lambda key: mx.random.gumbel(p.shape[-1:], key=key))(keys)
+    return mx.log(p) + noise
+
+
+def by_probability(p: mx.array, keys: mx.array) -> mx.array:
+    """The distributions themselves."""
+    return p
+
+
+@dataclass(frozen=True)
+class SamplingRule(Rule):
+    """A rule (p [G, V], keys uint32 [G, 2]) -> scores [G, V]; the highest ones are candidates.
+
+    Arrays are mlx's; the rule is called at every step and must not read them.
+
+    Args:
+        draws: whether it draws, by the keys, so that the seed matters.
+    """
+
+    draws: bool = False
+
+
+#: Name -> rule.
+SAMPLING: dict[str, SamplingRule] = {
+    rule.name: rule
+    for rule in (
+        SamplingRule("deterministic", by_probability),
+        SamplingRule("gumbel", gumbel, draws=True),
+    )
+}
+
+
+def sampling_rule(given: Any) -> SamplingRule:
+    """The rule of a name, an object or a function; TempoError for anything else."""
+    return find("sampling", given, SAMPLING, SamplingRule)
+
+
+def candidate_scores(
+    p: mx.array, rules: Sequence[SamplingRule], keys: Sequence[np.ndarray]
+) -> mx.array:
+    """Scores [G, V] of distributions p [G, V], each by its rule.
+
+    Args:
+        p: distributions.
+        rules: of each row, [G].
+        keys: of each row's noise, uint32 [2] each; what they are does not matter to rules that
+            do not draw.
+    """
+    scores = p
+    for rule in dict.fromkeys(rules):
+        if rule.function is not by_probability:
+            rows = mx.array([each is rule for each in rules])[:, None]
+            scores = mx.where(rows, rule(p, mx.array(np.stack(keys))), scores)
+    return scores
 
 
 def keep(

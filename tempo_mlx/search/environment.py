@@ -18,7 +18,7 @@ from ..models import PositionedModel
 from ..numerics import softmax, tempered
 from ..rules.selection import most_probable, noise_key, require_finite
 from ..text.vocabulary import Vocabulary
-from .settings import SearchSettings
+from .settings import SearchSettings, evaluation_rule
 from .tree import NONE, ROOT, Tree
 
 #: (ids of a text's tokens behind the prompt, the text) -> its value in [0, 1].
@@ -147,11 +147,10 @@ class TextEnvironment:
             return self._value.function([(ids, self.vocabulary.decode(ids)) for ids in texts])
         if self._value is not None:
             return self._by_function(self._value, nodes)
-        if self.settings.evaluation == "mean_probability":
-            return [float(np.mean(self.probabilities(node))) for node in nodes]
-        if self.settings.evaluation == "rollout":
-            return self._rollouts(nodes)
-        return [_geometric_mean(self.probabilities(node)) for node in nodes]
+        rule = evaluation_rule(self.settings.evaluation)
+        if rule.rolls_out:
+            return [rule(probabilities) for probabilities in self._rollouts(nodes)]
+        return [rule(self.probabilities(node)) for node in nodes]
 
     def _by_function(self, value: Value, nodes: list[int]) -> Iterable[float]:
         for node in nodes:
@@ -224,8 +223,8 @@ class TextEnvironment:
             )
         self._batch.limit_room(growth, budget)
 
-    def _rollouts(self, nodes: list[int]) -> list[float]:
-        """Continue the nodes' texts side by side; the geometric mean of all their probabilities."""
+    def _rollouts(self, nodes: list[int]) -> list[list[float]]:
+        """Continue the nodes' texts side by side; the probabilities of all their tokens."""
         found = {node: self.probabilities(node) for node in nodes}
         going = [node for node in nodes if not self.is_end(node)]
         missing = [node for node in going if node not in self._logits]
@@ -256,7 +255,7 @@ class TextEnvironment:
             logits, chains = self._append(ids[mx.array(on)], depths, behind)
         self._sequence.held, self._sequence.at, count = before
         self._batch.cache.truncate(count)
-        return [_geometric_mean(found[node]) for node in nodes]
+        return [found[node] for node in nodes]
 
     def _draw(self, logits: mx.array) -> tuple[mx.array, mx.array]:
         """The next token of each row of logits [n, V], and its probability."""
@@ -270,9 +269,3 @@ class TextEnvironment:
                 key = mx.array(noise_key(self.settings.seed, self._draws))
                 ids = mx.random.categorical(tempered(logits, self.settings.rollout_temp), key=key)
             return ids, mx.take_along_axis(p, ids[:, None], axis=1)[:, 0]
-
-
-def _geometric_mean(probabilities: Sequence[float]) -> float:
-    """exp of the mean logarithm, [0, 1]."""
-    with np.errstate(divide="ignore"):
-        return float(np.exp(np.mean(np.log(probabilities)))) if probabilities else 1.0

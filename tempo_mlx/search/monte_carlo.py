@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ..arguments import check_choice, check_count, check_range
+from ..arguments import check_count, check_range, shown
 from ..errors import TempoError
+from ..rules.rule import Rule, find, stored
 from .tree import ROOT, UNEXPANDED, Tree
 
 
@@ -60,9 +61,28 @@ def puct(siblings: Siblings, exploration: float) -> np.ndarray:
     return siblings.values + exploration * bound
 
 
-#: Name -> rule (siblings, exploration constant c) -> scores [n]. The highest score is selected, of
-#: equal ones the highest prior, then the first.
-SELECTIONS: dict[str, Callable[[Siblings, float], np.ndarray]] = {"uct": uct, "puct": puct}
+@dataclass(frozen=True)
+class ChildRule(Rule):
+    """A rule (siblings, exploration constant c) -> scores [n] that says which child comes next.
+
+    The highest score is selected, of equal ones the highest prior, then the first.
+    """
+
+    def scores(self, siblings: Siblings, exploration: float) -> np.ndarray:
+        """The rule's scores, [n]; TempoError for what are none."""
+        found = np.asarray(self(siblings, exploration), np.float64)
+        if found.shape != siblings.values.shape or np.isnan(found).any():
+            raise TempoError(
+                f"selection {self.name} must return {len(siblings.values)} numbers, "
+                f"got {shown(found)}"
+            )
+        return found
+
+
+#: Name -> rule.
+SELECTIONS: dict[str, ChildRule] = {
+    rule.name: rule for rule in (ChildRule("uct", uct), ChildRule("puct", puct))
+}
 
 
 def mean(tree: Tree, path: Sequence[int]) -> None:
@@ -87,9 +107,28 @@ def maximum(tree: Tree, path: Sequence[int]) -> None:
             tree.value[node] = tree.evaluation[node]
 
 
-#: Name -> rule (tree, path) that sets the values of a path's nodes, from the root to the leaf, when
-#: their visits and totals have been updated.
-BACKUPS: dict[str, Callable[[Tree, Sequence[int]], None]] = {"mean": mean, "max": maximum}
+@dataclass(frozen=True)
+class BackupRule(Rule):
+    """A rule (tree, path) that sets the values of a path's nodes, from the root to the leaf.
+
+    It is called when their visits and totals have been updated.
+    """
+
+
+#: Name -> rule.
+BACKUPS: dict[str, BackupRule] = {
+    rule.name: rule for rule in (BackupRule("mean", mean), BackupRule("max", maximum))
+}
+
+
+def child_rule(given: Any) -> ChildRule:
+    """The rule of a name, an object or a function; TempoError for anything else."""
+    return find("selection", given, SELECTIONS, ChildRule)
+
+
+def backup_rule(given: Any) -> BackupRule:
+    """The rule of a name, an object or a function; TempoError for anything else."""
+    return find("backup", given, BACKUPS, BackupRule)
 
 
 #: The largest constant of a selection rule, beside which values still count.
@@ -101,23 +140,25 @@ class TreePolicy:
     """How a tree is searched.
 
     Args:
-        selection: a key of :data:`SELECTIONS`.
+        selection: which child comes next: a name in :data:`SELECTIONS`, a function or a
+            :class:`ChildRule`.
         exploration: the constant c of the selection rule, [0, 1e9].
-        backup: a key of :data:`BACKUPS`.
+        backup: what a node makes of the values below it: a name in :data:`BACKUPS`, a function or
+            a :class:`BackupRule`.
         leaves_per_batch: leaves that are expanded and evaluated together, at least 1.
 
     Raises:
         ValueError: naming the argument, its value and the allowed range.
     """
 
-    selection: str = "uct"
+    selection: str | ChildRule = "uct"
     exploration: float = math.sqrt(2)
-    backup: str = "mean"
+    backup: str | BackupRule = "mean"
     leaves_per_batch: int = 1
 
     def __post_init__(self) -> None:
-        for name, choices in (("selection", SELECTIONS), ("backup", BACKUPS)):
-            check_choice(name, getattr(self, name), choices)
+        object.__setattr__(self, "selection", stored(child_rule(self.selection), SELECTIONS))
+        object.__setattr__(self, "backup", stored(backup_rule(self.backup), BACKUPS))
         check_range(
             "exploration", self.exploration, 0.0, MOST_EXPLORATION, words="finite and at least 0, "
         )
@@ -171,6 +212,8 @@ class TreeSearch:
     ):
         self.tree = tree
         self.policy = policy or TreePolicy()
+        self._scores = child_rule(self.policy.selection).scores
+        self._back_up = backup_rule(self.policy.backup)
         self._expand = expand
         self._evaluate = evaluate
 
@@ -273,7 +316,7 @@ class TreeSearch:
         """Add a visit of that value to each node of a path from the root to a leaf."""
         self.tree.visits[path] += 1
         self.tree.total[path] += value
-        BACKUPS[self.policy.backup](self.tree, path)
+        self._back_up(self.tree, path)
 
     def advance(self) -> np.ndarray:
         """Commit the root's best child; see :meth:`Tree.best_child` and :meth:`Tree.commit`."""
@@ -299,7 +342,7 @@ class TreeSearch:
         values = tree.value[span] * tree.visits[span] / np.maximum(visits, 1)
         parent_visits = int(tree.visits[node] + tree.virtual[node])
         siblings = Siblings(visits, values, priors, parent_visits)
-        scores = SELECTIONS[self.policy.selection](siblings, self.policy.exploration)
+        scores = self._scores(siblings, self.policy.exploration)
         best = np.flatnonzero(scores == scores.max())
         return children[int(best[priors[best].argmax()])]
 

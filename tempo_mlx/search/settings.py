@@ -1,22 +1,60 @@
 """Settings of a search over texts."""
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
-from ..arguments import MOST_BYTES, check_count, check_range, check_seed, shown
-from ..errors import TempoError
+import numpy as np
+
+from ..arguments import MOST_BYTES, check_count, check_range, check_seed
 from ..needs import Need, Needs, told, unmet
+from ..rules.rule import Rule, find, stored
 from ..settings import check_temperature
-from .monte_carlo import TreePolicy
+from .monte_carlo import BackupRule, ChildRule, TreePolicy
 
 #: The longest time that may be set, in seconds: more than 30 years.
 MOST_SECONDS = 1e9
 
-#: How a leaf's text becomes a value in [0, 1].
-EVALUATIONS = ("mean_logprob", "mean_probability", "rollout")
 
-_ROLLOUT = Need("evaluation", ("rollout",))
+def arithmetic_mean(probabilities: list[float]) -> float:
+    """The mean probability of a text's tokens: the original's."""
+    return float(np.mean(probabilities))
+
+
+def geometric_mean(probabilities: list[float]) -> float:
+    """exp of the mean log-probability; 1 for no tokens, 0 if one of them underflowed."""
+    with np.errstate(divide="ignore"):
+        return float(np.exp(np.mean(np.log(probabilities or [1.0]))))
+
+
+@dataclass(frozen=True)
+class EvaluationRule(Rule):
+    """A rule (probabilities of a leaf's tokens, at least one) -> its value in [0, 1].
+
+    Args:
+        rolls_out: whether tokens that may follow the leaf count, too.
+    """
+
+    rolls_out: bool = False
+
+
+#: Name -> rule.
+EVALUATIONS: dict[str, EvaluationRule] = {
+    rule.name: rule
+    for rule in (
+        EvaluationRule("mean_logprob", geometric_mean),
+        EvaluationRule("mean_probability", arithmetic_mean),
+        EvaluationRule("rollout", geometric_mean, rolls_out=True),
+    )
+}
+
+
+def evaluation_rule(given: Any) -> EvaluationRule:
+    """The rule of a name, an object or a function; TempoError for anything else."""
+    return find("evaluation", given, EVALUATIONS, EvaluationRule)
+
+
+_ROLLOUT = Need("evaluation", ("rollout",), holds=lambda rule: evaluation_rule(rule).rolls_out)
 
 #: What settings need to have an effect.
 NEEDS: Needs = {"depth": (_ROLLOUT,), "rollout_temp": (_ROLLOUT,)}
@@ -60,11 +98,11 @@ class SearchSettings:
     simulations: int = 32
     threshold: float = 0.05
     max_parallel: int = 8
-    selection: str = "puct"
+    selection: str | ChildRule = "puct"
     exploration: float = 1.0
-    backup: str = "mean"
+    backup: str | BackupRule = "mean"
     leaves_per_batch: int = 8
-    evaluation: str = "mean_logprob"
+    evaluation: str | EvaluationRule = "mean_logprob"
     depth: int = 8
     rollout_temp: float = 0.0
     seed: int = 0
@@ -86,17 +124,16 @@ class SearchSettings:
         if self.rollout_temp != 0:
             check_temperature("rollout_temp", self.rollout_temp, "0 makes rollouts greedy")
         check_seed(self.seed)
-        if not isinstance(self.evaluation, str) or self.evaluation not in EVALUATIONS:
-            raise TempoError(
-                f"evaluation must be one of {', '.join(EVALUATIONS)}, or a function of (tokens, "
-                f"text), got {shown(self.evaluation)}"
-            )
-        self.policy()
+        rule = stored(evaluation_rule(self.evaluation), EVALUATIONS)
+        object.__setattr__(self, "evaluation", rule)
+        policy = self.policy()
+        for name in ("selection", "backup"):
+            object.__setattr__(self, name, getattr(policy, name))
 
     @property
     def uses_rng(self) -> bool:
         """Whether anything is drawn, so that the seed matters."""
-        return self.evaluation == "rollout" and self.rollout_temp > 0
+        return evaluation_rule(self.evaluation).rolls_out and self.rollout_temp > 0
 
     def notes(self, given: Iterable[str] | None = None) -> list[str]:
         """What a user should know about this combination of settings.
@@ -129,5 +166,6 @@ class SearchSettings:
         return TreePolicy(self.selection, self.exploration, self.backup, self.leaves_per_batch)
 
     def to_dict(self) -> dict[str, Any]:
-        """One key for each setting."""
-        return asdict(self)
+        """One key for each setting; rules by their names."""
+        rules = {name: str(getattr(self, name)) for name in ("selection", "backup", "evaluation")}
+        return vars(self) | rules

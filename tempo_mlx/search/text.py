@@ -14,6 +14,7 @@ from mlx_lm.generate import generation_stream, wired_limit
 from ..arguments import shown
 from ..errors import TempoError
 from ..models import PositionedModel
+from ..settings import given
 from ..text.printable import quoted
 from ..text.vocabulary import Prompt, Vocabulary, encode_prompt
 from .environment import Batched, TextEnvironment, Value
@@ -141,7 +142,8 @@ def search(
         value: a function (ids of the tokens behind the prompt, their text) -> [0, 1] that judges
             texts, or :class:`Batched` for one that takes many at once; None judges them by
             ``evaluation``.
-        kwargs: arguments of :func:`stream_search`, and fields of :class:`SearchSettings`.
+        kwargs: arguments of :func:`stream_search`, ``settings`` among them; or fields of
+            :class:`SearchSettings`.
 
     Raises:
         ValueError: for an argument out of range or a prompt that is empty or too long.
@@ -162,7 +164,8 @@ def stream_search(
     model_name: str | None = None,
     progress: Callable[[int, SearchResult], None] | None = None,
     prompt_progress_callback: Callable[[int, int], None] | None = None,
-    **settings: Any,
+    settings: SearchSettings | None = None,
+    **kwargs: Any,
 ) -> Generator[SearchResult, None, None]:
     """As :func:`search`; yields the result so far after each committed token.
 
@@ -171,12 +174,13 @@ def stream_search(
         model_name: what the result calls the model.
         progress: called with (simulations done for this token, the result) after each batch.
         prompt_progress_callback: called with (prompt tokens read, prompt tokens).
-        settings: fields of :class:`SearchSettings`.
+        settings: how to search; None makes them of ``kwargs``.
+        kwargs: fields of :class:`SearchSettings`, if ``settings`` is None.
 
     Raises:
         As :func:`search`.
     """
-    chosen = SearchSettings(**settings)
+    chosen = given(settings, kwargs, SearchSettings)
     if value is not None and not isinstance(value, Batched) and not callable(value):
         raise TempoError(f"value must be a function or Batched, got {shown(value)}")
     positioned = PositionedModel.of(model)

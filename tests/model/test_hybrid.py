@@ -112,8 +112,8 @@ def write_rows(path, rows):
     "options",
     [
         [],
-        ["--visibility", "tree", "--max-leaves", 4],
-        ["--visibility", "tree", "--max-leaves", 3, "--threshold", 1e-9],
+        ["--visibility", "tree", "--beam-width", 4],
+        ["--visibility", "tree", "--beam-width", 3, "--threshold", 1e-9],
         ["--sampling", "gumbel", "--seed", 3],
         ["--prefill-step-size", 1],
         ["--prefill-step-size", 5],
@@ -168,7 +168,7 @@ def test_a_text_ends_before_a_stop(made, options):
 def test_a_batch_gives_each_row_what_it_gives_alone(run, hybrid, made, stock, tmp_path):
     rows = [
         {"prompt": "The cat", "threshold": 0.05, "max_tokens": 5},
-        {"prompt": PROMPT, "visibility": "tree", "max_leaves": 3, "threshold": 0.01},
+        {"prompt": PROMPT, "visibility": "tree", "beam_width": 3, "threshold": 0.01},
         {"prompt": "The cat", "visibility": "isolated", "threshold": 0.05, "id": "merged"},
         {"prompt": "A b c", "visibility": "isolated", "threshold": 1, "max_tokens": 4},
         {"prompt": "A b c", "temp": 0.5, "threshold": 0.05},

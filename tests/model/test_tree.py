@@ -47,7 +47,7 @@ def test_a_tree_is_beam_search(embedded, stock):
             PROMPT,
             visibility="tree",
             threshold=1e-9,
-            max_leaves=width,
+            beam_width=width,
             max_parallel=width,
             max_tokens=steps,
             branching=branching,
@@ -67,7 +67,7 @@ def test_paths_are_scored_as_sequential_decodes(embedded, stock, visibility):
         PROMPT,
         visibility=visibility,
         threshold=0.05,
-        max_leaves=6,
+        beam_width=6,
         max_tokens=14,
         verify=True,
     )

@@ -62,7 +62,7 @@ def test_values_are_shown_on_a_short_line():
 
 
 BIG = 10**30
-COUNTS = ["max_tokens", "max_parallel", "max_leaves", "prefill_step_size"]
+COUNTS = ["max_tokens", "max_parallel", "beam_width", "prefill_step_size"]
 SEARCH_COUNTS = [
     "max_tokens",
     "simulations",
@@ -79,9 +79,9 @@ SEARCH_COUNTS = [
 @pytest.mark.parametrize(
     ("make", "given"),
     [
-        *((Settings, {name: BIG}) for name in [*COUNTS, "seed", "temp", "leaf_margin"]),
-        *((Settings, {name: "3"}) for name in [*COUNTS, "seed", "temp", "leaf_margin"]),
-        *((Settings, {name: True}) for name in [*COUNTS, "seed", "temp", "leaf_margin"]),
+        *((Settings, {name: BIG}) for name in [*COUNTS, "seed", "temp", "beam_margin"]),
+        *((Settings, {name: "3"}) for name in [*COUNTS, "seed", "temp", "beam_margin"]),
+        *((Settings, {name: True}) for name in [*COUNTS, "seed", "temp", "beam_margin"]),
         *((SearchSettings, {name: BIG}) for name in [*SEARCH_COUNTS, "exploration", "max_seconds"]),
         *((SearchSettings, {name: 2.5}) for name in SEARCH_COUNTS),
         *((SearchSettings, {name: "3"}) for name in [*SEARCH_COUNTS, "exploration"]),
@@ -96,7 +96,7 @@ SEARCH_COUNTS = [
         *((Settings, {"pruning": x}) for x in ({}, "posterior", True)),
         *((Settings, {"stop": x}) for x in (5, "a", (5,), ("\ud800",), None, {"a": 1})),
         *((Settings, {name: ["x"]}) for name in ("visibility", "combine", "sampling")),
-        (Settings, {"leaf_margin": math.inf}),
+        (Settings, {"beam_margin": math.inf}),
         (Pruning, {"schedule": "relu(0)"}),
         (Pruning, {"layers": (1.5,)}),
         (Pruning, {"layers": ()}),

@@ -36,7 +36,7 @@ PRUNINGS = [
     Pruning(rule="attention", decision="quota", keep_rate=0.5, layer_weights="rising"),
     Pruning(rule="random", decision="quota", keep_rate=0.5, compact_above=0.0),
     Pruning(schedule=Constant(), repair="recompute"),
-    Pruning(rule="probability", schedule=Constant(), when_all_fall="drop_set"),
+    Pruning(rule="probability", schedule=Constant(), if_all_pruned="drop_set"),
 ]
 
 

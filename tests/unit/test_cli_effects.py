@@ -19,7 +19,7 @@ GENERATE = [
     (["--prune-decision", "quota"], "--prune"),
     (["--prune-steepness", 50], "--prune"),
     (["--prune-lookback", 3], "--prune"),
-    (["--prune-when-all-fall", "keep_all"], "--prune"),
+    (["--prune-if-all-pruned", "keep_all"], "--prune"),
     (["--prune-repair", "none"], "--prune"),
     (["--explain"], "--prune"),
     (["--explain", "--prune", "random", "--quiet"], "--quiet"),
@@ -34,14 +34,14 @@ GENERATE = [
         ["--prune", "posterior", "--prune-decision", "quota", "--prune-threshold", 0.5],
         "--prune-decision quota",
     ),
-    (["--prune", "posterior", "--prune-when-all-fall", "keep_all"], "--prune-decision absolute"),
+    (["--prune", "posterior", "--prune-if-all-pruned", "keep_all"], "--prune-decision absolute"),
     (["--prune", "posterior", "--prune-layers", "all"], "--prune attention"),
     (["--prune", "random", "--prune-layer-weights", "rising"], "--prune attention"),
     (["--prune", "probability", "--prune-query-weights", "equal"], "--prune attention"),
-    (["--max-leaves", 8], "--visibility tree"),
-    (["--leaf-margin", 2, "--visibility", "visible"], "--visibility tree"),
+    (["--beam-width", 8], "--visibility tree"),
+    (["--beam-margin", 2, "--visibility", "visible"], "--visibility tree"),
     (["--branching", "shared"], "--visibility tree"),
-    (["--leaf-margin", 2, "--visibility", "tree", "--max-leaves", 1], "--max-leaves 1"),
+    (["--beam-margin", 2, "--visibility", "tree", "--beam-width", 1], "--beam-width 1"),
     (["--combine", "mean", "--visibility", "tree"], "--visibility tree"),
     (["--weighting", "prior", "--visibility", "hidden"], "--visibility hidden"),
     (["--batch-size", 4], "--prompts-file"),
@@ -134,9 +134,9 @@ def test_options_of_suites_without_effect_are_refused(refused, tmp_path, options
 
 def test_suites_say_which_settings_have_no_effect():
     suite_files = pytest.importorskip("tempo_mlx.experiments.suite_files")
-    grid = "grid: {visibility: [tree, visible], max_leaves: [2, 3]}\n"
+    grid = "grid: {visibility: [tree, visible], beam_width: [2, 3]}\n"
     assert suite_files.parse_suite(SUITE + grid).expand().notes == [
-        "max_leaves has no effect without visibility tree (in 2 of 4 conditions)"
+        "beam_width has no effect without visibility tree (in 2 of 4 conditions)"
     ]
     pruning = "grid: {pruning: [null, {rule: random, keep_rate: 0.5}]}\nseeds: [1]\n"
     notes = suite_files.parse_suite(SUITE + pruning).expand().notes
@@ -240,13 +240,13 @@ def test_every_option_of_pruning_needs_pruning():
 def test_options_with_an_effect_run(run, folder):
     common = ["generate", "hello", "--model", folder, "-m", 3, "--threshold", 0.02]
     for options in (
-        ["--visibility", "tree", "--max-leaves", 3, "--leaf-margin", 2, "--branching", "shared"],
+        ["--visibility", "tree", "--beam-width", 3, "--beam-margin", 2, "--branching", "shared"],
         ["--prune", "attention", "--prune-layers", "last:1", "--prune-query-weights", "equal"],
         ["--prune", "random", "--prune-decision", "sigmoid", "--prune-steepness", 3]
         + ["--sampling", "gumbel"],
         ["--prune", "posterior", "--prune-decision", "quota", "--prune-keep-rate", 0.5],
         ["--prune", "posterior", "--prune-decision", "absolute"]
-        + ["--prune-when-all-fall", "keep_all", "--explain"],
+        + ["--prune-if-all-pruned", "keep_all", "--explain"],
         ["--combine", "mean", "--weighting", "prior"],
     ):
         code, _, err = run(*common, *options)
@@ -257,10 +257,10 @@ def test_rows_of_a_file_may_be_what_gives_an_option_its_effect(run, refused, fol
     prompts = tmp_path / "prompts.jsonl"
     command = ["generate", "--prompts-file", prompts, "--model", folder, "-m", 2]
     prompts.write_text(json.dumps({"prompt": "a", "visibility": "tree"}) + '\n{"prompt": "b"}\n')
-    code, _, err = run(*command, "--max-leaves", 3)
+    code, _, err = run(*command, "--beam-width", 3)
     assert code == 0 and "no effect" not in err
     prompts.write_text('{"prompt": "a"}\n{"prompt": "b", "visibility": "visible"}\n')
-    assert "--visibility tree" in refused(*command, "--max-leaves", 3)
+    assert "--visibility tree" in refused(*command, "--beam-width", 3)
     # Rows take over the command's pruning as a whole.
     prompts.write_text(json.dumps({"prompt": "a", "pruning": {"rule": "random"}}) + "\n")
     assert "--prune" in refused(*command, "--prune-threshold", 0.3)
@@ -270,15 +270,15 @@ def test_rows_of_a_file_are_told_what_has_no_effect(run, folder, tmp_path):
     prompts = tmp_path / "prompts.jsonl"
     rows = [
         {"prompt": "a"},
-        {"prompt": "b", "max_leaves": 2},
-        {"prompt": "c", "max_leaves": 3, "seed": 4},
+        {"prompt": "b", "beam_width": 2},
+        {"prompt": "c", "beam_width": 3, "seed": 4},
         {"prompt": "d", "pruning": {"rule": "posterior", "keep_rate": 0.5}},
     ]
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     code, out, err = run("generate", "--prompts-file", prompts, "--model", folder, "-m", 2)
     notes = [" ".join(note.split()) for note in err.split("note: ")[1:]]
     assert code == 0 and len(out.splitlines()) == 4 and len(notes) == 3
-    assert "line 2 and 1 more: max_leaves has no effect without visibility tree" in notes[0]
+    assert "line 2 and 1 more: beam_width has no effect without visibility tree" in notes[0]
     assert "line 3: seed has no effect" in notes[1]
     assert "line 4: pruning.keep_rate has no effect without pruning.decision quota" in notes[2]
     code, _, err = run(
@@ -291,7 +291,7 @@ def test_rows_of_a_file_are_told_what_has_no_effect(run, folder, tmp_path):
     ("given", "words"),
     [
         ({"combine": "mean", "visibility": "tree"}, ["combine", "with visibility tree"]),
-        ({"max_leaves": 3}, ["max_leaves", "without visibility tree"]),
+        ({"beam_width": 3}, ["beam_width", "without visibility tree"]),
         ({"weighting": "prior", "visibility": "hidden"}, ["weighting", "hidden"]),
         ({"weighting": "prior", "threshold": 1.0}, ["weighting", "one token"]),
         ({"pruning": Pruning(), "max_parallel": 1}, ["pruning", "one token"]),
@@ -309,9 +309,9 @@ def test_settings_note_what_has_no_effect(given, words):
 
 
 def test_settings_that_have_an_effect_are_not_noted():
-    every = Pruning("attention", 0.3, "sigmoid", 3.0, when_all_fall="keep_all", layers=1)
+    every = Pruning("attention", 0.3, "sigmoid", 3.0, if_all_pruned="keep_all", layers=1)
     assert not Settings(pruning=every, sampling="gumbel", seed=3).notes()
-    assert not Settings(visibility="tree", max_leaves=3, leaf_margin=1.0).notes()
+    assert not Settings(visibility="tree", beam_width=3, beam_margin=1.0).notes()
     assert not Settings(combine="mean", weighting="prior").notes()
     assert not Settings().notes()
 

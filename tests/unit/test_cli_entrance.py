@@ -123,7 +123,7 @@ def test_counts_have_bounds(run, folder, command):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["generate", "a", "--visibility", "tree", "--max-leaves", BIG], ["max_leaves", BIG]),
+        (["generate", "a", "--visibility", "tree", "--beam-width", BIG], ["beam_width", BIG]),
         (["generate", "a", "--prune", "posterior", "--prune-lookback", BIG], ["lookback", BIG]),
         (["generate", "a", "--temp", "1e-300"], ["temp must be above 0", "[1e-06, 1e+06]"]),
         (["generate", "a", "--temp", "1e300"], ["temp must be above 0", "[1e-06, 1e+06]"]),
@@ -264,7 +264,7 @@ def integer_options():
 #: What a command needs beside the option, up to where the option's value is looked at.
 GIVEN = {
     "generate": ["hi", "--prune", "posterior", "--sampling", "gumbel"],
-    "generate --max-leaves": ["hi", "--visibility", "tree"],
+    "generate --beam-width": ["hi", "--visibility", "tree"],
     "generate --batch-size": ["--prompts-file", "{rows}"],
     "search": ["hi", "--evaluation", "rollout", "--rollout-temp", "1"],
     "score": ["{rows}"],

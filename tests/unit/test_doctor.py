@@ -25,6 +25,8 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model, quantize_model, save_config, save_model
 
+from ..one_sequence import SeesSiblings
+
 MAMBA = {
     "model_type": "mamba",
     "vocab_size": 64,
@@ -121,7 +123,7 @@ def test_siblings_at_consecutive_positions_fail(monkeypatch):
 
 
 def test_siblings_that_see_each_other_fail(monkeypatch):
-    monkeypatch.setitem(VISIBILITY, "isolated", VISIBILITY["visible"])
+    monkeypatch.setitem(VISIBILITY, "isolated", SeesSiblings())
     found = failed(subject())
     assert {"isolated: cached = replay", "isolated: set = mlx-lm's"} <= found
     assert "visible: cached = replay" not in found
@@ -131,7 +133,7 @@ def test_siblings_that_see_each_other_fail(monkeypatch):
 def test_tolerances_of_few_bits_still_notice_visible_siblings(monkeypatch, dtype):
     model = random_model("llama")
     model.set_dtype(dtype)
-    monkeypatch.setitem(VISIBILITY, "isolated", VISIBILITY["visible"])
+    monkeypatch.setitem(VISIBILITY, "isolated", SeesSiblings())
     assert "isolated: set = mlx-lm's" in failed(subject(model=model))
 
 
@@ -239,7 +241,7 @@ def test_check_prints_every_model_and_fails_with_exit_code_one(run, monkeypatch)
     assert (code, err) == (0, "")
     assert "gemma3_text" in out and "the index cannot be reached" in out
     assert "FAIL" not in out and "checks ok" in out
-    monkeypatch.setitem(VISIBILITY, "isolated", VISIBILITY["visible"])
+    monkeypatch.setitem(VISIBILITY, "isolated", SeesSiblings())
     code, out, _ = run("doctor", "--check", "--json")
     data = json.loads(out)
     assert code == 1

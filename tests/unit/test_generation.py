@@ -1,16 +1,19 @@
 """The loop on tiny random models, against stock mlx-lm and against its own definitions."""
 
 import json
+from dataclasses import dataclass
+from typing import ClassVar
 
 from tempo_mlx import Settings, batch_generate
+from tempo_mlx.errors import TempoError
 from tempo_mlx.generation import generate, stream_generate
 from tempo_mlx.lattice.lattice import Lattice
 from tempo_mlx.models import PositionedModel
 from tempo_mlx.rules.combining import COMBINE, combine
 from tempo_mlx.rules.pruning import Pruning
-from tempo_mlx.rules.schedules import Bezier
+from tempo_mlx.rules.schedules import Bezier, Constant
 from tempo_mlx.rules.selection import NonFiniteLogitsError
-from tempo_mlx.rules.visibility import VISIBILITY
+from tempo_mlx.rules.visibility import VISIBILITY, Visibility
 from tests.tiny_models import tiny_model
 from tests.tiny_tokenizer import TinyTokenizer
 
@@ -20,7 +23,7 @@ import pytest
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 
-from ..one_sequence import SETS_VISIBILITY, OneSequence
+from ..one_sequence import SETS_VISIBILITY, OneSequence, SeesSiblings
 
 PROMPT = [3, 14, 15, 9, 2, 6, 5, 35, 8, 9, 7, 9, 32]
 
@@ -67,28 +70,91 @@ def test_cached_run_equals_one_uncached_pass(model, tokenizer, visibility, combi
 
 def test_verification_notices_a_wrong_run(model, tokenizer, monkeypatch):
     # A run that lets siblings see each other, verified as if it had isolated them.
-    monkeypatch.setitem(VISIBILITY, "isolated", VISIBILITY["visible"])
+    monkeypatch.setitem(VISIBILITY, "isolated", SeesSiblings())
     given = {"threshold": 0.05, "max_tokens": 6, "visibility": "isolated"}
     result = generate(model, tokenizer, PROMPT, verify=True, **given)
     assert result.verification.max_logit_difference > 1e-2
 
 
-def test_a_rule_of_the_users_own_runs_and_is_not_verified_as_another(model, tokenizer, monkeypatch):
-    def nearest(queries, keys):
-        """A token sees itself and the two steps before it."""
-        age = queries.step[:, None] - keys.step
-        return (age > 0) & (age < 3) | (keys.index == queries.index[:, None])
+@dataclass(frozen=True)
+class Nearest(Visibility):
+    """A token sees the prompt and the steps before it that are at most so many steps away."""
 
-    monkeypatch.setitem(VISIBILITY, "nearest", nearest)
-    given = {"visibility": "nearest", "threshold": 0.05, "max_tokens": 6}
+    steps: int = 2
+    masks_siblings: ClassVar[bool] = False
+
+    def allowed(self, queries, keys):
+        age = queries.step[:, None] - keys.step
+        near = (keys.step < 0) | (age <= self.steps)
+        return near & (age >= 0) if self.masks_siblings else near & (age > 0)
+
+    def sees(self, query, key):
+        return key.step < 0 or 0 < query.step - key.step <= self.steps
+
+
+class Faulty(Nearest):
+    """A rule whose masks let siblings see each other, which its definition does not."""
+
+    masks_siblings = True
+
+
+@pytest.mark.parametrize("max_parallel", [1, 4])
+@pytest.mark.parametrize("weighting", ["none", "posterior"])
+@pytest.mark.parametrize("pruning", [None, Pruning(schedule=Constant(), repair="recompute")])
+def test_a_visibility_of_the_users_own_is_verified(
+    model, tokenizer, max_parallel, weighting, pruning
+):
+    given = {"threshold": 0.05, "max_tokens": 12, "max_parallel": max_parallel}
+    given |= {"weighting": weighting, "pruning": pruning}
+    result = generate(model, tokenizer, PROMPT, visibility=Nearest(), verify=True, **given)
+    assert result.verification.max_logit_difference < 1e-4
+    assert result.to_dict(0)["settings"]["visibility"] == "Nearest(steps=2)"
+    plain = generate(model, tokenizer, PROMPT, visibility="isolated", **given)
+    assert result.lattice.steps != plain.lattice.steps
+    prompts = [PROMPT, PROMPT[:5]]
+    batch = batch_generate(
+        model, tokenizer, prompts, Settings(visibility=Nearest, **given), verify=True
+    )
+    for each in batch.results:
+        assert each.verification.max_logit_difference < 1e-4
+    assert batch.results[0].lattice.steps[5].tokens[0].id == result.lattice.steps[5].tokens[0].id
+
+
+def test_a_visibility_whose_masks_are_not_its_definition_is_found_out(model, tokenizer):
+    result = generate(
+        model, tokenizer, PROMPT, visibility=Faulty(), verify=True, threshold=0.05, max_tokens=6
+    )
+    assert result.verification.max_logit_difference > 1e-2
+
+
+def test_a_visibility_without_a_definition_runs_and_is_not_verified(model, tokenizer):
+    def near(queries, keys):
+        age = queries.step[:, None] - keys.step
+        return (age > 0) & (age < 3)
+
+    given = {"visibility": near, "threshold": 0.05, "max_tokens": 6}
     result = generate(model, tokenizer, PROMPT, **given)
     assert len(result.lattice) == 6 and any(len(tokens) > 1 for tokens in result.lattice.sets)
-    with pytest.raises(ValueError, match="isolated, visible, hidden, tree, recombined, not 'near"):
+    assert result.to_dict(0)["settings"]["visibility"] == "near"
+    with pytest.raises(ValueError, match=r"sees\(query, key\), which near has not"):
         generate(model, tokenizer, PROMPT, verify=True, **given)
     with pytest.raises(ValueError, match="attention received"):
         result.received_attention()
     batch = batch_generate(model, tokenizer, [PROMPT], Settings(**given), verify=True)
-    assert "'nearest'" in batch.results[0].error
+    assert "near" in batch.results[0].error
+
+
+@pytest.mark.parametrize(
+    ("allowed", "words"),
+    [
+        (lambda queries, keys: keys.step < 3, ["booleans [", "got bool ["]),
+        (lambda queries, keys: 1 / 0, ["raised ZeroDivisionError"]),
+    ],
+)
+def test_a_visibility_that_returns_no_mask_is_named(model, tokenizer, allowed, words):
+    with pytest.raises(TempoError) as caught:
+        generate(model, tokenizer, PROMPT, visibility=allowed, threshold=0.05, max_tokens=4)
+    assert all(word in str(caught.value) for word in ["<lambda>", *words])
 
 
 @pytest.mark.parametrize("threshold", [1.0, 0.02])

@@ -254,7 +254,7 @@ def test_what_is_no_list_of_prompts_is_refused(loaded):
     for prompts in ("ab", b"ab", 5, None, {"a": 1}):
         with pytest.raises(TempoError, match="prompts must be a list of prompts"):
             batch_generate(model, tokenizer, prompts)
-    for settings in (5, {"threshold": 0.5}, [None]):
+    for settings in (5, {"threshold": 0.5}, [5]):
         with pytest.raises(TempoError, match="settings must be Settings"):
             batch_generate(model, tokenizer, ["a"], settings)
 

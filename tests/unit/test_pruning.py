@@ -4,7 +4,15 @@ from tempo_mlx.decode.retroactive import RetroactivePruner
 from tempo_mlx.generation import generate
 from tempo_mlx.lattice.lattice import Lattice, PruningDecision, Step, Token
 from tempo_mlx.models import Capture, PositionedModel
-from tempo_mlx.rules.pruning import RULES, Evidence, Pruner, Pruning, falls, spare
+from tempo_mlx.rules.pruning import (
+    DECISIONS,
+    IF_ALL_PRUNED,
+    RULES,
+    Evidence,
+    Judging,
+    Pruner,
+    Pruning,
+)
 from tempo_mlx.rules.schedules import Constant
 from tempo_mlx.settings import WEIGHTINGS, Settings
 from tests.tiny_models import tiny_model
@@ -50,29 +58,34 @@ def fallen(result):
 
 @given(scores_of_sets, thresholds, thresholds, st.sampled_from(["relative", "absolute", "sigmoid"]))
 def test_a_higher_threshold_never_keeps_more(scores, one, other, decision):
-    pruning = Pruning(decision=decision)
-    low = falls(scores, min(one, other), pruning)
-    high = falls(scores, max(one, other), pruning)
+    low = DECISIONS[decision].verdict(scores, Judging(min(one, other)))
+    high = DECISIONS[decision].verdict(scores, Judging(max(one, other)))
     assert (low <= high).all()
 
 
 @given(scores_of_sets, thresholds)
 def test_sigmoid_at_one_half_is_absolute(scores, threshold):
-    sigmoid = falls(scores, threshold, Pruning(decision="sigmoid"))
+    sigmoid = DECISIONS["sigmoid"].verdict(scores, Judging(threshold))
     np.testing.assert_array_equal(sigmoid, scores < threshold)
 
 
 @given(scores_of_sets, thresholds)
 def test_relative_never_prunes_the_best(scores, threshold):
-    assert not falls(scores, threshold, Pruning(decision="relative"))[scores.argmax()]
+    assert not DECISIONS["relative"].verdict(scores, Judging(threshold))[scores.argmax()]
 
 
-@given(scores_of_sets, thresholds, st.sampled_from(["keep_best", "keep_all", "drop_set"]))
+@given(scores_of_sets, thresholds, st.sampled_from(sorted(IF_ALL_PRUNED)))
 def test_a_set_loses_its_last_token_only_where_it_may_be_dropped(scores, threshold, exception):
-    fell = falls(scores, threshold, Pruning(decision="absolute"))
-    verdict = spare(fell, scores, exception)
-    if exception == "drop_set" or not fell.all():
-        np.testing.assert_array_equal(verdict, fell)
+    constant = Constant()
+    pruning = Pruning(
+        "probability", threshold, "absolute", schedule=constant, if_all_pruned=exception
+    )
+    zeros = np.zeros(len(scores))
+    evidence = Evidence(scores, np.arange(len(scores)), zeros, zeros, 0)
+    verdict = np.array(Pruner(pruning, 10).judge(2, 1, evidence).pruned)
+    below = scores < threshold
+    if exception == "drop_set" or not below.all():
+        np.testing.assert_array_equal(verdict, below)
     elif exception == "keep_all":
         assert not verdict.any()
     else:
@@ -267,7 +280,7 @@ def test_attention_finds_the_token_that_later_queries_look_at():
         ({"steepness": 0}, ["steepness", "0"]),
         ({"keep_rate": 0.0}, ["keep_rate", "0"]),
         ({"compact_above": 2}, ["compact_above", "2"]),
-        ({"repair": "recompute", "when_all_fall": "drop_set"}, ["recompute", "drop_set"]),
+        ({"repair": "recompute", "if_all_pruned": "drop_set"}, ["recompute", "drop_set"]),
     ],
 )
 def test_bad_settings_are_named(given, words):

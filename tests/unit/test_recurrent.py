@@ -87,7 +87,7 @@ def test_a_state_of_another_beginning_is_not_used(model):
 
 def test_states_live_as_long_as_they_can_be_continued(model):
     """Of a run, those of its last set: its memory does not grow with its length."""
-    chosen = Settings(max_tokens=9, threshold=1e-6, max_leaves=4, max_parallel=4, visibility="tree")
+    chosen = Settings(max_tokens=9, threshold=1e-6, beam_width=4, max_parallel=4, visibility="tree")
     run = Request(begin(model, TinyTokenizer(60, ()), PROMPTS[0], chosen))
     decoder = BatchDecoder(model)
     decoder.start([run])
@@ -102,7 +102,7 @@ def test_states_live_as_long_as_they_can_be_continued(model):
 
 
 def test_a_budget_counts_states(model):
-    one = Settings(max_tokens=4, threshold=1e-6, max_leaves=4, max_parallel=4, visibility="tree")
+    one = Settings(max_tokens=4, threshold=1e-6, beam_width=4, max_parallel=4, visibility="tree")
     for n_states, fits in ((4, False), (9, True)):
         budget = 64 * model.slot_bytes + n_states * model.state_bytes
         if not fits:
@@ -216,7 +216,7 @@ def test_a_search_stays_within_its_budget(model, held):
 
 def test_a_batch_stays_within_its_budget(model, held):
     prompts = [PROMPTS[0], PROMPTS[1], PROMPTS[3]]
-    one = Settings(max_tokens=5, threshold=1e-6, max_leaves=3, max_parallel=3, visibility="tree")
+    one = Settings(max_tokens=5, threshold=1e-6, beam_width=3, max_parallel=3, visibility="tree")
     free = batch_generate(model, TOKENIZER, prompts, one)
     unbounded, outcomes = max(held), set()
     for share in np.geomspace(0.01, 1, 6):

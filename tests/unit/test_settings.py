@@ -1,8 +1,10 @@
 """Settings say what is wrong with them: argument, value, range."""
 
+from tempo_mlx.models import PositionedModel
 from tempo_mlx.rules.pruning import Pruning
 from tempo_mlx.rules.schedules import Bezier
-from tempo_mlx.settings import Settings
+from tempo_mlx.settings import Settings, given
+from tests.tiny_models import tiny_model
 
 import pytest
 
@@ -36,7 +38,7 @@ def test_value_out_of_range_is_named(given, names):
 
 def test_unknown_setting_is_named():
     with pytest.raises(TypeError, match="'treshold'"):
-        Settings.of({"treshold": 0.1})
+        given(None, {"treshold": 0.1}, Settings)
 
 
 def test_seed_without_sampling_is_reported_as_useless():
@@ -45,9 +47,10 @@ def test_seed_without_sampling_is_reported_as_useless():
 
 
 def test_a_sampling_run_always_has_a_seed_on_record():
-    assert Settings(sampling="gumbel").seeded().seed is not None
-    assert Settings(sampling="gumbel", seed=7).seeded().seed == 7
-    assert Settings().seeded().seed is None
+    model = PositionedModel.of(tiny_model("llama"))
+    assert Settings(sampling="gumbel").resolved(model).seed is not None
+    assert Settings(sampling="gumbel", seed=7).resolved(model).seed == 7
+    assert Settings().resolved(model).seed is None
 
 
 def test_every_setting_is_in_the_dictionary():
@@ -55,19 +58,23 @@ def test_every_setting_is_in_the_dictionary():
 
 
 def test_leaves_without_a_tree_are_reported_as_useless():
-    assert "max_leaves" in Settings(max_leaves=3).notes()[0]
-    assert not Settings(max_leaves=3, leaf_margin=1.0, visibility="tree").notes()
+    assert "beam_width" in Settings(beam_width=3).notes()[0]
+    assert not Settings(beam_width=3, beam_margin=1.0, visibility="tree").notes()
 
 
 @pytest.mark.parametrize(
-    ("given", "visibility"),
+    ("chosen", "visibility"),
     [
         ({}, "recombined"),
         ({"temp": 0.7}, "isolated"),
         ({"weighting": "prior"}, "isolated"),
         ({"pruning": Pruning()}, "isolated"),
         ({"pruning": Pruning(), "visibility": "visible"}, "visible"),
+        ({"branching": "replicate"}, "tree"),
     ],
 )
-def test_visibility_that_nobody_chose_is_the_best_that_goes_with_the_rest(given, visibility):
-    assert Settings(**given).visibility == visibility
+def test_visibility_that_nobody_chose_is_the_best_that_goes_with_the_rest(chosen, visibility):
+    settings = Settings(**chosen)
+    assert settings.visibility == chosen.get("visibility")
+    resolved = settings.resolved(PositionedModel.of(tiny_model("llama")))
+    assert resolved.visibility == settings.to_dict()["visibility"] == visibility

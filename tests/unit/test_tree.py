@@ -81,7 +81,7 @@ def test_a_tree_of_fixed_width_is_beam_search(model, width):
     steps = 7
     beams, ended = beam_search(Stock(model), width, steps)
     result = run(
-        model, "tree", threshold=1e-9, max_leaves=width, max_parallel=width, max_tokens=steps
+        model, "tree", threshold=1e-9, beam_width=width, max_parallel=width, max_tokens=steps
     )
     assert result.finish_reason == "length"
     paths = result.paths(1000)
@@ -101,7 +101,7 @@ def test_a_tree_of_fixed_width_is_beam_search(model, width):
 def test_every_path_is_scored_as_a_sequential_decode_scores_it(model, visibility):
     stock = Stock(model)
     result = run(
-        model, visibility, threshold=0.04, max_leaves=6, max_parallel=6, max_tokens=25, stop=()
+        model, visibility, threshold=0.04, beam_width=6, max_parallel=6, max_tokens=25, stop=()
     )
     assert max(len(step.tokens) for step in result.lattice.steps) > 2
     for path in result.paths(20):
@@ -141,7 +141,7 @@ def test_recombined_sets_are_those_of_their_definition(model):
 
 
 def test_branches_that_died_leave_the_cache(model):
-    given_ = {"threshold": 1e-9, "max_leaves": 3, "max_parallel": 3, "max_tokens": 40}
+    given_ = {"threshold": 1e-9, "beam_width": 3, "max_parallel": 3, "max_tokens": 40}
     result = run(model, "tree", **given_)
     made = sum(len(step.tokens) for step in result.lattice.steps)
     sizes = []
@@ -160,7 +160,7 @@ def test_branches_that_died_leave_the_cache(model):
 @pytest.mark.parametrize("visibility", ["tree", "recombined"])
 def test_a_run_of_one_leaf_is_greedy_decoding(model, visibility):
     expected = run(model, "isolated", threshold=1.0, max_tokens=9)
-    for given_ in ({"threshold": 1.0}, {"threshold": 0.01, "max_leaves": 1, "max_parallel": 1}):
+    for given_ in ({"threshold": 1.0}, {"threshold": 0.01, "beam_width": 1, "max_parallel": 1}):
         result = run(model, visibility, max_tokens=9, **given_)
         assert result.text == expected.text and result.finish_reason == expected.finish_reason
 
@@ -171,7 +171,7 @@ def test_rows_of_a_batch_with_different_trees_do_not_mix():
     rng = np.random.default_rng(1)
     prompts = [rng.integers(1, 80, n).tolist() for n in (4, 9, 2, 7, 4)]
     each = [
-        Settings(visibility=v, threshold=t, max_leaves=n, max_parallel=5, max_tokens=m)
+        Settings(visibility=v, threshold=t, beam_width=n, max_parallel=5, max_tokens=m)
         for v, t, n, m in [
             ("tree", 1e-6, 3, 9),
             ("recombined", 0.03, 8, 14),
@@ -195,7 +195,7 @@ def test_rows_of_a_batch_with_different_trees_do_not_mix():
 def test_branches_in_rows_of_their_own_make_the_same_tree(name):
     model = tiny_model(name, seed=1)
     tokenizer = TinyTokenizer(60, end_tokens=ENDS)
-    given_ = {"threshold": 1e-6, "max_leaves": 4, "max_parallel": 4, "max_tokens": 9}
+    given_ = {"threshold": 1e-6, "beam_width": 4, "max_parallel": 4, "max_tokens": 9}
     rows = generate(model, tokenizer, PROMPT, visibility="tree", branching="replicate", **given_)
     shared = generate(model, tokenizer, PROMPT, visibility="tree", **given_)
     assert [p.tokens for p in rows.paths(9)] == [p.tokens for p in shared.paths(9)]
@@ -249,11 +249,14 @@ def test_branches_are_the_best_of_all_that_qualify(M, K, threshold, leaves, marg
 @pytest.mark.parametrize(
     ("given_", "words"),
     [
-        ({"visibility": "tree", "max_leaves": 0}, ["max_leaves", "at least 1", "0"]),
-        ({"visibility": "tree", "leaf_margin": -1.0}, ["leaf_margin", "-1"]),
+        ({"visibility": "tree", "beam_width": 0}, ["beam_width", "at least 1", "0"]),
+        ({"visibility": "tree", "beam_margin": -1.0}, ["beam_margin", "-1"]),
         ({"visibility": "tree", "temp": 0.5}, ["temp", "0.5", "tree"]),
         ({"visibility": "recombined", "weighting": "prior"}, ["weighting", "recombined"]),
-        ({"branching": "replicate"}, ["branching", "tree", "recombined"]),
+        (
+            {"branching": "replicate", "visibility": "recombined"},
+            ["branching", "tree", "recombined"],
+        ),
         ({"visibility": "tree", "sampling": "gumbel"}, ["sampling", "tree", "gumbel"]),
     ],
 )

@@ -1,0 +1,126 @@
+"""What a rule is: a name and what it does, in a dictionary or of the user's own."""
+
+import hashlib
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+from ..arguments import shown
+from ..errors import TempoError
+
+
+class Named:
+    """What all rules have: a name, and what it does.
+
+    Rules are frozen: two that are equal do the same.
+    """
+
+    if TYPE_CHECKING:
+
+        @property
+        def name(self) -> str:
+            """What results and messages call the rule."""
+
+    def __str__(self) -> str:
+        return self.name
+
+    @classmethod
+    def of(cls, function: Callable[..., Any]) -> Self:
+        """The rule that a function is."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Rule(Named):
+    """A rule that is one function.
+
+    Args:
+        name: what results and messages call it.
+        function: what it does; calling the rule calls it.
+    """
+
+    name: str
+    function: Callable[..., Any]
+
+    __str__ = Named.__str__
+
+    @classmethod
+    def of(cls, function: Callable[..., Any]) -> Self:
+        return cls(getattr(function, "__name__", type(function).__name__), function)
+
+    def __call__(self, *given: Any) -> Any:
+        return called(self, self.function, *given)
+
+
+R = TypeVar("R", bound=Named)
+
+
+def find(setting: str, given: Any, known: Mapping[str, R], kind: type[R]) -> R:
+    """The rule that a setting asks for.
+
+    Args:
+        setting: its name, for messages.
+        given: a name, a rule, a rule's class that needs no arguments, or a function.
+        known: rules by name.
+        kind: their class.
+
+    Raises:
+        TempoError: for anything else.
+    """
+    if isinstance(given, str):
+        if given not in known:
+            raise TempoError(f"{setting} must be one of {', '.join(known)}, got {shown(given)}")
+        given = known[given]
+    if isinstance(given, kind):
+        return given
+    if isinstance(given, type):
+        if not issubclass(given, kind):
+            raise TempoError(f"{setting} {given.__name__} must be a subclass of {kind.__name__}")
+        try:
+            return given()
+        except TypeError as error:
+            raise TempoError(
+                f"{setting} {given.__name__} needs arguments, so give an object of it: {error}"
+            ) from error
+    if callable(given):
+        return kind.of(given)
+    raise TempoError(
+        f"{setting} must be one of {', '.join(known)}, a function or a {kind.__name__}, "
+        f"got {shown(given)}"
+    )
+
+
+def stored(rule: R, known: Mapping[str, R]) -> str | R:
+    """The name of a rule that is known by it, else the rule."""
+    return rule.name if known.get(rule.name) is rule else rule
+
+
+def called(rule: Named, function: Callable[..., Any], *given: Any) -> Any:
+    """What a rule's function returns.
+
+    Raises:
+        TempoError: naming the rule, for whatever the function raises.
+    """
+    try:
+        return function(*given)
+    except TempoError:
+        raise
+    except Exception as error:
+        what = type(error).__name__
+        raise TempoError(f"the rule {rule.name} raised {what}: {error}") from error
+
+
+def source_of(rule: Named) -> str:
+    """64 hexadecimal digits that change with what a rule does: with its module's source.
+
+    Without a source, as in an interactive session, with its function's code.
+    """
+    code = rule.function if isinstance(rule, Rule) else type(rule)
+    try:
+        module = inspect.getmodule(code)
+        text = inspect.getsource(module or code)
+    except (OSError, TypeError):
+        compiled = getattr(code, "__code__", None)
+        text = f"{compiled.co_code!r} {compiled.co_consts!r}" if compiled else repr(code)
+    return hashlib.sha256(f"{rule.name} {text}".encode()).hexdigest()
