@@ -57,13 +57,8 @@ def ticking(total: int) -> Iterator[Callable[[str], None]]:
 
 
 def wide_console(output: Path | None = None) -> Console:
-    """A console for wide tables; a file or a pipe has no width of its own.
-
-    It is quiet where the output takes its place.
-    """
-    quiet = is_standard_output(output)
-    console = Console(highlight=False, quiet=quiet)
-    return console if console.is_terminal else Console(highlight=False, width=140, quiet=quiet)
+    """The console of a bench's tables; it is quiet where the output takes their place."""
+    return Console(highlight=False, quiet=is_standard_output(output))
 
 
 def spread(value: Spread, digits: int) -> str:
