@@ -30,7 +30,7 @@ UNITS = {"": 1} | {letter: 10 ** (3 * n) for n, letter in enumerate("kmgt", 1)}
 UNITS |= {f"{letter}i": 2 ** (10 * n) for n, letter in enumerate("kmgt", 1)}
 
 #: Recognises files that :class:`ResultsFile` goes on with, or says why not.
-RESULTS = beginning(b'{"row": 0, "key": "')
+RESULTS = beginning(b'{"row": ')
 
 
 @dataclass(frozen=True)
@@ -244,20 +244,14 @@ def results_sink(
 
 
 class RecordStream(Stream):
-    """Prints records in input order, each when its turn has come."""
+    """Prints records as rows finish, each with the number of its row."""
 
     def __init__(self, path: Path | None = None):
         super().__init__(path)
         self.done: set[int] = set()
-        self._waiting: dict[int, dict[str, Any]] = {}
-        self._next = 0
 
     def add(self, row: int, data: dict[str, Any]) -> None:
-        self._waiting[row] = data
-        while self._next in self._waiting:
-            line = {"row": self._next, **self._waiting.pop(self._next)}
-            self.write(json_text(finite(line)) + "\n")
-            self._next += 1
+        self.write(json_text(finite({"row": row, **data})) + "\n")
 
 
 def _progress(notes: Console) -> Progress:

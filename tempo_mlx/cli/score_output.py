@@ -87,8 +87,8 @@ class TextFile:
         with self._waiting:
             if len(self.done) == self._total:
                 with self._waiting_path.open(encoding="utf-8", newline="\n") as file:
-                    text = "".join(text_lines(json.loads(line)) for line in file)
-                write_atomically(self._path, text)
+                    records = sorted(map(json.loads, file), key=lambda record: record["row"])
+                write_atomically(self._path, "".join(map(text_lines, records)))
                 self._waiting_path.unlink()
 
 

@@ -1,7 +1,8 @@
-"""Results come out in input order and complete, whatever kills the run and however often."""
+"""Results are stored as they finish and survive whatever kills the run, however often."""
 
 import contextlib
 import errno
+import fcntl
 import importlib.util
 import itertools
 import json
@@ -13,6 +14,7 @@ import tempfile
 from pathlib import Path
 from unittest import mock
 
+from tempo_mlx.io import files
 from tempo_mlx.io import resumable_jsonl as results_file
 from tempo_mlx.io.resumable_jsonl import ResultsFile, row_key
 
@@ -30,9 +32,9 @@ def record(row):
     return {"text": "ü\n\u2028" * row, "n": row}
 
 
-def undisturbed(rows=N):
-    """The bytes of the output after so many rows, spelled out."""
-    return "".join(line(row) for row in range(rows)).encode()
+def written(order):
+    """The bytes of the output after these rows, spelled out."""
+    return "".join(map(line, order)).encode()
 
 
 def line(row):
@@ -44,11 +46,11 @@ def pending(path):
     return path.with_name(f".{path.name}.pending")
 
 
-def rows_in_files(path):
-    """Rows that both files hold, all of them as whole lines."""
-    data = b"".join(file.read_bytes() for file in (path, pending(path)) if file.exists())
+def rows_in(path):
+    """Rows of a file of whole lines, in its order."""
+    data = path.read_bytes()
     assert data[-1:] in (b"", b"\n")
-    return {json.loads(line)["row"] for line in data.splitlines()}
+    return [json.loads(line)["row"] for line in data.splitlines()]
 
 
 @pytest.fixture
@@ -96,25 +98,31 @@ class DyingDisk:
     def ftruncate(self, fd, size):
         return self._counted(os.ftruncate, fd, size)
 
-    def unlink(self, path):
-        return self._counted(os.unlink, path)
+    def replace(self, old, new):
+        return self._counted(os.replace, old, new)
 
     def fsync(self, fd):
         return self._counted(lambda fd: None, fd)
 
 
+def dying_disk(budget):
+    """The disk of both modules that write."""
+    stack, disk = contextlib.ExitStack(), DyingDisk(budget)
+    for module in (results_file, files):
+        stack.enter_context(mock.patch.object(module, "os", disk))
+    return stack
+
+
 @settings(max_examples=60)
 @given(orders)
-def test_output_is_in_input_order_for_every_order_of_completion(order):
+def test_lines_come_in_order_of_completion_with_their_row(order):
     with new_path() as path:
         with ResultsFile(path, KEYS) as results:
             for count, row in enumerate(order, 1):
                 results.add(row, record(row))
                 assert results.done == set(order[:count])
-                in_turn = next(i for i in range(N + 1) if i == N or i not in results.done)
-                assert path.read_bytes() == undisturbed(in_turn)
-                assert pending(path).exists() == (len(results.done) > in_turn)
-        assert path.read_bytes() == undisturbed()
+                assert path.read_bytes() == written(order[:count])
+        assert rows_in(path) == order
         assert os.listdir(path.parent) == [path.name]
 
 
@@ -122,52 +130,43 @@ def test_output_is_in_input_order_for_every_order_of_completion(order):
 @given(orders, st.lists(st.integers(0, 350), max_size=8))
 def test_a_kill_at_any_byte_loses_no_row_that_was_stored(order, budgets):
     with new_path() as path:
-        stored = set()
+        stored = []
         for budget in [*budgets, 10**6]:
             results = None
-            with (
-                mock.patch.object(results_file, "os", DyingDisk(budget)),
-                contextlib.suppress(Killed),
-            ):
+            with dying_disk(budget), contextlib.suppress(Killed):
                 results = ResultsFile(path, KEYS)
-                assert stored <= results.done
+                assert set(stored) <= results.done
+                # A line may be whole before the kill that nobody was told of.
+                stored = rows_in(path)
                 for row in order:
                     if row not in results.done:
                         results.add(row, record(row))
-                    stored.add(row)
+                        stored.append(row)
             if results is not None:
                 results.close()
-            assert undisturbed().startswith(path.read_bytes())
-        assert path.read_bytes() == undisturbed()
+            assert path.read_bytes().startswith(written(stored))
+        assert path.read_bytes() == written(stored) and set(stored) == set(range(N))
         assert os.listdir(path.parent) == [path.name]
 
 
 @settings(max_examples=150)
-@given(orders, st.integers(0, N), st.booleans(), st.data())
-def test_whole_lines_survive_a_cut_at_any_byte_of_either_file(order, n, of_journal, data):
+@given(orders, st.integers(0, N), st.data())
+def test_whole_lines_survive_a_cut_at_any_byte(order, n, data):
     with new_path() as path:
         with ResultsFile(path, KEYS) as results:
             for row in order[:n]:
                 results.add(row, record(row))
-        file = pending(path) if of_journal and pending(path).exists() else path
-        kept = file.read_bytes()
+        kept = path.read_bytes()
         kept = kept[: data.draw(st.integers(0, len(kept)))]
-        os.truncate(file, len(kept))
-        whole = [
-            json.loads(line)["row"]
-            for each in (path, pending(path))
-            if each.exists()
-            for line in each.read_bytes().splitlines(keepends=True)
-            if line.endswith(b"\n")
-        ]
+        os.truncate(path, len(kept))
+        whole = kept.count(b"\n")
         with ResultsFile(path, KEYS) as results:
-            assert results.done == set(whole)
-            for each in (path, pending(path)):
-                assert not each.exists() or each.read_bytes()[-1:] in (b"", b"\n")
+            assert results.done == set(order[:whole])
+            assert path.read_bytes() == written(order[:whole])
             for row in reversed(range(N)):
                 if row not in results.done:
                     results.add(row, record(row))
-        assert path.read_bytes() == undisturbed()
+        assert rows_in(path)[:whole] == order[:whole] and set(rows_in(path)) == set(range(N))
         assert os.listdir(path.parent) == [path.name]
 
 
@@ -192,7 +191,7 @@ with module.ResultsFile(Path(sys.argv[2]), [str(row) for row in range(n)]) as re
 
 
 def worker(path, n):
-    file = os.path.dirname(importlib.util.find_spec("tempo_mlx.io.resumable_jsonl").origin)
+    file = os.path.dirname(importlib.util.find_spec("tempo_mlx").origin)
     return subprocess.Popen(
         [sys.executable, "-c", WORKER, file, str(path), str(n)],
         stdin=subprocess.PIPE,
@@ -220,11 +219,10 @@ def test_sigkill_loses_no_row_that_was_stored(path):
             if len(results.done) == n:
                 break
     assert kills >= 3
-    with ResultsFile(path.with_name("other"), keys) as results:
-        for row in range(n):
-            results.add(row, {"text": str(row) * 40_000})
-    assert path.read_bytes() == path.with_name("other").read_bytes()
-    assert sorted(os.listdir(path.parent)) == ["other", path.name]
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    assert sorted(record["row"] for record in records) == list(range(n))
+    assert all(record["text"] == str(record["row"]) * 40_000 for record in records)
+    assert os.listdir(path.parent) == [path.name]
 
 
 def test_a_second_process_is_refused_until_the_first_dies(path):
@@ -242,7 +240,22 @@ def test_a_refused_second_opener_leaves_the_first_at_work(path):
         with pytest.raises(ValueError, match="in use"):
             ResultsFile(path, KEYS)
         first.add(0, record(0))
-        assert path.read_bytes() == undisturbed(2)
+        assert path.read_bytes() == written([1, 0])
+
+
+def test_a_file_that_was_replaced_between_opening_and_locking_is_in_use(path, monkeypatch):
+    class Late:
+        LOCK_EX, LOCK_NB = fcntl.LOCK_EX, fcntl.LOCK_NB
+
+        @staticmethod
+        def flock(fd, how):
+            path.with_name("new").touch()
+            os.replace(path.with_name("new"), path)
+            fcntl.flock(fd, how)
+
+    monkeypatch.setattr(results_file, "fcntl", Late)
+    with pytest.raises(ValueError, match="in use by another run"):
+        ResultsFile(path, KEYS)
 
 
 LINE_0 = b'{"row": 0, "key": "a"}\n'
@@ -253,7 +266,6 @@ LINE_0 = b'{"row": 0, "key": "a"}\n'
     [
         (b'{"row": 0, "key": "x"}\n', None, r"out\.jsonl, line 1 is of another input"),
         (LINE_0 + b'{"row": 1, "key": "a"}\n', None, r"out\.jsonl, line 2 is of another input"),
-        (LINE_0 + LINE_0, None, r"out\.jsonl, line 2 is not the result of a row"),
         (b'{"row": true, "key": "b"}\n', None, "line 1 is not the result of a row"),
         (b"[0]\n", None, "line 1 is not the result of a row"),
         (LINE_0 + b"text\n", None, r"out\.jsonl, line 2 is not JSON"),
@@ -261,9 +273,9 @@ LINE_0 = b'{"row": 0, "key": "a"}\n'
         (b"\n", None, "line 1 is not JSON"),
         (b"a text without a line end", None, r"out\.jsonl, line 1 is of another input"),
         (b'{"row": 0, "key": "x", "te', None, r"out\.jsonl, line 1 is of another input"),
-        (b'{"row": 1', None, r"out\.jsonl, line 1 is of another input"),
+        (b'{"row": 9', None, r"out\.jsonl, line 1 is of another input"),
         (LINE_0, b'{"row": 3, "key": "d"}\n', r"\.out\.jsonl\.pending, line 1 is of another"),
-        (LINE_0, b'{"row": 5, "key": "d"}\n', r"pending, line 1 is of row 5, the input has 5 rows"),
+        (LINE_0, b'{"row": 5, "key": "d"}\n', r"pending, line 1 is of row 5, but the input"),
         (LINE_0, b'{"row": 1, "key": "b"}\n{"a": 1}\n', r"pending, line 2 is not the result"),
         (LINE_0, b"{\n", r"pending, line 1 is not JSON"),
         (LINE_0, b'{"row": 2, "key": "b', r"pending, line 1 is of another input"),
@@ -290,16 +302,40 @@ def test_fewer_keys_than_rows_are_refused(path, torn):
     with ResultsFile(path, KEYS) as results:
         for row in range(N):
             results.add(row, record(row))
-    with pytest.raises(ValueError, match="line 4 is of row 3, the input has 3 rows"):
+    with pytest.raises(ValueError, match="line 4 is of row 3, but the input has 3 rows"):
         ResultsFile(path, KEYS[:3])
     # More of them are an input that has grown.
-    path.write_bytes(undisturbed() + torn)
+    path.write_bytes(written(range(N)) + torn)
     with ResultsFile(path, [*KEYS, "f"]) as results:
         assert results.done == set(range(N))
-    assert path.read_bytes() == undisturbed()
-    path.write_bytes(undisturbed() + b"{")
-    with pytest.raises(ValueError, match="line 6 is of another input"):
-        ResultsFile(path, KEYS)
+    assert path.read_bytes() == written(range(N))
+
+
+def test_overwriting_drops_the_lines_of_other_runs_and_no_others(path):
+    foreign = b'{"row": 2, "key": "x", "n": 1}\n'
+    for rest in (foreign, b"text\n", b"text", b'{"row": 7, "key": "a"}\n'):
+        path.write_bytes(written([1]) + rest)
+        with ResultsFile(path, KEYS, overwrite=True) as results:
+            assert results.done == {1} and path.read_bytes() == written([1])
+            results.add(0, record(0))
+        assert path.read_bytes() == written([1, 0])
+
+
+def test_of_two_lines_of_a_row_the_last_counts(path):
+    path.write_bytes(b'{"row": 0, "key": "a", "n": 7}\n' + written([1, 0]))
+    with ResultsFile(path, KEYS) as results:
+        assert results.done == {0, 1} and sorted(rows_in(path)) == [0, 1]
+    assert b'"n": 7' not in path.read_bytes()
+
+
+def test_rows_of_the_journal_of_an_earlier_version_are_taken_over(path):
+    path.write_bytes(written([0, 1]))
+    pending(path).write_bytes((line(4) + failed_line(3)).encode() + b'{"row": 2, "ke')
+    with ResultsFile(path, KEYS) as results:
+        assert results.done == {0, 1, 4}
+        results.add(3, record(3))
+    assert path.read_bytes() == written([0, 1, 4, 3])
+    assert os.listdir(path.parent) == [path.name]
 
 
 def full_disk(room):
@@ -327,31 +363,24 @@ def full_disk(room):
 def test_a_full_disk_loses_nothing_that_was_stored(order, room, goes_on):
     with new_path() as path, contextlib.ExitStack() as stack:
         results = stack.enter_context(ResultsFile(path, KEYS))
+        stored = []
         with full_disk(room):
             for row in order:
-                before = set(results.done)
                 try:
                     results.add(row, record(row))
-                    assert results.done == before | {row}
+                    stored.append(row)
                 except OSError as error:
                     assert error.errno == errno.ENOSPC
-                    assert results.done in (before, before | {row})
-        assert rows_in_files(path) == results.done
-        assert undisturbed().startswith(path.read_bytes())
-        stored = results.done
+                assert results.done == set(stored)
+        assert path.read_bytes() == written(stored)
         if not goes_on:
             results.close()
             results = stack.enter_context(ResultsFile(path, KEYS))
-        assert results.done == stored
-        for row in order:
-            if row not in results.done:
-                results.add(row, record(row))
-                assert rows_in_files(path) == results.done
-        # Where all rows were stored before the last could be moved, opening moves them.
-        results.close()
-        with ResultsFile(path, KEYS) as results:
-            assert results.done == set(range(N))
-        assert path.read_bytes() == undisturbed()
+        assert results.done == set(stored)
+        rest = [row for row in order if row not in results.done]
+        for row in rest:
+            results.add(row, record(row))
+        assert path.read_bytes() == written(stored + rest)
         assert os.listdir(path.parent) == [path.name]
 
 
@@ -368,7 +397,7 @@ def test_a_failed_write_that_cannot_be_cut_off_leaves_no_rest(path, monkeypatch)
         with mock.patch.object(results_file, "os", Broken(10**6)), pytest.raises(OSError):
             results.add(0, {"text": "long" * 100})
         results.add(0, record(0))
-    assert path.read_bytes() == undisturbed(1)
+    assert path.read_bytes() == written([0])
 
 
 def test_misuse_is_named(path, tmp_path):
@@ -388,7 +417,7 @@ def test_misuse_is_named(path, tmp_path):
     results.close()
     with pytest.raises(ValueError, match="closed"):
         results.add(1, {})
-    assert path.read_bytes() == undisturbed(1)
+    assert path.read_bytes() == written([0])
     for target, message in (
         (tmp_path, "cannot be written: Is a directory"),
         (tmp_path / "none" / "x", "cannot be written: No such file"),
@@ -415,19 +444,19 @@ failures = st.sets(st.integers(0, N - 1), min_size=1)
 
 @settings(deadline=None, max_examples=60)
 @given(orders, failures, st.data())
-def test_rows_that_failed_are_made_again_and_come_out_in_order(order, failed, data):
+def test_rows_that_failed_are_dropped_and_made_again(order, failed, data):
     with new_path() as path:
         with ResultsFile(path, KEYS) as results:
             for row in order:
                 results.add(row, FAILED if row in failed else record(row))
             assert results.done == set(range(N))
-        assert path.read_bytes() == with_failures(failed)
-        still = data.draw(st.sets(st.sampled_from(sorted(failed))))
+        good = [row for row in order if row not in failed]
+        again = data.draw(st.permutations(sorted(failed)))
         with ResultsFile(path, KEYS) as results:
-            assert results.done == set(range(N)) - failed
-            for row in data.draw(st.permutations(sorted(failed))):
-                results.add(row, FAILED if row in still else record(row))
-        assert path.read_bytes() == with_failures(still)
+            assert results.done == set(good) and path.read_bytes() == written(good)
+            for row in again:
+                results.add(row, record(row))
+        assert path.read_bytes() == written(good + again)
         assert os.listdir(path.parent) == [path.name]
 
 
@@ -439,60 +468,35 @@ def test_a_kill_while_failures_are_made_again_loses_no_other_row(order, failed, 
         stored = set(range(N)) - failed
         for budget in [*budgets, 10**6]:
             results = None
-            with (
-                mock.patch.object(results_file, "os", DyingDisk(budget)),
-                contextlib.suppress(Killed),
-            ):
+            with dying_disk(budget), contextlib.suppress(Killed):
                 results = ResultsFile(path, KEYS)
                 assert stored <= results.done
                 for row in order:
                     if row not in results.done:
                         results.add(row, record(row))
                         stored.add(row)
-            for file in (results._output, results._journal) if results is not None else ():
-                # A process that is killed does nothing in its last moment.
-                if file is not None:
-                    file.close()
-        assert path.read_bytes() == undisturbed()
-        assert os.listdir(path.parent) == [path.name]
-
-
-@settings(deadline=None, max_examples=60)
-@given(failures, st.data())
-def test_a_run_that_is_stopped_early_leaves_the_failures_that_it_did_not_reach(failed, data):
-    with new_path() as path:
-        path.write_bytes(with_failures(failed))
-        again = data.draw(st.sets(st.sampled_from(sorted(failed))))
-        with ResultsFile(path, KEYS) as results:
-            for row in again:
-                results.add(row, record(row))
-        assert path.read_bytes() == with_failures(failed - again)
-        assert os.listdir(path.parent) == [path.name]
-
-
-def test_a_failure_that_waited_for_its_turn_is_made_again(path):
-    path.write_bytes(line(0).encode())
-    pending(path).write_text(failed_line(2) + line(3) + line(2))
-    with ResultsFile(path, KEYS) as results:
-        assert results.done == {0, 2, 3}
-    pending(path).write_text(failed_line(2) + line(3))
-    with ResultsFile(path, KEYS) as results:
-        assert results.done == {0, 3}
-
-
-@settings(deadline=None, max_examples=100)
-@given(failures, st.integers(0, 400))
-def test_a_full_disk_keeps_what_is_there_when_failures_are_made_again(failed, room):
-    with new_path() as path:
-        path.write_bytes(with_failures(failed))
-        with full_disk(room):
-            try:
-                results = ResultsFile(path, KEYS)
-            except OSError as error:
-                assert error.errno == errno.ENOSPC
-                assert path.read_bytes() == with_failures(failed)
-            else:
+            if results is not None:
                 results.close()
+        assert sorted(rows_in(path)) == list(range(N))
+        assert path.read_bytes() == written(rows_in(path))
+
+
+@settings(deadline=None, max_examples=30)
+@given(failures)
+def test_a_full_disk_keeps_what_is_there_when_failures_are_dropped(failed):
+    class FullDisk:
+        def __getattr__(self, name):
+            return getattr(os, name)
+
+        def fsync(self, fd):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with new_path() as path:
+        path.write_bytes(with_failures(failed))
+        with mock.patch.object(files, "os", FullDisk()), pytest.raises(OSError) as raised:
+            ResultsFile(path, KEYS)
+        assert raised.value.errno == errno.ENOSPC
+        assert path.read_bytes() == with_failures(failed)
         with ResultsFile(path, KEYS) as results:
             assert results.done == set(range(N)) - failed
 
@@ -503,20 +507,9 @@ def test_a_failed_row_may_be_corrected(path):
         assert results.done == {0, 2}
         results.add(1, {"n": 1})
     records = [json.loads(each) for each in path.read_text().splitlines()]
-    assert [each["key"] for each in records] == ["a", "corrected", "a"]
+    assert [each["key"] for each in records] == ["a", "a", "corrected"]
     with pytest.raises(ValueError, match="line 1 is of another input"):
         ResultsFile(path, ["other", "corrected", "a"])
-
-
-def test_rows_that_waited_for_an_output_which_was_deleted_are_gone(path):
-    with ResultsFile(path, KEYS) as results:
-        results.add(3, record(3))
-    with ResultsFile(path, KEYS) as results:
-        assert results.done == {3}
-    path.unlink()
-    with ResultsFile(path, KEYS) as results:
-        assert results.done == set()
-    assert os.listdir(path.parent) == [path.name]
 
 
 def test_numbers_that_json_does_not_have_become_null(path):
