@@ -2,11 +2,25 @@
 
 import secrets
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar, cast
 
-from .arguments import check_choice, check_count, check_range, check_seed, check_text, shown
+from .arguments import shown
 from .errors import TempoError
+from .kinds import (
+    Choice,
+    Count,
+    Inner,
+    Number,
+    RuleChoice,
+    ScheduleText,
+    Seed,
+    Temperature,
+    Texts,
+    check_all,
+    documented,
+    setting,
+)
 from .models import PlainModel, PositionedModel
 from .needs import NEEDS, told, unmet
 from .old_names import first_names, renamed, renames
@@ -23,9 +37,6 @@ WEIGHTINGS = ("none", "prior", "posterior")
 #: Steps that a posterior weight looks ahead where no pruning says how many.
 WEIGHTING_LOOKBACK = 3
 
-#: Temperatures at which logits that were divided by them are finite and differ in fp32.
-TEMPERATURES = 1e-6, 1e6
-
 #: Largest margin of leaves in nats, beyond what the logits of any model differ by.
 MOST_MARGIN = 1e6
 
@@ -33,105 +44,127 @@ MOST_MARGIN = 1e6
 BRANCHING = ("shared", "replicate")
 
 
+_TREES = "Trees"
+
+
 @renames(max_leaves="beam_width", leaf_margin="beam_margin")
+@documented
 @dataclass(frozen=True)
 class Settings:
     """How a run selects, sees and combines.
 
-    Args:
-        max_tokens: logical steps at most, at least 1.
-        threshold: tokens with p >= threshold form the set, (0, 1]; 1 is greedy decoding.
-        final_threshold: where the schedule takes the threshold at step = max_tokens, (0, 1]; the
-            last step is max_tokens - 1, a step short of it. None keeps the threshold.
-        schedule: how the threshold moves from the one to the other.
-        max_parallel: tokens of a set at most, at least 1.
-        temp: temperature of the softmax that the threshold is compared with, [1e-6, 1e6].
-        sampling: "deterministic", or "gumbel" to draw without replacement before the threshold; or
-            a :class:`~tempo_mlx.rules.selection.SamplingRule` or function of your own.
-        seed: of the draws; None picks one and records it. Without sampling it changes nothing.
-        visibility: who sees whom: a name in :data:`~tempo_mlx.rules.visibility.VISIBILITY`, or a
-            :class:`~tempo_mlx.rules.visibility.Visibility` or function of your own. None is
-            "recombined", or "isolated" with pruning, weighting or a temperature, which need sets
-            without parents, or "tree" with branching replicate.
-        combine: a name in :data:`~tempo_mlx.rules.combining.COMBINE`, or a
-            :class:`~tempo_mlx.rules.combining.CombiningRule` or function of your own.
-        pruning: how tokens are pruned after the fact; None prunes nothing.
-        beam_width: with visibility "tree", branches at most, the most probable texts; at least 1.
-        beam_margin: and none whose text is more than this many nats less probable than the best
-            one's; None keeps all.
-        branching: with visibility "tree", where branches live: "shared", all in one sequence, or
-            "replicate", each in a row of its own, for models that cannot hold them in one.
-        weighting: weight of a set's tokens as keys, "none" (1 each), "prior" (selection
-            probability) or "posterior" (gamma); summing to 1 over the set.
-        stop: texts that end the generation once the most probable tokens spell them.
-        prefill_step_size: prompt tokens in one forward pass, at least 1.
+    Where a name of a rule is accepted, a function or an object of the rule's class is, too; see
+    docs/extending.md.
 
     Raises:
         ValueError: naming the argument, its value and the allowed range.
     """
 
-    max_tokens: int = 100
-    threshold: float = 0.1
-    final_threshold: float | None = None
-    schedule: Schedule = field(default_factory=Constant)
-    max_parallel: int = 16
-    temp: float = 1.0
-    sampling: str | SamplingRule = "deterministic"
-    seed: int | None = None
-    visibility: str | Visibility | None = None
-    combine: str | CombiningRule = "mixture"
-    pruning: Pruning | None = None
-    beam_width: int = 8
-    beam_margin: float | None = None
-    branching: str = "shared"
-    weighting: str = "none"
-    stop: tuple[str, ...] = ()
-    prefill_step_size: int = 2048
+    max_tokens: int = setting(
+        100, Count(), "Steps at most; each makes one set. At least 1.", short="-m"
+    )
+    threshold: float = setting(
+        0.1,
+        Number(0, 1, low_open=True),
+        "Tokens with at least this probability form the set, in (0, 1]. 1 is greedy decoding; "
+        "0.05 shows many alternatives.",
+    )
+    final_threshold: float | None = setting(
+        None,
+        Number(0, 1, low_open=True),
+        "Where `schedule` takes the threshold at step = `max_tokens`, in (0, 1]; the last step is "
+        "the one before.",
+    )
+    schedule: Schedule = setting(
+        Constant(),
+        ScheduleText(),
+        "How the threshold moves to `final_threshold`: constant, bezier(p1,p2) with p1, p2 in "
+        "[0, 1], or relu(activation) with activation in [0, 1).",
+    )
+    max_parallel: int = setting(
+        16, Count(), "Tokens of one set at most, most probable first. At least 1."
+    )
+    temp: float = setting(
+        1.0,
+        Temperature(advice="for greedy decoding use threshold 1"),
+        "Temperature of the softmax before the threshold, in [1e-6, 1e6].",
+    )
+    sampling: str | SamplingRule = setting(
+        "deterministic",
+        RuleChoice(SAMPLING, SamplingRule),
+        "deterministic, or gumbel: draw `max_parallel` tokens without replacement, then apply the "
+        "threshold to them. Or a rule of your own.",
+    )
+    seed: int | None = setting(
+        None, Seed(), "Seed of the draws; without `sampling` gumbel it changes nothing."
+    )
+    visibility: str | Visibility | None = setting(
+        None,
+        RuleChoice(VISIBILITY, Visibility),
+        "What a token sees. isolated: earlier steps and itself. visible: also its siblings. "
+        "hidden: as isolated, but sets of several tokens vanish for later steps. tree: the tokens "
+        "that lead to it; every branch goes on by itself. recombined: as tree, with one branch "
+        "for each token, its most probable text. Or a rule of your own.",
+        shown="recombined; isolated with pruning, weighting or `temp`",
+    )
+    combine: str | CombiningRule = setting(
+        "mixture",
+        RuleChoice(COMBINE, CombiningRule),
+        "How the rows of a set make the next distribution. mixture: weighted by the tokens' "
+        "probabilities. mean: equal weights. product: weighted mean of the log-probabilities. "
+        "last: the last row alone. Or a rule of your own.",
+    )
+    pruning: Pruning | None = setting(
+        None, Inner(Pruning), "How tokens are pruned after the fact; None prunes nothing."
+    )
+    beam_width: int = setting(
+        8,
+        Count(),
+        "With `visibility` tree, branches at most, the most probable texts. At least 1.",
+        panel=_TREES,
+    )
+    beam_margin: float | None = setting(
+        None,
+        Number(0, MOST_MARGIN),
+        "With `visibility` tree, drop branches more than this many nats below the best one.",
+        panel=_TREES,
+    )
+    branching: str = setting(
+        "shared",
+        Choice(BRANCHING),
+        "With `visibility` tree, where branches live: shared, all in one sequence; or replicate, "
+        "each with a copy of the state, which works for any model.",
+        panel=_TREES,
+    )
+    weighting: str = setting(
+        "none",
+        Choice(WEIGHTINGS),
+        "Weight of a set's tokens as keys, summing to 1 over the set: prior is the selection "
+        "probability, posterior what came after says. none: each counts as one.",
+    )
+    stop: tuple[str, ...] = setting(
+        (), Texts(), "End before this text, once the most probable tokens spell it. Repeatable."
+    )
+    prefill_step_size: int = setting(
+        2048, Count(), "Prompt tokens in one forward pass; smaller needs less memory. At least 1."
+    )
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "sampling", stored(self.sampling_rule, SAMPLING))
-        object.__setattr__(self, "combine", stored(self.combining_rule, COMBINE))
-        if self.visibility is not None:
-            rule = stored(visibility_of(self.visibility), VISIBILITY)
-            object.__setattr__(self, "visibility", rule)
-        for name in ("max_tokens", "max_parallel", "beam_width", "prefill_step_size"):
-            check_count(name, getattr(self, name))
-        if not callable(self.schedule):
+        check_all(self)
+        moves = not isinstance(self.schedule, Constant)
+        if self.final_threshold is not None and not moves:
             raise TempoError(
-                f"schedule must be a schedule, as parse_schedule makes one of text, got "
-                f"{shown(self.schedule)}"
+                "final_threshold needs a schedule that moves: bezier(p1,p2) or relu(activation)"
             )
-        if not isinstance(self.pruning, Pruning | None):
-            raise TempoError(f"pruning must be a Pruning or None, got {shown(self.pruning)}")
-        check_range("threshold", self.threshold, 0.0, 1.0, low_open=True)
-        if self.final_threshold is not None:
-            check_range("final_threshold", self.final_threshold, 0.0, 1.0, low_open=True)
-            if isinstance(self.schedule, Constant):
-                raise TempoError(
-                    "final_threshold needs a schedule that moves: bezier(p1,p2) or relu(activation)"
-                )
-        elif not isinstance(self.schedule, Constant):
+        if self.final_threshold is None and moves:
             raise TempoError(f"schedule {self.schedule} needs a final_threshold to move towards")
-        check_temperature("temp", self.temp, "for greedy decoding use threshold 1")
-        if self.seed is not None:
-            check_seed(self.seed)
-        check_choice("branching", self.branching, BRANCHING)
         if self.branching == "replicate" and self.visibility_rule is not VISIBILITY["tree"]:
             raise TempoError(
                 f"branching replicate needs visibility tree, got {self.visibility_rule}: a branch "
                 "in a row of its own sees its own text"
             )
-        check_choice("weighting", self.weighting, WEIGHTINGS)
-        if self.beam_margin is not None:
-            check_range("beam_margin", self.beam_margin, 0.0, MOST_MARGIN)
         if self.has_parents:
             self._check_parents()
-        if not isinstance(self.stop, (tuple, list)) or not all(self.stop):
-            raise TempoError(
-                f"stop must be a tuple of texts that are not empty, got {shown(self.stop)}"
-            )
-        for i, text in enumerate(self.stop):
-            check_text(f"stop[{i}]", text)
 
     def _check_parents(self) -> None:
         """Refuse what has no meaning, or no exact one, where tokens have parents."""
@@ -249,7 +282,7 @@ class Settings:
 
     def values(self) -> dict[str, Any]:
         """Every setting by its name; those of the pruning, if there is one, as "pruning.rule"."""
-        own = vars(self) | {"visibility": self.visibility_rule.name}
+        own = vars(self) | {"visibility": stored(self.visibility_rule, VISIBILITY)}
         return own | ({} if self.pruning is None else _inner(self.pruning))
 
     def changed(self) -> set[str]:
@@ -345,11 +378,3 @@ def given(settings: S | None, kwargs: Mapping[str, Any], kind: type[S]) -> S:
 
 def _inner(pruning: Pruning) -> dict[str, Any]:
     return {f"pruning.{name}": value for name, value in vars(pruning).items()}
-
-
-def check_temperature(name: str, value: Any, advice: str) -> None:
-    """Raise TempoError unless logits divided by the value stay finite and apart in fp32."""
-    try:
-        check_range(name, value, *TEMPERATURES, words="above 0, ")
-    except TempoError as error:
-        raise TempoError(f"{error}; {advice}") from error

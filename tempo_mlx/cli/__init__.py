@@ -6,6 +6,9 @@ import importlib.metadata
 import io
 import os
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
@@ -13,6 +16,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from ..errors import TempoError
 from ..interrupts import leave_on_interrupt
+from ..old_names import RenamedWarning
 from ..text.printable import visible
 
 #: Commands in the order of the help, each a module of this package -> what it does.
@@ -112,7 +116,8 @@ def main() -> None:
     _prepare_streams()
     try:
         try:
-            code = app(standalone_mode=False)
+            with _new_names_told():
+                code = app(standalone_mode=False)
         except typer.Exit as exit:
             code = exit.exit_code
         sys.stdout.flush()
@@ -132,6 +137,25 @@ def main() -> None:
             raise
         fail(_described(error))
     raise SystemExit(code or 0)
+
+
+@contextmanager
+def _new_names_told() -> Iterator[None]:
+    """Print what is told of settings' old names as notes, each once."""
+    told = set()
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def note(message: Warning | str, category: type[Warning], *place: Any, **kw: Any) -> None:
+            if not issubclass(category, RenamedWarning):
+                show(message, category, *place, **kw)
+            elif str(message) not in told:
+                told.add(str(message))
+                print(f"note: {visible(str(message))}", file=sys.stderr)
+
+        warnings.simplefilter("always", RenamedWarning)
+        warnings.showwarning = note
+        yield
 
 
 def _prepare_streams() -> None:

@@ -19,20 +19,7 @@ from ..io.prompt_files import read_prompts
 from ..models import PositionedModel
 from ..needs import Need, Needs
 from ..plots import check_plot, plot_lattice, plot_mask
-from ..rules.combining import COMBINE
-from ..rules.pruning import (
-    DECISIONS,
-    IF_ALL_PRUNED,
-    LAYER_WEIGHTS,
-    QUERY_WEIGHTS,
-    REPAIRS,
-    RULES,
-    Pruning,
-    parse_layers,
-)
-from ..rules.schedules import parse_schedule
-from ..rules.visibility import VISIBILITY
-from ..settings import BRANCHING, SAMPLING, WEIGHTINGS, Settings
+from ..settings import Settings
 from ..text.printable import running
 from ..text.rendering import StepWriter, plain
 from ..text.vocabulary import add_end_token
@@ -52,12 +39,12 @@ from .outputs import (
     write_json,
 )
 from .prompts import RESULTS, generate_from_file, join_note, notes_on, parse_bytes, runnable
+from .setting_options import SettingsCommand, files_of, with_settings
 
 #: Prompts longer than this show a progress bar while they are read.
 LONG_PROMPT = 1024
 
 DEFAULTS = Settings()
-PRUNING = Pruning()
 
 _ONE_PROMPT = Need("prompts_file", absent=True)
 _SHARED = Need("branching", ("replicate",), absent=True)
@@ -79,7 +66,7 @@ WITHOUT_OUTPUT: Needs = {"paths": PRINTED, "verify": (_SHARED, *PRINTED)}
 
 
 def register(app: typer.Typer) -> None:
-    app.command("generate")(generate)
+    app.command("generate", cls=SettingsCommand)(with_settings(generate))
 
 
 def generate(
@@ -141,169 +128,7 @@ def generate(
     adapter_path: Annotated[
         str | None, typer.Option(help="Folder of trained adapter weights and their config.")
     ] = None,
-    max_tokens: Annotated[
-        int,
-        typer.Option("--max-tokens", "-m", help="Steps at most; each makes one set. At least 1."),
-    ] = DEFAULTS.max_tokens,
-    threshold: Annotated[
-        float,
-        typer.Option(
-            help="Tokens with at least this probability form the set, in (0, 1]. "
-            "1 is greedy decoding; 0.05 shows many alternatives."
-        ),
-    ] = DEFAULTS.threshold,
-    final_threshold: Annotated[
-        float | None,
-        typer.Option(
-            help="Where --schedule takes the threshold at step = --max-tokens, in (0, 1]; the last "
-            "step is the one before."
-        ),
-    ] = None,
-    schedule: Annotated[
-        str,
-        typer.Option(
-            help="How the threshold moves to --final-threshold: constant, bezier(p1,p2) with "
-            "p1, p2 in [0, 1], or relu(activation) with activation in [0, 1)."
-        ),
-    ] = "constant",
-    max_parallel: Annotated[
-        int, typer.Option(help="Tokens of one set at most, most probable first. At least 1.")
-    ] = DEFAULTS.max_parallel,
-    visibility: Annotated[
-        str,
-        typer.Option(
-            metavar="|".join(VISIBILITY),
-            show_default="recombined; isolated with pruning, weighting or --temp",
-            help="What a token sees. isolated: earlier steps and itself. visible: also its "
-            "siblings. hidden: as isolated, but sets of several tokens vanish for later steps. "
-            "tree: the tokens that lead to it; every branch goes on by itself. recombined: as "
-            "tree, with one branch for each token, its most probable text.",
-        ),
-    ] = "",
-    combine: Annotated[
-        str,
-        typer.Option(
-            metavar="|".join(COMBINE),
-            help="How the rows of a set make the next distribution. mixture: weighted by the "
-            "tokens' probabilities. mean: equal weights. product: weighted mean of the "
-            "log-probabilities. last: the last row alone.",
-        ),
-    ] = str(DEFAULTS.combine),
-    temp: Annotated[
-        float,
-        typer.Option(help="Temperature of the softmax before the threshold, in [1e-6, 1e6]."),
-    ] = DEFAULTS.temp,
-    sampling: Annotated[
-        str,
-        typer.Option(
-            metavar="|".join(SAMPLING),
-            help="deterministic, or gumbel: draw --max-parallel tokens without replacement, then "
-            "apply the threshold to them.",
-        ),
-    ] = str(DEFAULTS.sampling),
-    seed: Annotated[
-        int | None,
-        typer.Option(help="Seed of the draws; without --sampling gumbel it changes nothing."),
-    ] = None,
-    beam_width: Annotated[
-        int,
-        typer.Option(help="With --visibility tree, branches at most, the most probable texts."),
-    ] = DEFAULTS.beam_width,
-    beam_margin: Annotated[
-        float | None,
-        typer.Option(
-            help="With --visibility tree, drop branches this many nats behind the best one."
-        ),
-    ] = None,
-    branching: Annotated[
-        str,
-        typer.Option(
-            metavar="|".join(BRANCHING),
-            help="With --visibility tree, where branches live: shared, all in one sequence; or "
-            "replicate, each with a copy of the state, which works for any model.",
-        ),
-    ] = DEFAULTS.branching,
-    prune: Annotated[
-        str | None,
-        typer.Option(
-            metavar="|".join(RULES),
-            help="Prune tokens of earlier sets by what came after them. posterior: how well they "
-            "explain it. attention: how much later rows look at them. probability, random: "
-            "baselines that look at nothing.",
-        ),
-    ] = None,
-    prune_threshold: Annotated[
-        float, typer.Option(help="Base of the pruning threshold, in [0, 1]; see --prune-schedule.")
-    ] = PRUNING.threshold,
-    prune_decision: Annotated[
-        str,
-        typer.Option(
-            metavar="|".join(DECISIONS),
-            help="relative: score / best score of the set below the threshold. absolute: score "
-            "below it. sigmoid: 1 / (1 + exp(-steepness (threshold - score))) above 0.5, or drawn "
-            "where the run samples. quota: the lowest scores, so that --prune-keep-rate stays.",
-        ),
-    ] = str(PRUNING.decision),
-    prune_steepness: Annotated[
-        float, typer.Option(help="Steepness of the sigmoid decision, above 0.")
-    ] = PRUNING.steepness,
-    prune_keep_rate: Annotated[
-        float,
-        typer.Option(help="Share of the tokens in sets of several that quota keeps, in (0, 1]."),
-    ] = PRUNING.keep_rate,
-    prune_schedule: Annotated[
-        str,
-        typer.Option(
-            help="Factor f(step / max-tokens) on the pruning threshold: constant, bezier(p1,p2) "
-            "or relu(activation); `tempo-mlx schedule` draws it."
-        ),
-    ] = str(PRUNING.schedule),
-    prune_lookback: Annotated[
-        int, typer.Option(help="Judge a set until it is this many steps old. At least 1.")
-    ] = PRUNING.lookback,
-    prune_min_age: Annotated[
-        int, typer.Option(help="Judge no set that is younger, in [1, --prune-lookback].")
-    ] = PRUNING.min_age,
-    prune_layers: Annotated[
-        str,
-        typer.Option(
-            help="Layers whose attention counts: all, last:N, or numbers from 0 like 3,7,11."
-        ),
-    ] = "all",
-    prune_layer_weights: Annotated[
-        str,
-        typer.Option(
-            metavar="|".join(LAYER_WEIGHTS), help="rising: linear from 0.5 to 1 over the layers."
-        ),
-    ] = PRUNING.layer_weights,
-    prune_query_weights: Annotated[
-        str,
-        typer.Option(
-            metavar="|".join(QUERY_WEIGHTS),
-            help="Whether rows count alike or by the probability of their token.",
-        ),
-    ] = PRUNING.query_weights,
-    prune_if_all_pruned: Annotated[
-        str,
-        typer.Option(
-            metavar="|".join(IF_ALL_PRUNED), help="What happens to a set that would lose all."
-        ),
-    ] = PRUNING.if_all_pruned,
-    prune_repair: Annotated[
-        str,
-        typer.Option(
-            metavar="|".join(REPAIRS),
-            help="recompute: run later slots again as if the pruned token had never been there.",
-        ),
-    ] = PRUNING.repair,
-    weighting: Annotated[
-        str,
-        typer.Option(
-            metavar="|".join(WEIGHTINGS),
-            help="Weight of a set's tokens as keys, summing to 1 over the set: prior is the "
-            "selection probability, posterior what came after says. none: each counts as one.",
-        ),
-    ] = DEFAULTS.weighting,
+    settings: Settings = DEFAULTS,
     explain: Annotated[
         bool,
         typer.Option("--explain", help="Print every verdict: set, scores, threshold, pruned."),
@@ -319,19 +144,12 @@ def generate(
         bool,
         typer.Option("--plot-attention", help="Draw attention to earlier sets as arcs, too."),
     ] = False,
-    stop: Annotated[
-        list[str] | None,
-        typer.Option(help="End before this text. Repeatable."),
-    ] = None,
     extra_eos_token: Annotated[
         list[str] | None,
         typer.Option(
             help="Treat this token, its text or its id, as an end of text, too. Repeatable."
         ),
     ] = None,
-    prefill_step_size: Annotated[
-        int, typer.Option(help="Prompt tokens in one forward pass; smaller needs less memory.")
-    ] = DEFAULTS.prefill_step_size,
     paths: Annotated[
         int,
         typer.Option(
@@ -369,42 +187,6 @@ def generate(
     [bold]\\[ on/ under/ beside][/bold]. At the end comes the best single path through the sets,
     rescored by the model as the text that it is.
     """
-    pruning = None
-    if prune is not None:
-        pruning = Pruning(
-            rule=prune,
-            threshold=prune_threshold,
-            decision=prune_decision,
-            steepness=prune_steepness,
-            keep_rate=prune_keep_rate,
-            schedule=parse_schedule(prune_schedule),
-            lookback=prune_lookback,
-            min_age=prune_min_age,
-            layers=parse_layers(prune_layers),
-            layer_weights=prune_layer_weights,
-            query_weights=prune_query_weights,
-            if_all_pruned=prune_if_all_pruned,
-            repair=prune_repair,
-        )
-    settings = Settings(
-        max_tokens=max_tokens,
-        threshold=threshold,
-        final_threshold=final_threshold,
-        schedule=parse_schedule(schedule),
-        max_parallel=max_parallel,
-        temp=temp,
-        sampling=sampling,
-        seed=seed,
-        visibility=visibility or None,
-        combine=combine,
-        beam_width=beam_width,
-        beam_margin=beam_margin,
-        branching=branching,
-        pruning=pruning,
-        weighting=weighting,
-        stop=tuple(stop or ()),
-        prefill_step_size=prefill_step_size,
-    )
     rows = None
     if prompts_file is not None:
         if (prompt, prompt_option, prompt_file) != (None, None, None):
@@ -428,6 +210,7 @@ def generate(
             "--prompts-file": prompts_file,
             "--prompt-cache": prompt_cache if known_prompt else None,
             "standard input": STANDARD_INPUT if HYPHEN in (prompt, prompt_option) else None,
+            **{option: Path(file) for option, file in files_of(context.params).items()},
         },
         overwrite,
     )
@@ -498,7 +281,6 @@ def generate(
         known = PromptCache.read(language_model, tokenizer, content, settings.prefill_step_size)
         known.save(prompt_cache)
         say_written(prompt_cache, notes)
-    arguments = {name: getattr(settings, name) for name in settings.__dataclass_fields__}
     response = None
     interrupted = False
     writer, streamed = StepWriter(), ""
@@ -521,7 +303,7 @@ def generate(
             prompt_progress_callback=on_prompt,
             prompt_cache=known,
             paths=max(1, paths or 5 if output is not None else paths),
-            **arguments,
+            settings=settings,
         )
         try:
             for response in responses:

@@ -1,21 +1,22 @@
 """``tempo-mlx search``: Monte Carlo tree search for a text."""
 
-import importlib.util
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
+from ..arguments import shown
 from ..errors import TempoError
 from ..io.console import Console
 from ..io.files import STANDARD_INPUT, STANDARD_OUTPUT, write_atomically
 from ..needs import Need, Needs
 from ..plots import check_plot, plot_search
+from ..rules.own import load_object
 from ..search import SearchError, SearchResult, SearchSettings, stream_search
+from ..search.environment import Batched
 from ..search.monte_carlo import BACKUPS, SELECTIONS
 from ..search.settings import EVALUATIONS, NEEDS
 from ..text.printable import quoted
@@ -191,7 +192,9 @@ def search(
         max_kv_bytes=parse_bytes(max_kv_bytes) if max_kv_bytes is not None else None,
     )
     require_effect(context, OPTIONS)
-    function = load_function(value) if value is not None else None
+    function = load_object(value, "--value") if value is not None else None
+    if function is not None and not isinstance(function, Batched) and not callable(function):
+        raise TempoError(f"--value {value} must be a function, got {shown(function)}")
     if plot is not None:
         check_plot(plot)
     check_outputs(
@@ -298,26 +301,3 @@ def choices(result: SearchResult) -> Table:
                 end_section=rank == len(choice.children) - 1,
             )
     return table
-
-
-def load_function(where: str) -> Callable[..., Any]:
-    """The function that FILE.py:NAME names.
-
-    Raises:
-        ValueError: if there is none.
-    """
-    file, _, name = where.rpartition(":")
-    if not file or not Path(file).is_file():
-        raise TempoError(f"--value must be FILE.py:NAME with a file that is there, got {where!r}")
-    spec = importlib.util.spec_from_file_location("tempo_mlx_value", file)
-    if spec is None or spec.loader is None:
-        raise TempoError(f"--value {where}: {file} is no Python file")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        raise TempoError(f"--value {file} raised {type(error).__name__}: {error}") from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise TempoError(f"--value {where}: {file} has no function {name}")
-    return function

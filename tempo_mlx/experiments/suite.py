@@ -10,20 +10,22 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
     Field,
+    PrivateAttr,
     field_validator,
 )
 
 from ..decode.request import require_observable
 from ..errors import TempoError
-from ..io.prompt_files import PARSERS, setting_names
+from ..io.prompt_files import setting_names, settings_from_json
+from ..rules.own import load_rules
 from ..rules.pruning import Pruning
 from ..settings import Settings
-from ..settings import given as settings_given
 from .suite_keys import STRICT, Grid, SettingsSpec
 
 #: Version of what identifies a run.
@@ -50,6 +52,7 @@ class Suite(BaseModel):
     """
 
     model_config = STRICT
+    _folder: Path | None = PrivateAttr(None)
 
     name: Annotated[
         str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="What the suite is called.")
@@ -93,6 +96,11 @@ class Suite(BaseModel):
             raise TempoError("a seed stands there twice")
         return seeds
 
+    def beside(self, file: Path) -> "Suite":
+        """The suite of a file, whose folder the paths of rules are relative to."""
+        self._folder = file.parent
+        return self
+
     def to_dict(self) -> dict[str, Any]:
         """The suite as its file would have it, defaults filled in."""
         data = self.model_dump(mode="json", exclude={"settings", "grid"})
@@ -127,7 +135,7 @@ class Suite(BaseModel):
                     value = {**(given.get(outer) or {}), inner: value}
                 given[outer] = value
             try:
-                yield {n: varied[n] for n in axes}, _settings(given)
+                yield {n: varied[n] for n in axes}, _settings(given, self._folder)
             except TempoError as error:
                 shown = ", ".join(f"{name} {_shown(value)}" for name, value in varied.items())
                 where = f" ({shown})" if shown else ""
@@ -296,18 +304,13 @@ def _shown(value: Any) -> str:
     return "none" if value is None else str(value)
 
 
-def _settings(given: dict[str, Any]) -> Settings:
-    """Settings of values as YAML has them."""
-    values = _parsed(given)
+def _settings(given: dict[str, Any], folder: Path | None) -> Settings:
+    """Settings of values as YAML has them.
+
+    Args:
+        folder: of the suite's file, which the files of rules are relative to.
+    """
+    values = load_rules(settings_from_json(given, Settings), Settings, folder)
     if values.get("pruning") is not None:
-        values["pruning"] = Pruning(**_parsed(values["pruning"]))
-    return settings_given(None, values, Settings)
-
-
-def _parsed(given: dict[str, Any]) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for name, value in given.items():
-        if name in PARSERS and isinstance(value, str):
-            value = PARSERS[name](value)
-        values[name] = tuple(value) if isinstance(value, list) else value
-    return values
+        values["pruning"] = Pruning(**values["pruning"])
+    return Settings(**values)

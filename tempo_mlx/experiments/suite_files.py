@@ -54,7 +54,7 @@ def read_suite(name: str | Path) -> Suite:
             f"{str(name)!r} is no file and no built-in suite; those are {', '.join(known)}"
         )
     try:
-        return parse_suite(path.read_text(encoding="utf-8"))
+        return parse_suite(path.read_text(encoding="utf-8")).beside(path)
     except UnicodeDecodeError as error:
         raise SuiteError(f"{path} is not UTF-8 text") from error
     except OSError as error:

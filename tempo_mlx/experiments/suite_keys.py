@@ -1,76 +1,84 @@
 """Which settings may stand in a suite file, and what their values look like there."""
 
-from dataclasses import fields
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Discriminator,
     Field,
     Tag,
+    WithJsonSchema,
     create_model,
+    model_validator,
 )
 
-from ..rules.combining import COMBINE
-from ..rules.pruning import (
-    DECISIONS,
-    IF_ALL_PRUNED,
-    LAYER_WEIGHTS,
-    QUERY_WEIGHTS,
-    REPAIRS,
-    RULES,
-    Pruning,
-)
-from ..rules.schedules import Schedule
-from ..rules.visibility import VISIBILITY
-from ..settings import BRANCHING, SAMPLING, WEIGHTINGS, Settings
-
-#: Settings whose values are among a few names.
-CHOICES: dict[str, Any] = {
-    "visibility": VISIBILITY,
-    "combine": COMBINE,
-    "sampling": SAMPLING,
-    "branching": BRANCHING,
-    "weighting": WEIGHTINGS,
-    "rule": RULES,
-    "decision": DECISIONS,
-    "if_all_pruned": IF_ALL_PRUNED,
-    "layer_weights": LAYER_WEIGHTS,
-    "query_weights": QUERY_WEIGHTS,
-    "repair": REPAIRS,
-}
-
-#: Types of settings as YAML has them.
-WRITTEN: dict[Any, Any] = {
-    Schedule: str,
-    tuple[str, ...]: list[str],
-    tuple[int, ...]: list[int] | str,
-}
+from ..kinds import Choice, Entry, Inner, Layers, RuleChoice, table
+from ..old_names import new_names
+from ..rules.own import PLACE, is_place
+from ..rules.pruning import Pruning
+from ..settings import Settings
 
 STRICT = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
-def _written(name: str, hint: Any, pruning: type | None) -> Any:
+def _written(entry: Entry, inner: type | None) -> Any:
     """The type that a setting has in YAML."""
-    if name in CHOICES:
-        return Literal[tuple(CHOICES[name])]
-    parts = get_args(hint) if get_origin(hint) is not tuple and get_args(hint) else (hint,)
-    kinds = [pruning if part is Pruning else WRITTEN.get(part, part) for part in parts]
-    return Union[tuple(kinds)]  # noqa: UP007
+    kind = entry.kind
+    written: Any = kind.option
+    if isinstance(kind, RuleChoice):
+        written = _rule(kind)
+    elif isinstance(kind, Choice):
+        written = Literal[tuple(kind.names)]
+    elif isinstance(kind, Layers):
+        written = int | list[int] | str
+    elif isinstance(kind, Inner):
+        written = inner
+    # A rule that nobody chose is left out.
+    optional = entry.optional and not isinstance(kind, RuleChoice)
+    return written | None if optional else written
 
 
-def _keys(owner: type, pruning: type | None = None) -> dict[str, Any]:
+def _rule(kind: RuleChoice) -> Any:
+    """A rule's name, or the place of one's own."""
+
+    def named(text: str) -> str:
+        if not is_place(text):
+            kind.check("it", text)
+        return text
+
+    names = {"enum": list(kind.known), "type": "string"}
+    own = {"pattern": PLACE.pattern, "type": "string"}
+    return Annotated[str, AfterValidator(named), WithJsonSchema({"anyOf": [names, own]})]
+
+
+def _keys(owner: type, inner: type | None = None) -> dict[str, Any]:
     """Name -> type of the fields of a settings class; a seed comes from the suite's list."""
-    hints = get_type_hints(owner)
-    names = [field.name for field in fields(owner) if field.name != "seed"]
-    return {name: _written(name, hints[name], pruning) for name in names}
+    return {
+        name: Annotated[_written(entry, inner), Field(description=entry.help.replace("`", ""))]
+        for name, entry in table(owner).items()
+        if name != "seed"
+    }
+
+
+class _Keys(BaseModel):
+    """Keys of which each may be left out, and may have the name that it had before."""
+
+    model_config = STRICT
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_new_names(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        return new_names(new_names(given, Settings), Pruning)
 
 
 def _spec(title: str, keys: dict[str, Any]) -> type[BaseModel]:
     """A model all of whose keys may be left out."""
     optional: dict[str, Any] = {name: (kind, None) for name, kind in keys.items()}
-    return create_model(title, __config__=STRICT, **optional)
+    return create_model(title, __base__=_Keys, **optional)
 
 
 def _alternatives(keys: dict[str, Any]) -> dict[str, Any]:

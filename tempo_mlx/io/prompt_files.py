@@ -1,35 +1,19 @@
 """Files of prompts: one a line, as text or as JSON with settings of its own."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
 from ..errors import TempoError
-from ..rules.pruning import Pruning, parse_layers
-from ..rules.schedules import Schedule, parse_schedule
+from ..kinds import Entry, Inner, table
+from ..old_names import new_names
+from ..rules.pruning import Pruning
 from ..settings import Settings
 from .inputs import object_of, read_lines, shown_json, text_of
 
 #: Endings of the names of files that can be read.
 FORMATS = (".txt", ".jsonl")
-
-#: Settings that may stand as text where their type is another.
-PARSERS: dict[str, Callable[[str], Any]] = {"schedule": parse_schedule, "layers": parse_layers}
-
-#: What JSON has for the types of settings, in words.
-KINDS: dict[Any, str] = {
-    bool: "true or false",
-    int: "an integer",
-    float: "a number",
-    str: "text",
-    NoneType: "null",
-    tuple[int, ...]: "a list of integers",
-    tuple[str, ...]: "a list of texts",
-    Schedule: "text such as bezier(0.2,0.8)",
-    Pruning: "an object",
-}
 
 Prompt = str | list[int] | list[dict[str, Any]]
 
@@ -129,7 +113,7 @@ def _read_object(path: Path, number: int, line: bytes) -> PromptRow:
         given = object_of(line, '{"prompt": "Once upon a time"}')
         id = _checked_id(given.pop("id", None))
         prompt = _checked_prompt(given)
-        return PromptRow(prompt, _typed_settings(given, Settings), id, path, number)
+        return PromptRow(prompt, settings_from_json(given, Settings), id, path, number)
     except TempoError as error:
         return PromptRow(prompt, {}, id, path, number, _at(path, number, error))
 
@@ -164,43 +148,37 @@ def _checked_prompt(given: dict[str, Any]) -> Prompt:
     )
 
 
-def _typed_settings(given: dict[str, Any], owner: type, prefix: str = "") -> dict[str, Any]:
-    """JSON values as the fields of ``owner`` have them.
+def settings_from_json(given: Mapping[str, Any], owner: type, prefix: str = "") -> dict[str, Any]:
+    """Values that JSON or YAML has, as the fields of a settings class have them.
+
+    Args:
+        given: by name; old names are accepted, with a warning.
+        owner: the class.
+        prefix: what messages say before a name.
 
     Raises:
-        ValueError: for a name that is no field, or a value of another type.
+        TempoError: for a name that is no field, or a value of another type.
     """
-    hints = get_type_hints(owner)
-    known = [field.name for field in fields(owner)]
-    for name in given:
-        if name not in known:
+    entries = table(owner)
+    values = new_names(given, owner)
+    for name, value in values.items():
+        if name not in entries:
             raise TempoError(
-                f"unknown {prefix}setting {name!r}; {prefix}settings are {', '.join(known)}"
+                f"unknown {prefix}setting {name!r}; {prefix}settings are {', '.join(entries)}"
             )
-    return {name: _typed(name, value, hints[name], prefix) for name, value in given.items()}
+        values[name] = _from_json(prefix + name, value, entries[name])
+    return values
 
 
-def _typed(name: str, value: Any, hint: Any, prefix: str) -> Any:
-    kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
-    if name in PARSERS and isinstance(value, str):
-        return PARSERS[name](value)
-    if Pruning in kinds and isinstance(value, dict):
-        return _typed_settings(value, Pruning, "prune ")
-    for kind in kinds:
-        if get_origin(kind) is tuple and isinstance(value, list):
-            if all(type(item) is get_args(kind)[0] for item in value):
-                return tuple(value)
-        # Not by isinstance, for which true is an integer.
-        elif type(value) is kind:
-            return value
-        elif kind is float and type(value) is int:
-            return _as_float(name, value)
-    wanted = " or ".join(KINDS.get(kind, str(kind)) for kind in kinds)
-    raise TempoError(f"{prefix}{name} must be {wanted}, got {shown_json(value)}")
-
-
-def _as_float(name: str, value: int) -> float:
+def _from_json(name: str, value: Any, entry: Entry) -> Any:
+    if value is None and entry.optional:
+        return None
+    if isinstance(entry.kind, Inner) and isinstance(value, dict):
+        return settings_from_json(value, entry.kind.owner, "prune ")
     try:
-        return float(value)
+        found = entry.kind.from_json(value)
     except OverflowError as error:
         raise TempoError(f"{name} is too large for a number") from error
+    if found is NotImplemented:
+        raise TempoError(f"{name} must be {entry.words}, got {shown_json(value)}")
+    return found

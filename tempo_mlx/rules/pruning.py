@@ -6,16 +6,27 @@ scores into a verdict.
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from ..arguments import check_choice, check_count, check_range, shown
+from ..arguments import shown
 from ..errors import TempoError
+from ..kinds import (
+    Choice,
+    Count,
+    Layers,
+    Number,
+    RuleChoice,
+    ScheduleText,
+    check_all,
+    documented,
+    setting,
+)
 from ..lattice.lattice import PruningDecision
 from ..old_names import renames
-from .rule import Rule, find, stored
+from .rule import Rule, find
 from .schedules import Bezier, Schedule
 
 
@@ -227,71 +238,107 @@ QUERY_WEIGHTS = ("equal", "probability")
 REPAIRS = ("none", "recompute")
 
 
+_PANEL = "Retroactive pruning"
+
+
 @renames(when_all_fall="if_all_pruned")
+@documented
 @dataclass(frozen=True)
 class Pruning:
     """How tokens are pruned after the fact.
-
-    Args:
-        rule: a key of :data:`RULES`.
-        threshold: base of the pruning threshold, [0, 1]; at each step base x schedule.
-        decision: "relative" (score / best score of the set < threshold), "absolute" (score <
-            threshold), "sigmoid" (1 / (1 + exp(-steepness (threshold - score))) > 0.5, or drawn
-            where the run samples), or "quota" (the lowest scores, so that ``keep_rate`` of the
-            tokens stays).
-        steepness: of the sigmoid, above 0.
-        keep_rate: share of the tokens in sets of several that "quota" keeps, (0, 1].
-        schedule: how the threshold grows over the run.
-        lookback: a set is judged until it is this many steps old, at least 1.
-        min_age: and not before it is this many steps old, in [1, lookback].
-        if_all_pruned: "keep_best", "keep_all" or "drop_set".
-        layers: attention layers to average: None (all), the last n, or their numbers from 0.
-        layer_weights: "uniform", or "rising" (linear from 0.5 to 1, normalised).
-        query_weights: rows count "equal"ly or by their token's "probability".
-        repair: "none" (later slots keep what they saw), or "recompute" (they are run again as if
-            the pruned tokens had never been there).
-        compact_above: share of dead slots in the cache above which it is compacted, [0, 1].
 
     Raises:
         ValueError: naming the argument, its value and the allowed range.
     """
 
-    rule: str | PruningRule = "posterior"
-    threshold: float = 0.5
-    decision: str | DecisionRule = "relative"
-    steepness: float = 50.0
-    keep_rate: float = 0.75
-    schedule: Schedule = field(default_factory=Bezier)
-    lookback: int = 3
-    min_age: int = 1
-    if_all_pruned: str = "keep_best"
-    layers: int | tuple[int, ...] | None = None
-    layer_weights: str = "uniform"
-    query_weights: str = "equal"
-    repair: str = "none"
-    compact_above: float = COMPACT_ABOVE
+    rule: str | PruningRule = setting(
+        "posterior",
+        RuleChoice(RULES, PruningRule),
+        "Prune tokens of earlier sets by what came after them. posterior: how well they explain "
+        "it. attention: how much later rows look at them. probability, random: baselines that "
+        "look at nothing. Or a rule of your own.",
+        panel=_PANEL,
+    )
+    threshold: float = setting(
+        0.5,
+        Number(0, 1),
+        "Base of the pruning threshold, in [0, 1]; see `pruning.schedule`.",
+        panel=_PANEL,
+    )
+    decision: str | DecisionRule = setting(
+        "relative",
+        RuleChoice(DECISIONS, DecisionRule),
+        "relative: score / best score of the set below the threshold. absolute: score below it. "
+        "sigmoid: 1 / (1 + exp(-steepness (threshold - score))) above 0.5, or drawn where the run "
+        "samples. quota: the lowest scores, so that `pruning.keep_rate` stays. Or a rule of your "
+        "own.",
+        panel=_PANEL,
+    )
+    steepness: float = setting(
+        50.0,
+        Number(0, sys.float_info.max, low_open=True),
+        "Steepness of the sigmoid decision, above 0.",
+        panel=_PANEL,
+    )
+    keep_rate: float = setting(
+        0.75,
+        Number(0, 1, low_open=True),
+        "Share of the tokens in sets of several that quota keeps, in (0, 1].",
+        panel=_PANEL,
+    )
+    schedule: Schedule = setting(
+        Bezier(),
+        ScheduleText(),
+        "Factor f(step / `max_tokens`) on the pruning threshold: constant, bezier(p1,p2) or "
+        "relu(activation); `tempo-mlx schedule` draws it.",
+        panel=_PANEL,
+    )
+    lookback: int = setting(
+        3, Count(), "Judge a set until it is this many steps old. At least 1.", panel=_PANEL
+    )
+    min_age: int = setting(
+        1, Count(), "Judge no set that is younger, in [1, `pruning.lookback`].", panel=_PANEL
+    )
+    if_all_pruned: str = setting(
+        "keep_best",
+        Choice(IF_ALL_PRUNED),
+        "What happens to a set that would lose all.",
+        panel=_PANEL,
+    )
+    layers: int | tuple[int, ...] | None = setting(
+        None,
+        Layers(),
+        "Layers whose attention counts: all, last:N, or numbers from 0 like 3,7,11.",
+        shown="all",
+        panel=_PANEL,
+    )
+    layer_weights: str = setting(
+        "uniform",
+        Choice(LAYER_WEIGHTS),
+        "rising: linear from 0.5 to 1 over the layers.",
+        panel=_PANEL,
+    )
+    query_weights: str = setting(
+        "equal",
+        Choice(QUERY_WEIGHTS),
+        "Whether rows count alike or by the probability of their token.",
+        panel=_PANEL,
+    )
+    repair: str = setting(
+        "none",
+        Choice(REPAIRS),
+        "recompute: run later slots again as if the pruned token had never been there.",
+        panel=_PANEL,
+    )
+    compact_above: float = setting(
+        COMPACT_ABOVE,
+        Number(0, 1),
+        "Share of dead slots in the cache above which it is compacted, in [0, 1].",
+        option=False,
+    )
 
     def __post_init__(self) -> None:
-        for name, choices in (
-            ("if_all_pruned", IF_ALL_PRUNED),
-            ("layer_weights", LAYER_WEIGHTS),
-            ("query_weights", QUERY_WEIGHTS),
-            ("repair", REPAIRS),
-        ):
-            check_choice(f"prune {name}", getattr(self, name), choices)
-        object.__setattr__(self, "rule", stored(pruning_rule(self.rule), RULES))
-        object.__setattr__(self, "decision", stored(decision_rule(self.decision), DECISIONS))
-        check_range("prune threshold", self.threshold, 0.0, 1.0)
-        check_range("prune keep_rate", self.keep_rate, 0.0, 1.0, low_open=True)
-        check_range("prune compact_above", self.compact_above, 0.0, 1.0)
-        check_range("prune steepness", self.steepness, 0.0, sys.float_info.max, low_open=True)
-        if not callable(self.schedule):
-            raise TempoError(
-                f"prune schedule must be a schedule, as parse_schedule makes one of text, got "
-                f"{shown(self.schedule)}"
-            )
-        check_count("prune lookback", self.lookback)
-        check_count("prune min_age", self.min_age)
+        check_all(self, "prune ")
         if self.min_age > self.lookback:
             raise TempoError(
                 f"prune min_age must be in [1, lookback] = [1, {self.lookback}], got {self.min_age}"
@@ -301,11 +348,6 @@ class Pruning:
                 "prune repair recompute needs a token of each set to go on from, "
                 "so if_all_pruned must be keep_best or keep_all, got 'drop_set'"
             )
-        if isinstance(self.layers, tuple) and self.layers:
-            for layer in self.layers:
-                check_count("prune layers", layer, 0)
-        elif self.layers is not None:
-            check_count("prune layers", self.layers)
 
     @property
     def scoring(self) -> PruningRule:
@@ -347,24 +389,6 @@ class Pruning:
         layers = list(self.layers) if isinstance(self.layers, tuple) else self.layers
         texts = {name: str(getattr(self, name)) for name in ("rule", "decision", "schedule")}
         return {**vars(self), **texts, "layers": layers}
-
-
-def parse_layers(text: str) -> int | tuple[int, ...] | None:
-    """Layers written as ``all``, ``last:4`` or ``0,5,11``.
-
-    Raises:
-        ValueError: for anything else.
-    """
-    if text == "all":
-        return None
-    try:
-        if text.startswith("last:"):
-            return int(text.removeprefix("last:"))
-        return tuple(int(part) for part in text.split(","))
-    except ValueError as error:
-        raise TempoError(
-            f"prune layers must be all, last:N or numbers like 3,7,11, got {shown(text)}"
-        ) from error
 
 
 class Pruner:

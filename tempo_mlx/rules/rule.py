@@ -1,10 +1,11 @@
 """What a rule is: a name and what it does, in a dictionary or of the user's own."""
 
+import copy
 import hashlib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, SupportsIndex, TypeVar
 
 from ..arguments import shown
 from ..errors import TempoError
@@ -24,6 +25,19 @@ class Named:
 
     def __str__(self) -> str:
         return self.name
+
+    def from_place(self, place: str, setting: str, kind: "type[Named]") -> Self:
+        """The rule, which knows that it was loaded from FILE.py:NAME.
+
+        Another process loads it again, as its module has no name that could be imported there.
+        """
+        found = copy.copy(self)
+        object.__setattr__(found, "_loaded", (place, setting, kind))
+        return found
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        loaded = self.__dict__.get("_loaded")
+        return (_load_again, loaded) if loaded else super().__reduce_ex__(protocol)
 
     @classmethod
     def of(cls, function: Callable[..., Any]) -> Self:
@@ -53,6 +67,12 @@ class Rule(Named):
         return called(self, self.function, *given)
 
 
+def _load_again(place: str, setting: str, kind: type[Named]) -> Named:
+    from .own import load_rule
+
+    return load_rule(place, setting, kind)
+
+
 R = TypeVar("R", bound=Named)
 
 
@@ -68,9 +88,10 @@ def find(setting: str, given: Any, known: Mapping[str, R], kind: type[R]) -> R:
     Raises:
         TempoError: for anything else.
     """
+    allowed = f"{setting} must be one of {', '.join(known)}, a function or a {kind.__name__}"
     if isinstance(given, str):
         if given not in known:
-            raise TempoError(f"{setting} must be one of {', '.join(known)}, got {shown(given)}")
+            raise TempoError(f"{allowed}, got {shown(given)}")
         given = known[given]
     if isinstance(given, kind):
         return given
@@ -85,10 +106,7 @@ def find(setting: str, given: Any, known: Mapping[str, R], kind: type[R]) -> R:
             ) from error
     if callable(given):
         return kind.of(given)
-    raise TempoError(
-        f"{setting} must be one of {', '.join(known)}, a function or a {kind.__name__}, "
-        f"got {shown(given)}"
-    )
+    raise TempoError(f"{allowed}, got {shown(given)}")
 
 
 def stored(rule: R, known: Mapping[str, R]) -> str | R:

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from ..arguments import MOST_BYTES, check_count, check_range, check_seed
+from ..kinds import Temperature
 from ..needs import Need, Needs, told, unmet
 from ..rules.rule import Rule, find, stored
-from ..settings import check_temperature
 from .monte_carlo import BackupRule, ChildRule, TreePolicy
 
 #: The longest time that may be set, in seconds: more than 30 years.
@@ -122,7 +122,7 @@ class SearchSettings:
             check_range("max_seconds", self.max_seconds, 0.0, MOST_SECONDS, True, "above 0, ")
         check_range("threshold", self.threshold, 0.0, 1.0, low_open=True)
         if self.rollout_temp != 0:
-            check_temperature("rollout_temp", self.rollout_temp, "0 makes rollouts greedy")
+            Temperature(advice="0 makes rollouts greedy").check("rollout_temp", self.rollout_temp)
         check_seed(self.seed)
         rule = stored(evaluation_rule(self.evaluation), EVALUATIONS)
         object.__setattr__(self, "evaluation", rule)
