@@ -11,3 +11,16 @@ class TempoError(ValueError):
 
 class MissingExtraError(TempoError, ImportError):
     """An optional dependency is not installed; the message has the command that installs it."""
+
+
+def raised_here(error: BaseException) -> bool:
+    """Whether this package's code raised an error, and not code that it calls.
+
+    For code of models and of users, whose errors are reported to the user; ours keep their
+    traceback.
+    """
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    package = __name__.partition(".")[0]
+    return last is not None and last.tb_frame.f_globals["__name__"].partition(".")[0] == package

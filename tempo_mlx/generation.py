@@ -372,7 +372,7 @@ def stream_batch_generate(
                 yield i, outcome
             if held and (len(held) == batch_size or scheduler.left == 0):
                 finished = [result for _, result in held]
-                slots = [scheduler.prompts.pop(id(result), None) for result in finished]
+                slots = [scheduler.prompts.pop(result, None) for result in finished]
                 find_paths(finished, max(paths, BEAM), slots)
                 yield from held
                 held = []

@@ -25,7 +25,7 @@ WARM_UP = 2
 LONG_BLOCKS = 10
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Run:
     """One generation of one variant.
 

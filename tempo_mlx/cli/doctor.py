@@ -11,7 +11,14 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-from ..doctor.checks import ATTENTION_TOLERANCE, FORMS, TOLERANCE, Check, full_precision, run_checks
+from ..doctor.checks import (
+    ATTENTION_TOLERANCE,
+    FORMS,
+    TOLERANCE,
+    Check,
+    request_full_precision,
+    run_checks,
+)
 from ..doctor.report import Finding, examine
 from ..io.console import Console
 from ..needs import Need
@@ -52,7 +59,7 @@ def doctor(
     require_effect(context, {"everything": (Need("check"),)})
     if check:
         # Before the first product of the process, which fixes it.
-        full_precision()
+        request_full_precision()
     console = Console(highlight=False)
     findings = examine()
     if not as_json:

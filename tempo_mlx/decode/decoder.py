@@ -166,7 +166,7 @@ class BatchDecoder:
         if not requests:
             return
         with mx.stream(generation_stream):
-            growth = {id(request.sequence): len(request.pending) for request in requests}
+            growth = {request.sequence: len(request.pending) for request in requests}
             self.batch.compact(
                 min(request.settings.compact_above for request in self.requests), growth
             )
@@ -270,7 +270,7 @@ class BatchDecoder:
         compacted = False
         while self.requests:
             growth = {
-                id(request.sequence): len(request.pending)
+                request.sequence: len(request.pending)
                 for request in requests
                 if request in self.requests
             }

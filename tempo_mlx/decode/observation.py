@@ -15,7 +15,7 @@ from ..lattice.lattice import Slots
 from ..models.attention import ByHead, HeadCapture
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Attending:
     """Where one run is in the attention of a pass over a batch.
 
@@ -36,7 +36,7 @@ class Attending:
     seen: np.ndarray | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StepAttention:
     """Attention that a step's N tokens paid to the E slots which any of them may see.
 
@@ -57,7 +57,7 @@ class StepAttention:
     matrix: np.ndarray | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Observation:
     """What one step of a run looked like.
 

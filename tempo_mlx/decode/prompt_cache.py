@@ -37,7 +37,7 @@ class JoinedPrompt:
     appended: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PromptCache:
     """Keys and values of a prompt's tokens.
 

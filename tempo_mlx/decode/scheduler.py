@@ -98,8 +98,8 @@ class Scheduler:
         self._started = time.perf_counter()
         #: requests that took a step in the last :meth:`tick`, and their keys
         self.stepped: list[tuple[Key, Request]] = []
-        #: slots of the prompts of results that will be rescored, by the result's ``id``
-        self.prompts: dict[int, BatchedKVCache] = {}
+        #: slots of the prompts of results that will be rescored
+        self.prompts: dict[GenerationResult, BatchedKVCache] = {}
 
     def submit(self, key: Key, make: Callable[[], Request]) -> None:
         """Let a request wait for its place.
@@ -175,7 +175,7 @@ class Scheduler:
             status.tokens += len(request.lattice.steps[-1].tokens) if request.error is None else 0
         for request in dict.fromkeys([*made, *decoder.failed]):
             if request.prompt_slots is not None:
-                self.prompts[id(request.result)] = request.prompt_slots
+                self.prompts[request.result] = request.prompt_slots
             if request.finished:
                 yield self._close(self._keys.pop(request), request.error or request.result)
         decoder.failed.clear()

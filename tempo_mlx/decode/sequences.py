@@ -16,7 +16,7 @@ from ..rules.visibility import Visibility, may_attend, visibility_of, weighted_r
 REPACKED_WASTE = 0.1
 
 
-@dataclass
+@dataclass(eq=False)
 class SequenceState:
     """One lattice's slots in the cache.
 
@@ -345,20 +345,20 @@ class Batch:
         row = int(counts.argmin())
         return row if counts[row] == 0 or counts[row] + n <= self.cache.n_slots else None
 
-    def width_after(self, growth: Mapping[int, int]) -> int:
-        """Slots of the longest row once sequences, by their ``id``, have appended so many."""
+    def width_after(self, growth: Mapping[SequenceState, int]) -> int:
+        """Slots of the longest row once sequences have appended so many."""
         counts = self.cache.counts.copy()
         for sequence in self.sequences:
-            counts[sequence.row] += growth.get(id(sequence), 0)
+            counts[sequence.row] += growth.get(sequence, 0)
         return int(counts.max())
 
-    def bytes_after(self, growth: Mapping[int, int]) -> int:
-        """Bytes that the cache needs for sequences, by their ``id``, to append so many slots."""
+    def bytes_after(self, growth: Mapping[SequenceState, int]) -> int:
+        """Bytes that the cache needs for sequences to append so many slots."""
         slots, states = self._room_after(growth)
         row_bytes = self.cache.batch_size * self.model.slot_bytes
         return slots * row_bytes + states * self.model.state_bytes
 
-    def limit_room(self, growth: Mapping[int, int], budget: int) -> None:
+    def limit_room(self, growth: Mapping[SequenceState, int], budget: int) -> None:
         """Keep the room for more that comes with this growth within a budget of bytes.
 
         Args:
@@ -375,7 +375,7 @@ class Batch:
         if row_bytes:
             self.cache.capacity_limit = slots + spare // row_bytes
 
-    def _room_after(self, growth: Mapping[int, int]) -> tuple[int, int]:
+    def _room_after(self, growth: Mapping[SequenceState, int]) -> tuple[int, int]:
         """Slots of a row and states that there must be room for after this growth."""
         states = self.cache.states_after(sum(growth.values())) if self.model.is_recurrent else 0
         return max(self.width_after(growth), self.cache.capacity), states
@@ -385,12 +385,12 @@ class Batch:
         slots = self.cache.batch_size * self.cache.n_slots
         return 1 - sum(len(sequence.held) for sequence in self.sequences) / max(slots, 1)
 
-    def compact(self, above: float, growth: Mapping[int, int] | None = None) -> bool:
+    def compact(self, above: float, growth: Mapping[SequenceState, int] | None = None) -> bool:
         """Drop what no later step can see, if unused slots are more than a share ``above``.
 
         Args:
             above: share of all slots, [0, 1].
-            growth: slots that sequences, by their ``id``, will append next; they count.
+            growth: slots that sequences will append next; they count.
         """
         if self._is_full_line():
             return False

@@ -123,9 +123,11 @@ def examined(folder: Path) -> PositionedModel | str:
         return f"mlx-lm's file for {model_type!r} needs a package that is not installed: {error}"
     try:
         check_layers(folder, config)
-        model = model_class(args_class.from_dict(config))
     except TempoError as error:
         return str(error)
+    try:
+        model = model_class(args_class.from_dict(config))
+    # A configuration leads mlx-lm's code anywhere: divisions by zero, sizes that no array has.
     except Exception as error:
         return f"config.json does not fit {model_type!r}: {type(error).__name__}: {error}"
     _take_dtypes(model, folder)

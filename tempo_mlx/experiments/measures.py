@@ -52,7 +52,7 @@ UNITS = {"token": "tokens", "set": "sets", "alone": "tokens"}
 ALL = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Measured:
     """One measure in every cell; a cell is the siblings of one set size, or of all, in one run.
 
@@ -98,7 +98,7 @@ class Measurements:
     adjusted: list[str]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Adjustment:
     """How much more a condition's units would draw than their controls if they were single tokens.
 

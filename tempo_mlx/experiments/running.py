@@ -23,7 +23,7 @@ Group = Sequence[RunConfig]
 COLUMNS = ("step", "position", "slot", "id", "text", "probability", "set_size", "pruned_at")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Record:
     """What is kept of a run.
 

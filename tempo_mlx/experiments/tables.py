@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .running import Record
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Tables:
     """The runs of one suite that are done.
 

@@ -1,6 +1,5 @@
 """Whether what a batch made is what each run makes alone."""
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil
@@ -9,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..doctor.checks import TF32_VARIABLE
+from ..doctor.checks import rounds_fp32_products
 from ..models import PositionedModel
 from .running import Record, run_group
 from .store import Store, read_run
@@ -43,9 +42,7 @@ class Validation:
 
 def tolerance(model: PositionedModel) -> float:
     """The :data:`TOLERANCE` for a model on this device."""
-    on_gpu = mx.default_device().type == mx.gpu
-    if model.dtype == mx.float32 and on_gpu and os.environ.get(TF32_VARIABLE, "1") != "0":
-        # The factors of products are rounded to as many bits as fp16 has.
+    if model.dtype == mx.float32 and rounds_fp32_products():
         return TOLERANCE[mx.float16]
     return TOLERANCE[model.dtype]
 

@@ -31,7 +31,7 @@ class Slot:
     chain: frozenset[int] = frozenset()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Slots:
     """What visibility needs to know of S slots; every array is [S], integers.
 

@@ -48,7 +48,7 @@ class _End:
     ended: bool
 
 
-@dataclass
+@dataclass(eq=False)
 class GenerationResult:
     """One run of :func:`tempo_mlx.generate`.
 

@@ -26,7 +26,7 @@ from .rows import TokenRows
 LEAST = 1e-30
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Capture:
     """What attention to report of one forward pass.
 

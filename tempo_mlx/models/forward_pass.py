@@ -57,6 +57,7 @@ class ForwardPass:
         self.spread = bool(spread) and several
         self._positions, self._keys, self._mask = positions, keys, mask
         self._grouped_scores = grouped_scores
+        #: by window, or 0 for none: the mask as made for rows, and moved to sequences once needed
         self._masks: dict[int, mx.array] = {}
         self._by_sequence: dict[int, mx.array] = {}
         if sequences is not None and slots is not None:
@@ -97,12 +98,12 @@ class ForwardPass:
             return mask
         if mask.shape[0] == 1 or self._grouped_scores:
             return mask
-        if not any(mask is made for made in self._masks.values()):
+        window = next((key for key, made in self._masks.items() if mask is made), None)
+        if window is None:
             return self.rows.by_sequence(mask)
-        key = id(mask)
-        if key not in self._by_sequence:
-            self._by_sequence[key] = self.rows.by_sequence(mask)
-        return self._by_sequence[key]
+        if window not in self._by_sequence:
+            self._by_sequence[window] = self.rows.by_sequence(mask)
+        return self._by_sequence[window]
 
     def _narrowed(self, window: int) -> mx.array:
         mask = self._mask

@@ -9,11 +9,11 @@ import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.models import cache as mlx_cache
 
-from ..errors import TempoError
+from ..errors import TempoError, raised_here
 from . import attention, reused_keys
 from .architectures import EXACT, GROUPED_SCORES, ids_kept, names, refusal
 from .attention import AttentionRecorder, Capture
-from .backbone import Backbone
+from .backbone import MODEL_ERRORS, Backbone
 from .cache import BatchedKVCache, Kind
 from .forward_pass import Spread, is_consecutive
 from .pool import SlotPool
@@ -280,7 +280,9 @@ class PositionedModel:
             with attention.during(cache.running), self._backbone.return_hidden() as hook:
                 logits = self.model(mx.zeros((3, 1), mx.int32), cache=cache.layers)
                 hidden = hook.taken
-        except Exception as error:
+        except MODEL_ERRORS as error:
+            if raised_here(error):
+                raise
             raise self._unsupported(
                 "computes with the cache's offset or state instead of handing them to a rotary "
                 f"embedding and mlx-lm's attention, so tokens cannot share a position ({error})"
@@ -323,7 +325,9 @@ class PositionedModel:
             with attention.during(cache.running):
                 logits = self.model(mx.zeros((3, 1), mx.int32), cache=cache.layers)
             return logits.shape[:2] != (3, 1)
-        except ValueError:
+        except ValueError as error:
+            if raised_here(error):
+                raise
             return True
 
     def _unsupported(self, reason: str) -> UnsupportedModelError:

@@ -4,7 +4,6 @@ With parallel tokens a sequence has more keys than positions. While a pass of a 
 the rotary modules of such layers rotate at the pass's positions; else they are as they were.
 """
 
-import functools
 from typing import Any
 
 import mlx.nn as nn
@@ -26,7 +25,6 @@ def install(model: nn.Module) -> None:
                 rope.__class__ = _following(kind)
 
 
-@functools.cache
 def _following(rope_class: Any) -> type:
     class FollowingRope(rope_class):
         follows_pass = True

@@ -2,7 +2,7 @@
 
 import re
 import unicodedata
-from functools import cache
+from functools import cache, lru_cache
 
 #: Families in order of preference. Matplotlib brings the first; the others know more scripts.
 FAMILIES = ("DejaVu Sans", "Arial Unicode MS", "Noto Sans CJK JP", "Noto Sans CJK SC")
@@ -77,7 +77,7 @@ def _glyphs() -> frozenset[int]:
     return frozenset(codes)
 
 
-@cache
+@lru_cache(maxsize=4096)
 def width(text: str, bold: bool = False) -> float:
     """Width of the text in our fonts, in multiples of the font size."""
     from matplotlib.font_manager import FontProperties

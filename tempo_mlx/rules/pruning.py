@@ -30,7 +30,7 @@ from .rule import Rule, find
 from .schedules import Bezier, Schedule
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Evidence:
     """What is known of the n live tokens of one set when it is judged; every array is [n].
 

@@ -19,7 +19,7 @@ class NonFiniteLogitsError(TempoError):
     """The model returned NaN or infinite logits."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Candidates:
     """The tokens that may enter a set.
 
@@ -117,7 +117,7 @@ class StepCandidates:
         return Candidates(ids[0], probabilities[0], rows)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Selected:
     """The parallel set of a step, on the host.
 

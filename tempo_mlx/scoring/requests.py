@@ -27,7 +27,7 @@ class ScoreRequest:
         return self.tokens if self.after else self.tokens[:-1]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TokenLogprobs:
     """What was asked of one text, in nats.
 

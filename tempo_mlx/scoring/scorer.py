@@ -354,7 +354,7 @@ def check_options(
     return truecase
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Parts:
     """Log-probabilities of a candidate's tokens, and the correction for where it ends."""
 

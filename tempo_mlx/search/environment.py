@@ -211,7 +211,7 @@ class TextEnvironment:
         budget = self.settings.max_kv_bytes
         if budget is None:
             return
-        growth = {id(self._sequence): n}
+        growth = {self._sequence: n}
         if self._batch.bytes_after(growth) > budget:
             # Without the room for more that is there.
             self._batch.keep([np.ones(len(self._sequence.held), bool)])

@@ -17,12 +17,12 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ..arguments import check_count, check_range, shown
-from ..errors import TempoError
+from ..errors import TempoError, raised_here
 from ..rules.rule import Rule, find, stored
 from .tree import ROOT, UNEXPANDED, Tree
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Siblings:
     """What a selection rule sees of the n children of one node.
 
@@ -302,6 +302,8 @@ class TreeSearch:
                 values.append(value)
                 asked = nodes[len(values) : len(values) + 1] or nodes
         except Exception as error:
+            if raised_here(error) and not isinstance(error, TempoError):
+                raise
             problem = f"evaluate raised {type(error).__name__}: {error}"
             raise self._error(problem, asked) from error
         if len(values) != len(nodes):
