@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from .generation import stream_generate as stream_generate
     from .models import PositionedModel as PositionedModel
     from .models import UnsupportedModelError as UnsupportedModelError
+    from .rules.combining import CombiningRule as CombiningRule
+    from .rules.pruning import Pruning as Pruning
+    from .rules.pruning import PruningRule as PruningRule
+    from .rules.visibility import Visibility as Visibility
     from .scoring import ContinuationScorer as ContinuationScorer
     from .search import search as search
     from .search import stream_search as stream_search
@@ -27,11 +31,15 @@ if TYPE_CHECKING:
 
 #: Public name -> the module that has it.
 _HOMES = {
+    "CombiningRule": "rules.combining",
     "ContinuationScorer": "scoring",
     "PositionedModel": "models",
     "PromptCache": "decode.prompt_cache",
+    "Pruning": "rules.pruning",
+    "PruningRule": "rules.pruning",
     "Settings": "settings",
     "UnsupportedModelError": "models",
+    "Visibility": "rules.visibility",
     "batch_generate": "generation",
     "generate": "generation",
     "load": "weights",

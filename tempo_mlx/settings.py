@@ -343,13 +343,10 @@ class Settings:
 
         By the names that settings had first, so that results of earlier versions are found again.
         """
-        pruning = self.pruning
-        given: list[Any] = [self.sampling, self.visibility, self.combine]
-        given += [] if pruning is None else [pruning.rule, pruning.decision]
-        own = {rule.name: source_of(rule) for rule in given if isinstance(rule, Named)}
+        own = {n: source_of(rule) for n, rule in self.values().items() if isinstance(rule, Named)}
         settings = first_names(self.to_dict(), Settings)
-        if pruning is not None:
-            settings["pruning"] = first_names(pruning.to_dict(), Pruning)
+        if self.pruning is not None:
+            settings["pruning"] = first_names(self.pruning.to_dict(), Pruning)
         return settings | ({"rules": own} if own else {})
 
 

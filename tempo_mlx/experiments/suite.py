@@ -23,7 +23,7 @@ from pydantic import (
 from ..decode.request import require_observable
 from ..errors import TempoError
 from ..io.prompt_files import setting_names, settings_from_json
-from ..rules.own import load_rules
+from ..rules.own import is_place, load_rules
 from ..rules.pruning import Pruning
 from ..settings import Settings
 from .suite_keys import STRICT, Grid, SettingsSpec
@@ -135,11 +135,14 @@ class Suite(BaseModel):
                     value = {**(given.get(outer) or {}), inner: value}
                 given[outer] = value
             try:
-                yield {n: varied[n] for n in axes}, _settings(given, self._folder)
+                settings = _settings(given, self._folder)
             except TempoError as error:
                 shown = ", ".join(f"{name} {_shown(value)}" for name, value in varied.items())
                 where = f" ({shown})" if shown else ""
                 raise SuiteError(f"suite {self.name}{where}: {error}") from error
+            # A rule of the user's own is recorded by its name.
+            known = settings.values()
+            yield {n: str(known[n]) if is_place(varied[n]) else varied[n] for n in axes}, settings
 
     def expand(self) -> "Plan":
         """The runs of the suite.
@@ -264,8 +267,9 @@ class RunConfig:
     @property
     def group(self) -> str:
         """The same for runs that differ in visibility only."""
-        data = self.to_dict()
+        data = self.to_dict() | {"settings": self.settings.identity()}
         del data["settings"]["visibility"]
+        data["settings"].get("rules", {}).pop("visibility", None)
         return json.dumps(data, sort_keys=True)
 
 

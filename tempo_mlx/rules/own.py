@@ -15,7 +15,7 @@ from typing import Any
 from ..arguments import shown
 from ..errors import TempoError
 from ..kinds import Inner, RuleChoice, table
-from .rule import Named, find
+from .rule import SOURCE, Named, find
 
 #: FILE.py:NAME.
 PLACE = re.compile(r"^.+\.py:[^:]*$")
@@ -55,6 +55,8 @@ def load_object(place: str, setting: str, folder: Path | None = None) -> Any:
         module = importlib.util.module_from_spec(spec)
         # Classes and pickles look their module up by its name.
         sys.modules[module_name] = module
+        # The file may have changed when somebody asks.
+        setattr(module, SOURCE, hashlib.sha256(content).hexdigest())
         try:
             spec.loader.exec_module(module)
         except (Exception, SystemExit) as error:

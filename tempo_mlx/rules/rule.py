@@ -75,6 +75,9 @@ def _load_again(place: str, setting: str, kind: type[Named]) -> Named:
 
 R = TypeVar("R", bound=Named)
 
+#: Attribute of a module that was loaded from a file: the SHA-256 of what was loaded.
+SOURCE = "__tempo_source__"
+
 
 def find(setting: str, given: Any, known: Mapping[str, R], kind: type[R]) -> R:
     """The rule that a setting asks for.
@@ -104,7 +107,7 @@ def find(setting: str, given: Any, known: Mapping[str, R], kind: type[R]) -> R:
             raise TempoError(
                 f"{setting} {given.__name__} needs arguments, so give an object of it: {error}"
             ) from error
-    if callable(given):
+    if callable(given) and not isinstance(given, Named):
         return kind.of(given)
     raise TempoError(f"{allowed}, got {shown(given)}")
 
@@ -135,10 +138,12 @@ def source_of(rule: Named) -> str:
     Without a source, as in an interactive session, with its function's code.
     """
     code = rule.function if isinstance(rule, Rule) else type(rule)
-    try:
-        module = inspect.getmodule(code)
-        text = inspect.getsource(module or code)
-    except (OSError, TypeError):
-        compiled = getattr(code, "__code__", None)
-        text = f"{compiled.co_code!r} {compiled.co_consts!r}" if compiled else repr(code)
+    module = inspect.getmodule(code)
+    text = getattr(module, SOURCE, None)
+    if text is None:
+        try:
+            text = inspect.getsource(module or code)
+        except (OSError, TypeError):
+            compiled = getattr(code, "__code__", None)
+            text = f"{compiled.co_code!r} {compiled.co_consts!r}" if compiled else repr(code)
     return hashlib.sha256(f"{rule.name} {text}".encode()).hexdigest()
