@@ -1,21 +1,21 @@
 """The oracle: replay a lattice in one uncached pass, by the definitions, slot by slot.
 
-It shares neither the cache nor the vectorised masks with what it checks: who sees whom is asked of
-the visibility's scalar ``sees``. The model's own files run with a cache object that stores nothing.
-What it shares is that tokens are rows of the model, which attention sees side by side.
+It has masks, windows and rows of its own: who sees whom is asked of the visibility's scalar
+``sees``, how far a layer sees of mlx-lm's own cache, and the cache that the model's files get
+stores nothing. docs/verification.md lists what it shares with the runs that it checks.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.cache import CacheList, RotatingKVCache, make_prompt_cache
 
 from ..errors import TempoError
 from ..lattice.lattice import Lattice, Slot, Token
 from ..models import Capture, PlainModel, PositionedModel
 from ..models.attention import AttentionRecorder, during
-from ..models.rows import TokenRows
 from ..rules.rule import called
 from ..rules.visibility import Visibility
 from ..settings import Settings
@@ -54,15 +54,26 @@ class Verification:
     rows: int
 
 
+class _Rows:
+    """S tokens, each a row of the model, all of one sequence."""
+
+    batch_size = 1
+
+    def by_sequence(self, x: mx.array) -> mx.array:
+        """[S, H, 1, D] of the tokens to [1, H, S, D]."""
+        return x.transpose(2, 1, 0, 3)
+
+    by_token = by_sequence
+
+
 class _Replay:
-    """The pass that attention is told of: S tokens of one sequence, all of them rows."""
+    """The pass that attention is told of."""
 
     spread = False
+    rows = _Rows()
 
     def __init__(self, positions: np.ndarray, recorder: AttentionRecorder | None):
-        n = len(positions)
         self.offset = mx.array(positions.astype(np.int32))
-        self.rows = TokenRows(np.zeros(n, np.int64), 1)
         self.recorder = recorder
 
     def mask_by_sequence(self, mask: mx.array) -> mx.array:
@@ -223,9 +234,15 @@ def replay(
             weight = weights[key.index] if weights is not None and known else 1.0
             mask[query.index, key.index] = np.log(max(weight, 1e-30))
     shared = _Replay(positions, recorder)
-    caches = [
-        _Stateless(positions, mask, layer.window, model, shared) for layer in model.make_cache().kv
-    ]
+
+    def stand_in(stock: Any) -> Any:
+        if isinstance(stock, CacheList):
+            return tuple(map(stand_in, stock.caches))
+        # How far a layer sees, mlx-lm's own cache for it says.
+        window = stock.max_size if isinstance(stock, RotatingKVCache) else None
+        return _Stateless(positions, mask, window, model, shared)
+
+    caches = list(map(stand_in, make_prompt_cache(model.model)))
     with during(shared):
         return model.model(mx.array(ids)[:, None], cache=caches)[:, 0].astype(mx.float32)
 

@@ -1,8 +1,9 @@
 """The oracles of the definitions, run on this device: is every mode exact here?
 
-Each compares a run of ours with something that shares no code with it: an uncached replay, stock
-mlx-lm, or NumPy. Differences of logits are in units of the standard deviation of the model's logits
-over the vocabulary, so that one tolerance fits every model; those of attention are absolute.
+Each compares a run of ours with an uncached replay, stock mlx-lm, or NumPy; docs/verification.md
+says what the two sides share. Differences of logits are in units of the standard deviation of the
+model's logits over the vocabulary, so that one tolerance fits every model; those of attention are
+absolute.
 """
 
 import functools
@@ -17,7 +18,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx_lm.generate import generate_step
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 from mlx_lm.utils import dequantize_model
 
 from ..decode.sequences import Batch, SequenceState
@@ -374,8 +375,13 @@ def score_difference(subject: Subject, model: PositionedModel) -> tuple[float, s
 def attention_difference(subject: Subject, model: PositionedModel) -> tuple[float, str]:
     """Captured weights of a set's pass, all layers, against NumPy's; and their sums against 1."""
     largest = 0.0
-    for weights, (queries, keys, _, scale, mask, _) in _captured_pass(subject, model):
-        expected = _attention(_numpy(queries)[0], _numpy(keys)[0], scale, mask)
+    passed = zip(_captured_pass(subject, model), _windows(subject.model), strict=True)
+    for (weights, (queries, keys, _, scale, mask, _)), window in passed:
+        seen = _sibling_mask(len(subject.prompt), window)
+        if mask is not None and mask.dtype != mx.bool_:
+            # Latent attention hands over scores here, which hold the mask.
+            seen = _numpy(mask)[0]
+        expected = _attention(_numpy(queries)[0], _numpy(keys)[0], scale, seen)
         largest = max(largest, np.abs(weights - expected).max())
         largest = max(largest, np.abs(weights.sum(axis=-1) - 1).max())
     return float(largest), ""
@@ -397,12 +403,11 @@ def _captured_pass(subject: Subject, model: PositionedModel) -> Iterator[tuple[n
     cache = model.make_cache()
     prompt = mx.array(subject.prompt)[None]
     mx.eval(model(prompt, np.arange(length)[None], "causal", cache), cache.state)
-    allowed = np.concatenate([np.ones((SIBLINGS, length), bool), np.eye(SIBLINGS, dtype=bool)], 1)
     with _listening(subject.model) as calls:
         _, captured = model(
             prompt[:, -SIBLINGS:],
             np.full((1, SIBLINGS), length),
-            mx.array(allowed)[None, None],
+            mx.array(_sibling_mask(length))[None, None],
             cache,
             capture=Capture(full=True),
             parents=np.full((1, SIBLINGS), length - 1),
@@ -411,14 +416,27 @@ def _captured_pass(subject: Subject, model: PositionedModel) -> Iterator[tuple[n
         yield _numpy(captured[layer])[0].astype(np.float64), call
 
 
-def _attention(queries: np.ndarray, keys: np.ndarray, scale: float, mask: Any) -> np.ndarray:
+def _windows(model: nn.Module) -> list[int | None]:
+    """Of each attention layer, how many positions back it sees, its own included; None for all."""
+    kinds = (KVCache, RotatingKVCache)
+    return [
+        getattr(cache, "max_size", None)
+        for cache in make_prompt_cache(model)
+        if isinstance(cache, kinds)
+    ]
+
+
+def _sibling_mask(length: int, window: int | None = None) -> np.ndarray:
+    """Whether siblings behind a prompt see its tokens and each other, [SIBLINGS, S]: not these."""
+    near = np.arange(length) > length - (window or length + 1)
+    return np.concatenate([np.tile(near, (SIBLINGS, 1)), np.eye(SIBLINGS, dtype=bool)], axis=1)
+
+
+def _attention(queries: np.ndarray, keys: np.ndarray, scale: float, mask: np.ndarray) -> np.ndarray:
     """softmax(scale q k^T + mask) of [H, T, D] and [H_kv, S, D] in fp64, [H, T, S]."""
     keys = np.repeat(keys, queries.shape[0] // keys.shape[0], axis=0).astype(np.float64)
     scores = scale * queries.astype(np.float64) @ keys.swapaxes(-1, -2)
-    if mask is not None:
-        given = np.array(mask) if mask.dtype == mx.bool_ else _numpy(mask)
-        given = given[0] if given.ndim == 4 else given
-        scores = np.where(given, scores, -np.inf) if given.dtype == bool else scores + given
+    scores = np.where(mask, scores, -np.inf) if mask.dtype == bool else scores + mask
     scores = np.exp(scores - scores.max(axis=-1, keepdims=True))
     return scores / scores.sum(axis=-1, keepdims=True)
 

@@ -68,6 +68,15 @@ def test_cached_run_equals_one_uncached_pass(model, tokenizer, visibility, combi
     assert result.verification.max_logit_difference < 1e-4
 
 
+@pytest.mark.parametrize("name", ["longcat_flash", "gemma3_text", "afm7"])
+def test_layers_with_several_caches_windows_or_none_are_replayed(name):
+    model = PositionedModel(tiny_model(name))
+    settings = {"threshold": 0.02, "max_parallel": 4, "max_tokens": 3, "visibility": "visible"}
+    prompt = list(range(3, 17))
+    result = generate(model, TinyTokenizer(model.vocabulary_size), prompt, verify=True, **settings)
+    assert result.verification.max_logit_difference < 1e-4
+
+
 def test_verification_notices_a_wrong_run(model, tokenizer, monkeypatch):
     # A run that lets siblings see each other, verified as if it had isolated them.
     monkeypatch.setitem(VISIBILITY, "isolated", SeesSiblings())
