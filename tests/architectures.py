@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tempo_mlx.models import BatchedKVCache, Capture, PositionedModel, UnsupportedModelError
+from tempo_mlx.models import Capture, PositionedModel, SlotStore, UnsupportedModelError
 from tempo_mlx.models.attention import during
 from tests.tiny_models import architectures, shared_model, tiny_model
 
@@ -114,7 +114,7 @@ def branches_difference(model: PositionedModel, seed: int = 3) -> float:
     V = vocabulary(model.model)
     rng = np.random.default_rng(seed)
     caches = [prefilled(model, row[None])[0] for row in prompts(V)]
-    kv = BatchedKVCache.merge(caches)
+    kv = SlotStore.merge(caches)
     kv.keeps_states = True
     prompt = prompts(V)
     # Of each sequence its nodes: tokens behind the prompt, and the slots that lead there.

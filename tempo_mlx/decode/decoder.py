@@ -13,7 +13,7 @@ import numpy as np
 from mlx_lm.generate import generation_stream
 
 from ..errors import TempoError
-from ..models import BatchedKVCache, Capture, PositionedModel
+from ..models import Capture, PositionedModel, SlotStore
 from ..rules.combining import combine, most_probable_of
 from ..rules.selection import StepCandidates, candidate_scores, most_probable
 from .observation import Attending, PassAttention, head_capture
@@ -61,7 +61,7 @@ class BatchDecoder:
         reading = self._reading[1].cache.nbytes if self._reading else 0
         return reading + (self.batch.cache.nbytes if self.requests else 0)
 
-    def start(self, requests: Sequence[Request], cache: BatchedKVCache | None = None) -> None:
+    def start(self, requests: Sequence[Request], cache: SlotStore | None = None) -> None:
         """Begin to read the prompts of runs; the same prompt is read once.
 
         Args:

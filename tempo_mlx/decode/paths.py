@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..lattice.lattice import Lattice
-from ..models import BatchedKVCache, PositionedModel
+from ..models import PositionedModel, SlotStore
 from ..numerics import log_softmax_at
 from .sequences import Batch, SequenceState
 
@@ -106,7 +106,7 @@ class PathSearch:
         model: PositionedModel,
         prompts: Sequence[list[int]],
         beam: int,
-        cache: BatchedKVCache | None = None,
+        cache: SlotStore | None = None,
     ):
         self._model = model
         self._beams = [_Beam(prompt, beam) for prompt in prompts]
@@ -155,7 +155,7 @@ def best_paths(
     model: PositionedModel,
     problems: Sequence[tuple[list[int], list[list[int]]]],
     beam: int,
-    cache: BatchedKVCache | None = None,
+    cache: SlotStore | None = None,
 ) -> list[list[tuple[list[int], float]]]:
     """The best paths of several problems: (prompt, sets); see :class:`PathSearch`."""
     search = PathSearch(model, [prompt for prompt, _ in problems], beam, cache)
@@ -163,8 +163,8 @@ def best_paths(
 
 
 def _read_prompts(
-    model: PositionedModel, prompts: Sequence[list[int]], cache: BatchedKVCache | None
-) -> tuple[BatchedKVCache, mx.array]:
+    model: PositionedModel, prompts: Sequence[list[int]], cache: SlotStore | None
+) -> tuple[SlotStore, mx.array]:
     """A cache with a row for each prompt, and logits of their last tokens, [B, V]."""
     sequences = [SequenceState(Lattice(prompt)) for prompt in prompts]
     # Recurrent layers read texts of several lengths one at a time.
@@ -173,11 +173,11 @@ def _read_prompts(
     logits = mx.concatenate([batch.prefill(CHUNK) for batch in batches])
     if len(batches) == 1:
         return batches[0].cache, logits
-    return BatchedKVCache.merge([batch.cache for batch in batches]), logits
+    return SlotStore.merge([batch.cache for batch in batches]), logits
 
 
 def _read_last(
-    model: PositionedModel, cache: BatchedKVCache, beams: list[_Beam], going: list[int]
+    model: PositionedModel, cache: SlotStore, beams: list[_Beam], going: list[int]
 ) -> tuple[np.ndarray, mx.array]:
     """Append each path's last token; returns the row of each and their logits [N, V]."""
     sizes = [len(beams[row].chains) for row in going]
@@ -196,7 +196,7 @@ def _read_last(
     return rows, model(*call, rows=rows, parents=np.concatenate(parents))[0]
 
 
-def _drop_unused(cache: BatchedKVCache, beams: list[_Beam], last: bool) -> None:
+def _drop_unused(cache: SlotStore, beams: list[_Beam], last: bool) -> None:
     """Drop slots that no path sees, if they are many; of finished problems all if it is the last
     call."""
     used = [each.sees.any(axis=0) & (not (last and each.finished)) for each in beams]

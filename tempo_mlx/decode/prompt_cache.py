@@ -12,7 +12,7 @@ from ..arguments import check_count
 from ..errors import TempoError
 from ..io.files import writing
 from ..lattice.lattice import Lattice
-from ..models import BatchedKVCache, PositionedModel
+from ..models import PositionedModel, SlotStore
 from ..text.vocabulary import Prompt, encode_prompt, is_chat, require_room, require_tokenizer
 from ..weights.fingerprint import fingerprint, tokenizer_fingerprint
 from .sequences import Batch, SequenceState
@@ -56,7 +56,7 @@ class PromptCache:
 
     tokens: list[int]
     text: str
-    cache: BatchedKVCache
+    cache: SlotStore
     fingerprint: str
     tokenizer: str
 
@@ -142,7 +142,7 @@ class PromptCache:
         n = next((i for i, (ours, theirs) in pairs if ours != theirs), usable)
         return 0 if self.cache.states and n < self.cache.n_slots else n
 
-    def first(self, n: int) -> BatchedKVCache:
+    def first(self, n: int) -> SlotStore:
         """A cache of one row with the first n slots."""
         cache = self.cache.extract(0)
         if n < cache.n_slots:

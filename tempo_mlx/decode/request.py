@@ -9,7 +9,7 @@ import numpy as np
 from ..errors import TempoError
 from ..lattice.lattice import NEVER, Slots, Step, Token
 from ..lattice.result import GenerationResult
-from ..models import BatchedKVCache, PositionedModel
+from ..models import PositionedModel, SlotStore
 from ..rules.branching import branch, recombine
 from ..rules.schedules import interpolate
 from ..rules.selection import Candidates, Selected, StepCandidates, keep, noise_key
@@ -52,7 +52,7 @@ class Request:
         #: whether the lattice's paths will have to be found by another search
         self.rescores = paths > 0 and not result.settings.has_parents
         #: the prompt's slots but the last one, after a run that will be rescored
-        self.prompt_slots: BatchedKVCache | None = None
+        self.prompt_slots: SlotStore | None = None
         self.settings = settings = result.settings
         self.lattice = result.lattice
         model, rule = result.model, settings.visibility_rule

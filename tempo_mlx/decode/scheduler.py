@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from ..errors import TempoError
 from ..lattice.result import GenerationResult
-from ..models import BatchedKVCache, PositionedModel
+from ..models import PositionedModel, SlotStore
 from .decoder import BatchDecoder, CacheBudgetError
 from .prompt_cache import PromptCache
 from .request import Request
@@ -99,7 +99,7 @@ class Scheduler:
         #: requests that took a step in the last :meth:`tick`, and their keys
         self.stepped: list[tuple[Key, Request]] = []
         #: slots of the prompts of results that will be rescored
-        self.prompts: dict[GenerationResult, BatchedKVCache] = {}
+        self.prompts: dict[GenerationResult, SlotStore] = {}
 
     def submit(self, key: Key, make: Callable[[], Request]) -> None:
         """Let a request wait for its place.

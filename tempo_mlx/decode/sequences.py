@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..lattice.lattice import NEVER, Lattice, Slots
-from ..models import BatchedKVCache, Capture, PositionedModel
+from ..models import Capture, PositionedModel, SlotStore
 from ..rules.visibility import Visibility, may_attend, visibility_of, weighted_rows
 
 #: Share of unused slots that is left at most where sequences are put together anew.
@@ -120,7 +120,7 @@ class Batch:
         self,
         model: PositionedModel,
         sequences: Sequence[SequenceState],
-        cache: BatchedKVCache | None = None,
+        cache: SlotStore | None = None,
     ):
         self.model = model
         self.sequences = list(sequences)
@@ -290,7 +290,7 @@ class Batch:
                 self.keep([np.ones(len(self.sequences[0].held), bool)])
             self.append(mx.array(ids), parts)
 
-    def prompt_slots(self, sequence: SequenceState) -> BatchedKVCache | None:
+    def prompt_slots(self, sequence: SequenceState) -> SlotStore | None:
         """A cache of its own with the slots of a sequence's prompt, its last token left out.
 
         None where layers are recurrent, whose states have gone on from the prompt's.
@@ -332,7 +332,7 @@ class Batch:
             free = self._row_for(len(held))
             if free is None:
                 new.row = self.cache.batch_size
-                self.cache = BatchedKVCache.merge([self.cache, other.cache.extract(source)])
+                self.cache = SlotStore.merge([self.cache, other.cache.extract(source)])
             else:
                 new.row, at = free, self.cache.adopt(other.cache, source, free)[at]
             new.held, new.at = held, at

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from ..lattice.lattice import Step
 from ..lattice.result import BEAM, GenerationResult
-from ..models import BatchedKVCache, PositionedModel
+from ..models import PositionedModel, SlotStore
 from .paths import PathSearch
 
 #: A search that has to start again, because earlier sets were pruned, waits until the run is
@@ -79,7 +79,7 @@ class StopWatch:
     def __init__(self, result: GenerationResult):
         self._result = result
         #: makes a cache that has read the prompt but its last token; None to read it
-        self.prompt_slots: Callable[[], BatchedKVCache | None] | None = None
+        self.prompt_slots: Callable[[], SlotStore | None] | None = None
         self._automaton = StopAutomaton(result.settings.stop, result.vocabulary.bytes_of)
         self._search: PathSearch | None = None
         self._sets: list[list[int]] = []

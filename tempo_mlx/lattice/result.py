@@ -9,7 +9,7 @@ import numpy as np
 from ..decode.paths import Path, best_paths, cut_at_stop
 from ..decode.verification import Verification, received_attention
 from ..errors import TempoError
-from ..models import BatchedKVCache, PlainModel, PositionedModel
+from ..models import PlainModel, PositionedModel, SlotStore
 from ..rules.posterior import viterbi
 from ..settings import Settings
 from ..text.vocabulary import Vocabulary
@@ -225,7 +225,7 @@ class GenerationResult:
 def find_paths(
     results: Sequence[GenerationResult],
     beam: int = BEAM,
-    prompts: Sequence[BatchedKVCache | None] | None = None,
+    prompts: Sequence[SlotStore | None] | None = None,
 ) -> None:
     """Find the paths of several results of one model together; see :meth:`GenerationResult.paths`.
 
@@ -252,7 +252,7 @@ def find_paths(
     ]
     known = [c for r, c in zip(results, prompts or (), strict=False) if any(r is n for n in new)]
     rows = [cache for cache in known if cache is not None]
-    cache = BatchedKVCache.merge(rows) if len(rows) == len(new) else None
+    cache = SlotStore.merge(rows) if len(rows) == len(new) else None
     model = new[0].model
     assert isinstance(model, PositionedModel)
     for result, found in zip(new, best_paths(model, problems, beam, cache), strict=True):

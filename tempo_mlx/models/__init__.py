@@ -1,12 +1,12 @@
 """Makes mlx-lm's architectures take positions and masks."""
 
 from .attention import Capture
-from .cache import BatchedKVCache
 from .model import PositionedModel, UnsupportedModelError
 from .plain import PlainModel
+from .store import SlotStore
 
 __all__ = [
-    "BatchedKVCache",
+    "SlotStore",
     "Capture",
     "PlainModel",
     "PositionedModel",

@@ -23,6 +23,7 @@ class ForwardPass:
         keys: logical positions of the slots that each row sees, the new ones included, [R or 1, S].
         mask: "causal" or an array broadcast to [R, 1, T, S].
         start: the slot at which all sequences append; None where it differs.
+        end: slots of the longest row after the pass.
         rows: of a step, the sequences of its tokens; None for a chunk.
         sequences, slots: of each of the R x T tokens its sequence and its slot, where ``start`` is
             None.
@@ -31,6 +32,8 @@ class ForwardPass:
             [1, ..] unless it is "always".
         recorder: takes note of attention.
         grouped_scores: give masks an axis for the query heads of a group.
+        reads: slots of the store's one row that B sequences read, [B, S]; None where each reads a
+            row of the store whole.
     """
 
     def __init__(
@@ -39,18 +42,20 @@ class ForwardPass:
         keys: np.ndarray,
         mask: mx.array | str,
         start: int | None,
+        end: int,
         rows: TokenRows | None = None,
         sequences: np.ndarray | None = None,
         slots: np.ndarray | None = None,
         spread: Spread = False,
         recorder: AttentionRecorder | None = None,
         grouped_scores: bool = False,
+        reads: np.ndarray | None = None,
     ):
         #: what the model hands to its rotary modules: an integer, or one for each row, [R]
         self.offset = _offset(positions)
         self.recorder = recorder
         self.start = start
-        self.end = keys.shape[1]
+        self.end = end
         self.rows = rows
         #: whether keys come [R, ..], each row's own
         several = rows is not None and (rows.batch_size > 1 or spread == "always")
@@ -63,17 +68,23 @@ class ForwardPass:
         if sequences is not None and slots is not None:
             self._sequences = mx.array(sequences.astype(np.int32))
             self._slots = mx.array(slots.astype(np.int32))
+        self._reads = None if reads is None else mx.array(reads.astype(np.int32))
 
     def write(self, buffer: mx.array, new: mx.array) -> None:
         """Put the new tokens' keys or values [R, H, T, D] into a buffer [B, H, capacity, D]."""
-        if self.start is not None:
+        if self._reads is not None:
+            buffer[:, :, self.start : self.end] = token_by_token(new).swapaxes(0, 1)[None]
+        elif self.start is not None:
             new = new if self.rows is None else self.rows.by_sequence(new)
             buffer[..., self.start : self.end, :] = new
         else:
             buffer[self._sequences, :, self._slots] = token_by_token(new)
 
     def fetched(self, stored: mx.array) -> mx.array:
-        """Keys or values of the sequences, [B, H, S, D], as the model is to see them."""
+        """Keys or values of the store's rows, [.., H, S, D], as the model is to see them."""
+        if self._reads is not None:
+            # An index [0] would copy all that is held.
+            stored = mx.take(stored, self._reads, axis=2).squeeze(0).swapaxes(0, 1)
         if not self.spread:
             return stored
         assert self.rows is not None

@@ -14,11 +14,10 @@ from . import attention, reused_keys
 from .architectures import EXACT, GROUPED_SCORES, ids_kept, names, refusal
 from .attention import AttentionRecorder, Capture
 from .backbone import MODEL_ERRORS, Backbone
-from .cache import BatchedKVCache, Kind
 from .forward_pass import Spread, is_consecutive
-from .pool import SlotPool
 from .rows import TokenRows
 from .states import States
+from .store import Kind, SlotStore
 
 
 class UnsupportedModelError(TempoError):
@@ -93,18 +92,14 @@ class PositionedModel:
         name = str(self.dtype).removeprefix("mlx.core.")
         return f"{name}, {'/'.join(str(b) for b in sorted(bits))}-bit" if bits else name
 
-    def make_cache(self, batch_size: int = 1) -> BatchedKVCache:
+    def make_cache(self, batch_size: int = 1) -> SlotStore:
         """An empty cache for ``batch_size`` rows."""
-        return BatchedKVCache(
+        return SlotStore(
             batch_size,
             self._kinds,
             spread_rows=self.spreads_rows,
             grouped_scores=self.grouped_scores,
         )
-
-    def make_pool(self, limit: int, n_states: int = 0) -> SlotPool:
-        """An empty pool of at most ``limit`` slots and ``n_states`` recurrent states."""
-        return SlotPool(self._kinds, limit, n_states, self.spreads_rows, self.grouped_scores)
 
     def require_capture(self) -> None:
         """Raise UnsupportedModelError unless the model's attention can be captured."""
@@ -151,11 +146,12 @@ class PositionedModel:
         tokens: mx.array,
         positions: np.ndarray,
         mask: mx.array | str,
-        cache: BatchedKVCache | SlotPool,
+        cache: SlotStore,
         capture: None = None,
         rows: np.ndarray | None = None,
         return_hidden: bool = False,
         parents: np.ndarray | None = None,
+        reads: np.ndarray | None = None,
     ) -> mx.array: ...
 
     @overload
@@ -164,11 +160,12 @@ class PositionedModel:
         tokens: mx.array,
         positions: np.ndarray,
         mask: mx.array | str,
-        cache: BatchedKVCache | SlotPool,
+        cache: SlotStore,
         capture: Capture,
         rows: np.ndarray | None = None,
         return_hidden: bool = False,
         parents: np.ndarray | None = None,
+        reads: np.ndarray | None = None,
     ) -> tuple[mx.array, dict[int, mx.array]]: ...
 
     def __call__(
@@ -181,6 +178,7 @@ class PositionedModel:
         rows=None,
         return_hidden=False,
         parents=None,
+        reads=None,
     ):
         """One forward pass over T new tokens for each row, which become slots of the cache.
 
@@ -204,6 +202,10 @@ class PositionedModel:
             parents: where layers are recurrent, the slot that each token continues, of the slots of
                 its own row with the new ones, of the shape of ``tokens``; -1 at the beginning of a
                 text. None where each token of a row continues the one before.
+            reads: of a cache of one row, the slots that B sequences read of it, [B, S']; ``rows``
+                says to which of them each token belongs, and the mask is over these slots. The new
+                tokens' slots follow the last one, in their order, and are among those read. Where
+                a sequence reads fewer, any slot may fill it up, masked.
 
         Returns:
             logits [B, T, V] or [1, N, V], or the layers' output [.., D]; with ``capture`` also a
@@ -223,7 +225,8 @@ class PositionedModel:
         if capture is not None:
             self.require_capture()
         positions = np.asarray(positions)
-        step = None if rows is None else TokenRows.of(rows, cache.batch_size)
+        sequences = cache.batch_size if reads is None else len(reads)
+        step = None if rows is None else TokenRows.of(rows, sequences)
         if step is None and positions.shape[1] > 1 and not is_consecutive(positions):
             B, T = positions.shape
             step = TokenRows.of(np.repeat(np.arange(B), T), B)
@@ -236,12 +239,12 @@ class PositionedModel:
         if step is not None:
             first = None
             if self.is_recurrent:
-                first = cache.preceding(step)
+                first = cache.preceding(step, reads)
                 parents = first if parents is None else np.asarray(parents).reshape(-1)
             tokens, positions, mask, step, parents = _arranged(
                 tokens, positions, mask, step, parents, first
             )
-        call = tokens, positions, mask, cache, recorder, step, parents
+        call = tokens, positions, mask, cache, recorder, step, parents, reads
         if return_hidden:
             with self._backbone.return_hidden() as hook:
                 self._forward(*call)
@@ -255,8 +258,8 @@ class PositionedModel:
         """The layers' output [B, T, D] through the vocabulary layer: logits [B, T, V], lazy."""
         return self._backbone.logits(hidden)
 
-    def _forward(self, tokens, positions, mask, cache, recorder, rows=None, parents=None):
-        cache.begin(positions, mask, recorder, rows, parents)
+    def _forward(self, tokens, positions, mask, cache, recorder, rows, parents, reads):
+        cache.begin(positions, mask, recorder, rows, parents, reads)
         try:
             with attention.during(cache.running):
                 logits = self.model(tokens, cache=cache.layers)
@@ -369,7 +372,7 @@ def _arranged(
 class _Trace(AttentionRecorder):
     """Watches one forward pass: the masks that the cache made and those that attention got."""
 
-    def __init__(self, cache: BatchedKVCache):
+    def __init__(self, cache: SlotStore):
         super().__init__(None)
         self.made: list[mx.array | str | None] = []
         self.used: list[mx.array | str | None] = []

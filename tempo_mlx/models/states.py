@@ -92,62 +92,49 @@ class BranchStates:
                 layer.cache = [x if x is None or whole else x[index] for x in arrays]  # type: ignore[misc]
             layer.lengths = layer.left_padding = None
 
-    def store(self, n: int, live: np.ndarray) -> tuple[np.ndarray, int]:
-        """Take the states that the pass made of its n rows.
+    def fit(self, n: int) -> bool:
+        """Whether there is room for n states more."""
+        return self.used + n <= self.capacity
 
-        Args:
-            n: rows of the pass.
-            live: places that are still needed, in ascending order.
-
-        Returns:
-            the new place of each of the ``live`` ones, and the first place of the rows.
-        """
+    def keep(self, live: np.ndarray, n: int = 0) -> None:
+        """Let go of all but the places ``live``, ascending, which become 0, 1, ..; and have room
+        for n more."""
+        self.used = len(live)
         if not len(live):
-            self._arrays = [list(layer.cache) for layer in self._layers]
-            self.release_layers()
-            self.used = self.capacity = n
-            return live, 0
-        first = self.used
-        moved = live
-        if first + n > self.capacity:
-            # What is not needed goes when room is made for more.
-            moved, first = np.arange(len(live)), len(live)
+            self._arrays = [[None] * len(arrays) for arrays in self._arrays]
+            self.capacity = 0
+        elif n:
             room = 2 * len(live) if self.limit is None else min(2 * len(live), self.limit)
             self._move(live, max(len(live) + n, room))
-        self._write(slice(first, first + n))
-        self.used = first + n
-        return moved, first
-
-    def put(self, places: np.ndarray, limit: int) -> None:
-        """Take the states that the pass made of its rows to these places, [R], below ``limit``."""
-        self.used = max(self.used, int(places.max()) + 1)
-        if self.used > self.capacity:
-            held = np.arange(self.capacity)
-            self._move(held, max(self.used, min(limit, 2 * self.capacity)))
-            mx.eval(self.state)
-        self._write(mx.array(places.astype(np.int32)))
-
-    def keep(self, live: np.ndarray) -> None:
-        """Let go of all but the places ``live``, which become 0, 1, .."""
-        if len(live) < self.capacity:
+        elif len(live) < self.capacity:
             self._move(live, len(live))
-        self.used = len(live)
+
+    def store(self, n: int) -> int:
+        """Take the states that a pass made of its n rows, for which there is room; or the first
+        ones. Returns the place of the first row; the others follow it."""
+        first = self.used
+        self.used += n
+        if self.capacity:
+            self._write(slice(first, self.used))
+            return first
+        self._arrays = [list(layer.cache) for layer in self._layers]
+        self.release_layers()
+        self.capacity = n
+        return 0
 
     def taken(self, places: np.ndarray) -> list[mx.array | None]:
         """The arrays of these places [n, ..], of all layers one after another."""
         index = mx.array(places.astype(np.int32))
         return [x if x is None else x[index] for arrays in self._arrays for x in arrays]
 
-    def give(
-        self, given: list[mx.array | None], n: int, live: np.ndarray
-    ) -> tuple[np.ndarray, int]:
+    def give(self, given: list[mx.array | None], n: int) -> int:
         """As :meth:`store`, of arrays that :meth:`taken` returned elsewhere."""
         given = list(given)
         for layer in self._layers:
             layer.cache = [given.pop(0) for _ in layer.cache]  # type: ignore[misc]
-        return self.store(n, live)
+        return self.store(n)
 
-    def _write(self, where: mx.array | slice) -> None:
+    def _write(self, where: slice) -> None:
         for arrays, layer in zip(self._arrays, self._layers, strict=True):
             for entry, new in enumerate(cast(list[mx.array], layer.cache)):
                 array = arrays[entry]

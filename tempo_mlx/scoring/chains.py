@@ -1,4 +1,4 @@
-"""How new slots are divided into forward passes where layers are recurrent.
+"""How new nodes are divided into forward passes where layers are recurrent.
 
 A token is read from the state that the one before it has left. A pass reads tokens that start from
 different states; or chunks of equally many tokens, of which each continues the one before, and only
@@ -11,9 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..models.states import NONE
 from .passes import Segment, passes
-from .prefix_tree import PrefixTree
+from .prefix_tree import NONE, PrefixTree
 
 #: Most slots that are put together for the chunks of a pass, where each has a copy of its own.
 GATHERED_SLOTS = 1 << 15
@@ -24,85 +23,75 @@ COPIED_STATES = 1 / 4
 
 @dataclass
 class Chain:
-    """Slots that are still to be read, of which each continues the one before.
+    """Nodes that are still to be read, of which each continues the one before.
 
     Args:
-        slots: at least 1.
-        before: the slot that the first one continues; NONE at the beginning of a text.
-        source: place of the state that the first one starts from, NONE at the beginning of a text.
-        target: place of the state that is left.
-        length: slots of the text up to the chain's last one.
+        nodes: at least 1.
+        before: the node that the first one continues; NONE at the beginning of a text.
+        length: nodes of the text up to the chain's last one.
+        is_begun: whether part of it was read; only its last node keeps its state.
     """
 
-    slots: list[int]
+    nodes: list[int]
     before: int
-    source: int
-    target: int
     length: int
+    is_begun: bool = False
 
     def advance(self, n: int) -> None:
-        """The first n slots were read."""
-        self.before, self.source = self.slots[n - 1], self.target
-        self.slots = self.slots[n:]
+        """The first n nodes were read."""
+        self.before, self.is_begun = self.nodes[n - 1], True
+        self.nodes = self.nodes[n:]
 
 
 def chains(segments: Sequence[Segment], marks: Iterable[int], trie: PrefixTree) -> list[Chain]:
-    """Cut new slots into chains, at ``marks`` and where a segment begins behind them."""
-    new = {slot for segment in segments for slot in segment.slots}
-    before = [int(trie.parent[segment.slots[0]]) for segment in segments]
-    # First what is there: all the rest may take the places of what was used longest ago.
-    places = {slot: trie.states.use(slot) for slot in before if slot != NONE and slot not in new}
-    places[NONE] = NONE
+    """Cut new nodes into chains, at ``marks`` and where a segment begins behind them."""
+    before = [int(trie.parent[segment.nodes[0]]) for segment in segments]
     cuts = {*before, *marks}
     found = []
-    for segment, slot_before in zip(segments, before, strict=True):
-        slots, length = segment.slots, segment.length - len(segment.slots)
-        ends = [i for i, slot in enumerate(slots, 1) if slot in cuts or i == len(slots)]
+    for segment, node_before in zip(segments, before, strict=True):
+        nodes, length = segment.nodes, segment.length - len(segment.nodes)
+        ends = [i for i, node in enumerate(nodes, 1) if node in cuts or i == len(nodes)]
         for start, end in zip([0, *ends], ends, strict=False):
-            last = slots[end - 1]
-            source, places[last] = places[slot_before], trie.states.add(last)
-            chain = slots[start:end], slot_before, source, places[last], length + end
-            found.append(Chain(*chain))
-            slot_before = last
+            found.append(Chain(nodes[start:end], node_before, length + end))
+            node_before = nodes[end - 1]
+    trie.make_room_for_states(len(found), before)
     return found
 
 
 def chain_passes(
     found: list[Chain], trie: PrefixTree, chunk_size: int
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Divide chains into forward passes.
 
     Each pass reads equally many tokens of some of the chains that can go on, so many that it reads
-    the most tokens that a pass can read now.
+    the most tokens that a pass can read now. States in the midst of chains are let go of.
 
     Args:
         found: chains whose texts share much stand side by side.
-        trie: what their slots and states belong to.
+        trie: what their nodes belong to.
         chunk_size: tokens of a pass.
 
     Yields:
-        slots [N] and their rows [N], row by row; and of each token or chunk the places of the state
-        that it starts from and of the one that it leaves, [R].
+        nodes [N] and their rows [N], row by row.
     """
-    most_states = max(1, int(trie.states.limit * COPIED_STATES))
+    most_states = max(1, int(trie.n_states * COPIED_STATES))
     while found:
-        unread = {chain.slots[-1] for chain in found}
+        unread = {chain.nodes[-1] for chain in found}
         ready = [chain for chain in found if chain.before not in unread]
         # The rows of a pass start from states, or none of them does.
-        ready = [chain for chain in ready if chain.source == NONE] or ready
+        ready = [chain for chain in ready if chain.before == NONE] or ready
         n, batch = _most(ready, chunk_size, most_states)
-        if n > 1:
-            yield _chunks(batch, n)
-        else:
-            yield from _single_tokens(batch, trie, chunk_size)
+        for part, nodes, rows in _chunks(batch, n) if n > 1 else _single(batch, trie, chunk_size):
+            trie.spent = [chain.before for chain in part if chain.is_begun]
+            yield nodes, rows
         for chain in batch:
             chain.advance(n)
-        found = [chain for chain in found if chain.slots]
+        found = [chain for chain in found if chain.nodes]
 
 
 def _most(ready: list[Chain], chunk_size: int, most_states: int) -> tuple[int, list[Chain]]:
     """How many tokens to read of each of which chains, so that they are most in all."""
-    lengths = np.minimum([len(chain.slots) for chain in ready], chunk_size)
+    lengths = np.minimum([len(chain.nodes) for chain in ready], chunk_size)
     steps = np.unique([1, *lengths])
     counts = len(lengths) - np.searchsorted(np.sort(lengths), steps)
     # Single tokens share a row with those that see the same slots.
@@ -114,26 +103,21 @@ def _most(ready: list[Chain], chunk_size: int, most_states: int) -> tuple[int, l
     return int(steps[best]), enough[: counts[best]]
 
 
-def _chunks(batch: list[Chain], n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def _chunks(batch: list[Chain], n: int) -> Iterator[tuple[list[Chain], np.ndarray, np.ndarray]]:
     """The next n tokens of each chain, in a row of its own."""
-    slots = np.array([chain.slots[:n] for chain in batch]).reshape(-1)
-    return slots, np.repeat(np.arange(len(batch)), n), *_states(batch)
+    nodes = np.array([chain.nodes[:n] for chain in batch]).reshape(-1)
+    yield batch, nodes, np.repeat(np.arange(len(batch)), n)
 
 
-def _single_tokens(
+def _single(
     batch: list[Chain], trie: PrefixTree, chunk_size: int
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+) -> Iterator[tuple[list[Chain], np.ndarray, np.ndarray]]:
     """The next token of each chain."""
-    first = np.array([chain.slots[0] for chain in batch])
+    first = np.array([chain.nodes[0] for chain in batch])
     lengths = (trie.depth[first] + 1).tolist()
     shared = [0, *trie.shared(first)]
     segments = [Segment([s], n, m) for s, n, m in zip(first.tolist(), lengths, shared, strict=True)]
     done = 0
-    for slots, rows in passes(segments, chunk_size):
-        yield slots, rows, *_states(batch[done : done + len(slots)])
-        done += len(slots)
-
-
-def _states(batch: list[Chain]) -> tuple[np.ndarray, np.ndarray]:
-    sources = np.array([chain.source for chain in batch])
-    return sources, np.array([chain.target for chain in batch])
+    for nodes, rows in passes(segments, chunk_size):
+        yield batch[done : done + len(nodes)], nodes, rows
+        done += len(nodes)

@@ -1,4 +1,4 @@
-"""How the new slots of a trie are divided into forward passes and rows."""
+"""How the new nodes of a trie are divided into forward passes and rows."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,38 +17,38 @@ PADDED_AREA = 4
 
 @dataclass(frozen=True)
 class Segment:
-    """New slots of one text: they follow each other, behind slots that were there.
+    """New nodes of one text: they follow each other, behind nodes that were there.
 
-    ``length`` counts the text's slots, ``shared`` those that the segment before has, too.
+    ``length`` counts the text's nodes, ``shared`` those that the segment before has, too.
     """
 
-    slots: list[int]
+    nodes: list[int]
     length: int
     shared: int
 
 
 def passes(segments: list[Segment], chunk_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Divide new slots into forward passes, and each pass into rows.
+    """Divide new nodes into forward passes, and each pass into rows.
 
     Texts share a row while that makes their attention, of T tokens on S slots, not much larger
     than it is for each alone.
 
     Yields:
-        slots [N] and their rows [N], row by row.
+        nodes [N] and their rows [N], row by row.
     """
     rows: list[tuple[list[int], int]] = []  # slots, and how many they see
     alone = 0
     for segment in segments:
-        area = len(segment.slots) * segment.length
+        area = len(segment.nodes) * segment.length
         if rows:
             slots, sees = rows[-1]
             sees += segment.length - segment.shared
-            together = (len(slots) + len(segment.slots)) * sees
+            together = (len(slots) + len(segment.nodes)) * sees
             if together <= max(SMALL_AREA, SHARED_AREA * (alone + area)):
-                rows[-1] = slots + segment.slots, sees
+                rows[-1] = slots + segment.nodes, sees
                 alone += area
                 continue
-        rows.append((list(segment.slots), segment.length))
+        rows.append((list(segment.nodes), segment.length))
         alone = area
     batch: list[tuple[list[int], int]] = []
     for slots, sees in rows:

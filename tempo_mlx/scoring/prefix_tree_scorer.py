@@ -1,4 +1,4 @@
-"""Texts as branches of one trie, in a pool of slots."""
+"""Texts as branches of one trie, in a store of slots."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -46,7 +46,7 @@ def room(model: PositionedModel, max_kv_bytes: int) -> tuple[int, int]:
 
 
 class PrefixTreeScorer:
-    """Reads texts as branches of one trie, in a pool of slots that is kept across calls.
+    """Reads texts as branches of one trie, in a store of slots that is kept across calls.
 
     What texts share is read once. The tokens that are new go through the layers in one pass, in
     rows of texts that share much; each sees the slots of its own text. Only tokens whose next
@@ -58,7 +58,7 @@ class PrefixTreeScorer:
 
     Args:
         model: reads the tokens.
-        max_kv_bytes: bytes that the pool may take, states included.
+        max_kv_bytes: bytes that the store may take, states included.
         chunk_size: tokens of a forward pass.
         sets: K sets of token ids that a text may be asked about.
     """
@@ -70,20 +70,21 @@ class PrefixTreeScorer:
         chunk_size: int,
         sets: Sequence[Sequence[int]],
     ):
-        limit, n_states = room(model, max_kv_bytes)
+        self._limits = limit, n_states = room(model, max_kv_bytes)
         self.model = model
         self.stats = ScoringStats("tree")
         self._slot_bytes = model.slot_bytes + model.hidden_bytes
         self._chunk_size = chunk_size
         self._part_size = chunk_size * (PASSES_OF_PART if n_states else 1)
         self._vocabulary = VocabularyRows(model.logits, sets, self.stats)
-        self._trie = PrefixTree(limit, n_states)
         self.reset()
 
     def reset(self) -> None:
         """Let go of all slots."""
-        self._trie.clear()
-        self._pool = self.model.make_pool(self._trie.limit, self._trie.states.limit)
+        store = self.model.make_cache()
+        store.keeps_states = True
+        store.capacity_limit, store.states.limit = self._limits
+        self._trie = PrefixTree(store, *self._limits)
         self._note()
 
     def answer(self, questions: Sequence[ScoreRequest]) -> list[TokenLogprobs]:
@@ -93,10 +94,11 @@ class PrefixTreeScorer:
         with mx.stream(generation_stream), self._whole():
             while waiting:
                 part, segments, marks = self._take(questions, waiting)
-                for planned in self._passes(segments, marks):
-                    self._read(*planned)
-                asked = [(questions[i], path) for i, path in part]
-                found = self._vocabulary.answer(asked, self._pool.hidden, self._pool.state)
+                for nodes, rows in self._passes(segments, marks):
+                    self._read(nodes, rows)
+                asked = [(questions[i], self._trie.slot[path].tolist()) for i, path in part]
+                store = self._trie.store
+                found = self._vocabulary.answer(asked, store.outputs, store.state)
                 answers |= zip((i for i, _ in part), found, strict=True)
                 self._note()
         return [answers[i] for i in range(len(questions))]
@@ -123,19 +125,19 @@ class PrefixTreeScorer:
             start = self._start(known, len(tokens), new)
             if part and len(new) + len(tokens) - start > self._part_size:
                 break
-            if trie.states.limit and STATES_OF_TEXT * (len(segments) + 1) > trie.states.limit:
+            if trie.n_states and STATES_OF_TEXT * (len(segments) + 1) > trie.n_states:
                 break
-            slots = trie.extend(known, tokens[len(known) :])
-            if slots is None and part:
+            nodes = trie.extend(known, tokens[len(known) :])
+            if nodes is None and part:
                 break
-            if slots is None:
-                beside = " beside recurrent states" if trie.states.limit else ""
+            if nodes is None:
+                beside = " beside recurrent states" if trie.n_states else ""
                 raise CacheBudgetError(
                     f"a text of {len(tokens)} tokens needs {len(tokens) * self._slot_bytes:,} "
                     f"bytes, max_kv_bytes allows {trie.limit * self._slot_bytes:,}{beside}; raise "
                     "it, or set max_context_tokens"
                 )
-            path = known + slots
+            path = known + nodes
             part.append((waiting.pop(), path))
             self.stats.tokens_reused += start
             if start < len(path):
@@ -148,43 +150,40 @@ class PrefixTreeScorer:
     def _start(self, known: list[int], n: int, new: set[int]) -> int:
         """How many of a text's n tokens are not read: those that are known, or known up to its last
         state where the text goes on behind them."""
-        start, states = len(known), self._trie.states
-        if states.limit and start < n:
-            while start and known[start - 1] not in new and known[start - 1] not in states:
+        start = len(known)
+        if self._trie.n_states and start < n:
+            has = self._trie.have_states(known)
+            while start and known[start - 1] not in new and not has[start - 1]:
                 start -= 1
         return start
 
-    def _passes(self, segments: list[Segment], marks: set[int]) -> Iterator[Sequence[np.ndarray]]:
-        if self._trie.states.limit:
+    def _passes(
+        self, segments: list[Segment], marks: set[int]
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        if self._trie.n_states:
             found = chains(segments, marks, self._trie)
             return chain_passes(found, self._trie, self._chunk_size)
         return passes(segments, self._chunk_size)
 
-    def _read(
-        self,
-        slots: np.ndarray,
-        rows: np.ndarray,
-        sources: np.ndarray | None = None,
-        targets: np.ndarray | None = None,
-    ) -> None:
-        """One forward pass over new slots, each in one of the rows 0 .. B - 1."""
-        trie, pool = self._trie, self._pool
-        pool.grow(trie.size)
-        seen, mask = visible(trie.chains(slots), rows)
-        pool.plan(slots, seen, sources, targets)
+    def _read(self, nodes: np.ndarray, rows: np.ndarray) -> None:
+        """One forward pass over new nodes, each in one of the rows 0 .. B - 1."""
+        trie = self._trie
+        trie.place(nodes)
+        seen, mask = visible(trie.chains(nodes), rows)
         hidden = self.model(
-            mx.array(trie.token[slots].astype(np.int32))[None],
-            trie.depth[slots][None],
+            mx.array(trie.token[nodes].astype(np.int32))[None],
+            trie.depth[nodes][None],
             mx.array(mask)[None, None],
-            pool,
+            trie.store,
             rows=rows,
             return_hidden=True,
-            parents=trie.parent[slots],
+            parents=trie.slots_of(trie.parent[nodes]),
+            reads=trie.slot[seen],
         )
-        pool.keep_hidden(hidden[0])
-        mx.async_eval(pool.state)
+        trie.store.keep_outputs(hidden[0])
+        mx.async_eval(trie.store.state)
         self.stats.passes += 1
-        self.stats.tokens_computed += len(slots)
+        self.stats.tokens_computed += len(nodes)
 
     @contextmanager
     def _whole(self) -> Iterator[None]:
@@ -196,5 +195,7 @@ class PrefixTreeScorer:
             raise
 
     def _note(self) -> None:
-        self.stats.slots, self.stats.dropped = len(self._trie), self._trie.dropped
-        self.stats.states, self.stats.bytes = len(self._trie.states), self._pool.nbytes
+        trie = self._trie
+        self.stats.slots = len(trie)
+        self.stats.dropped, trie.dropped = self.stats.dropped + trie.dropped, 0
+        self.stats.states, self.stats.bytes = trie.store.n_states, trie.store.nbytes

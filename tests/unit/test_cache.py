@@ -1,7 +1,7 @@
-"""BatchedKVCache against a NumPy array of slots, through random sequences of operations."""
+"""SlotStore against a NumPy array of slots, through random sequences of operations."""
 
-from tempo_mlx.models import BatchedKVCache
-from tempo_mlx.models.cache import BLOCK
+from tempo_mlx.models import SlotStore
+from tempo_mlx.models.store import BLOCK
 
 import mlx.core as mx
 import numpy as np
@@ -46,7 +46,7 @@ def check(cache, reference):
 def test_any_sequence_of_operations_equals_plain_arrays(data):
     rng = np.random.default_rng(data.draw(st.integers(0, 10**6)))
     batch_size = data.draw(st.integers(1, 3))
-    cache, reference = BatchedKVCache(batch_size, [None] * LAYERS), Reference(batch_size)
+    cache, reference = SlotStore(batch_size, [None] * LAYERS), Reference(batch_size)
     append(cache, reference, data.draw(st.sampled_from([1, 5, BLOCK, BLOCK + 1])), rng)
     for _ in range(data.draw(st.integers(1, 6))):
         operation = data.draw(st.sampled_from(["append", "select", "replicate", "compact", "rows"]))
@@ -80,7 +80,7 @@ def test_any_sequence_of_operations_equals_plain_arrays(data):
 
 def test_a_copy_that_is_written_does_not_change_its_twin():
     rng = np.random.default_rng(0)
-    cache, reference = BatchedKVCache(1, [None] * LAYERS), Reference(1)
+    cache, reference = SlotStore(1, [None] * LAYERS), Reference(1)
     append(cache, reference, 3, rng)
     cache.replicate(2)
     reference.keys = np.repeat(reference.keys, 2, axis=1)
@@ -92,7 +92,7 @@ def test_a_copy_that_is_written_does_not_change_its_twin():
 
 
 def test_buffers_grow_by_blocks():
-    cache, reference = BatchedKVCache(1, [None] * LAYERS), Reference(1)
+    cache, reference = SlotStore(1, [None] * LAYERS), Reference(1)
     rng = np.random.default_rng(0)
     append(cache, reference, 1, rng)
     bytes_of_a_block = 2 * LAYERS * H * BLOCK * D * 4
@@ -106,7 +106,7 @@ def test_buffers_grow_by_blocks():
 
 def test_an_empty_cache_is_not_falsy():
     # mlx-lm would take a falsy cache for no cache and fall back to plain causality.
-    assert BatchedKVCache(1, [None]).layers[0]
+    assert SlotStore(1, [None]).layers[0]
 
 
 @pytest.mark.parametrize(
@@ -119,9 +119,9 @@ def test_an_empty_cache_is_not_falsy():
         lambda c: c.begin(np.zeros((1, 1), int), mx.ones((1, 1, 1, 7), mx.bool_), None),
         lambda c: c.begin(np.zeros((3, 1), int), "causal", None),
         lambda c: c.begin(np.zeros((1, 1), int), "full", None),
-        lambda c: BatchedKVCache(0, [None]),
+        lambda c: SlotStore(0, [None]),
     ],
 )
 def test_bad_arguments_are_refused(call):
     with pytest.raises(ValueError):
-        call(BatchedKVCache(1, [None]))
+        call(SlotStore(1, [None]))

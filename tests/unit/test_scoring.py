@@ -13,6 +13,7 @@ from tempo_mlx.text.vocabulary import encode_prompt
 from tests.brute_scorer import BruteScorer
 from tests.tiny_models import architectures, each_architecture, shared_model, tiny_model
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from hypothesis import Phase, given, settings
@@ -208,6 +209,20 @@ def test_what_was_used_longest_ago_is_dropped(llama):
     same(scorer.score_continuations(["a b"], [["c"]]), brute.score_continuations(["a b"], [["c"]]))
 
 
+def test_a_pass_copies_nothing_of_what_is_held(llama):
+    scorer = ContinuationScorer(llama, TOKENIZER)
+    rng = random.Random(2)
+    contexts = [" ".join(rng.choices("abcde", k=60)) for _ in range(60)]
+    scorer.score_continuations(contexts, [["ca"]] * 60)
+    store = scorer._reader._trie.store
+    assert store.capacity > store.n_slots + 9 > 3000
+    mx.reset_peak_memory()
+    held = mx.get_active_memory()
+    scorer.score_continuations([f"{contexts[0]} e"], [["b"]])
+    assert scorer.stats().tokens_reused and store.n_slots > 3000
+    assert mx.get_peak_memory() - held < store.nbytes / 20
+
+
 @pytest.fixture(scope="module", params=["lfm2", "mamba"])
 def recurrent(request):
     return PositionedModel(tiny_model(request.param, seed=1))
@@ -217,47 +232,49 @@ def computed(scorer, contexts, words):
     """Passes and tokens that a call takes, whose scores are those of every text alone."""
     before = scorer.stats()
     passes, tokens = before.passes, before.tokens_computed
-    brute = BruteScorer(scorer._reader.model.model, TOKENIZER)
+    correct = scorer.trailing_space_correction
+    brute = BruteScorer(scorer._reader.model.model, TOKENIZER, 1.0, 0.0, None, None, correct)
     same(scorer.score_continuations(contexts, words), brute.score_continuations(contexts, words))
     after = scorer.stats()
     return after.passes - passes, after.tokens_computed - tokens
 
 
 def test_what_is_read_continues_the_state_of_the_token_before_it(recurrent, monkeypatch):
-    """Every token is read once, behind its parent's state; and a node's place holds its state."""
+    """Every token is read behind its parent, or behind its parent's state."""
     rng = random.Random(3)
-    states, single, chunks = {}, 0, 0
+    single, chunks = 0, 0
     read = PrefixTreeScorer._read
 
-    def watched(reader, slots, rows, sources, targets):
+    def watched(reader, nodes, rows):
         nonlocal single, chunks
         trie = reader._trie
-        assert len(slots) <= reader._chunk_size
+        assert len(nodes) <= reader._chunk_size and len({*nodes.tolist()}) == len(nodes)
+        parents = trie.parent[nodes]
+        within = np.isin(parents, nodes)
+        single, chunks = single + (not within.any()), chunks + bool(within.any())
+        assert (parents[within] == nodes[np.flatnonzero(within) - 1]).all()
+        sources = parents[~within]
+        begins = (sources == NONE).all()
+        assert begins or trie.have_states(sources).all()
+        read(reader, nodes, rows)
         # One row of the model for each state.
-        each = slots.reshape(len(sources), -1)
-        single, chunks = single + (each.shape[1] == 1), chunks + (each.shape[1] > 1)
-        assert (trie.parent[each[:, 1:]] == each[:, :-1]).all()
-        found = [states.get(place, NONE) for place in sources.tolist()]
-        assert found == trie.parent[each[:, 0]].tolist()
-        assert len({*targets.tolist()}) == len(targets)
-        states.update(zip(targets.tolist(), each[:, -1].tolist(), strict=True))
-        read(reader, slots, rows, sources, targets)
+        ends = np.setdiff1d(nodes, parents[within])
+        assert trie.have_states(ends).all()
+        assert not trie.have_states(np.setdiff1d(nodes, ends)).any()
 
     monkeypatch.setattr(PrefixTreeScorer, "_read", watched)
     for n_states in (3, 7, 40):
         budget = 90 * (recurrent.slot_bytes + recurrent.hidden_bytes)
         budget += 2 * n_states * recurrent.state_bytes
         scorer = ContinuationScorer(recurrent, TOKENIZER, chunk_size=16, max_kv_bytes=budget)
-        states.clear()
         for _ in range(8):
             contexts = [" ".join(rng.choices("abcde", k=rng.randint(1, 20))) for _ in range(6)]
             contexts += [f"{context} {rng.choice('abcde')}" for context in contexts[:3]]
             scorer.score_continuations(contexts, [["b ca e", "dead", "b ca b"]] * len(contexts))
             trie = scorer._reader._trie
-            held = {slot: trie.states.use(slot) for slot in range(trie.size) if slot in trie.states}
-            assert all(states[place] == slot for slot, place in held.items())
-            assert len(held) == len(trie.states) == scorer.stats().states <= trie.states.limit
-            assert set(held) <= set(trie._children.values())
+            nodes = np.array([*trie._children.values()])
+            held = int(trie.have_states(nodes).sum())
+            assert held == scorer.stats().states <= trie.n_states
     assert single and chunks
 
 
@@ -301,6 +318,24 @@ def test_states_are_held_where_contexts_and_texts_end(recurrent):
     assert computed(scorer, ["a b"], [["e d e"]])[1] == 2
     assert scorer.stats().states == 3
     assert scorer.stats().bytes >= 3 * recurrent.state_bytes
+
+
+def test_states_are_counted_where_slots_move_between_the_parts_of_a_chain(recurrent):
+    budget = 60 * (recurrent.slot_bytes + recurrent.hidden_bytes) + 3 * recurrent.state_bytes
+    scorer = ContinuationScorer(
+        recurrent,
+        TOKENIZER,
+        trailing_space_correction=True,
+        chunk_size=1,
+        max_kv_bytes=budget,
+    )
+    for contexts, words in (
+        (["a a", "a ca ca ca ?", "dead"], [["a", "bb"], ["a", "."], ["a"]]),
+        (["", "a a a a ca ca ca ?"], [["a", "ab", "dead"], ["a", "ab", "."]]),
+    ):
+        computed(scorer, contexts, words)
+        assert scorer.stats().states <= scorer._reader._trie.n_states
+        assert scorer.stats().bytes <= budget
 
 
 def test_no_more_states_than_there_is_room_for(recurrent):

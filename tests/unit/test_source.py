@@ -12,7 +12,7 @@ from tests.tiny_models import tiny_model
 import pytest
 
 #: Fields whose == is an array, or takes long.
-ARRAYS = re.compile(r"ndarray|mx\.array|\bSlots\b|\bLattice\b|\bBatchedKVCache\b|nn\.Module")
+ARRAYS = re.compile(r"ndarray|mx\.array|\bSlots\b|\bLattice\b|\bSlotStore\b|nn\.Module")
 
 
 def test_dataclasses_that_hold_arrays_compare_by_identity():

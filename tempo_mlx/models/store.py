@@ -1,4 +1,9 @@
-"""What a model has read: slots of keys and values, and states of recurrent layers, in rows."""
+"""What a model has read: slots of keys and values, and states of recurrent layers, in rows.
+
+Everything that this package computes stands on one store: a sequence to a row; several short ones
+beside each other; a tree, whose branches share what they have in common; or many texts that share
+their beginnings, of which a pass reads some.
+"""
 
 import weakref
 from collections.abc import Callable, Sequence
@@ -26,7 +31,7 @@ class LayerCache:
         window: sliding window of the layer in logical positions; None where it sees everything.
     """
 
-    def __init__(self, owner: "BatchedKVCache", window: int | None):
+    def __init__(self, owner: "SlotStore", window: int | None):
         # Weak, so that a cache that goes out of use frees its memory at once.
         self._owner = weakref.ref(owner)
         self.window = window
@@ -37,7 +42,7 @@ class LayerCache:
         self.forward_pass: ForwardPass | None = None
 
     @property
-    def owner(self) -> "BatchedKVCache":
+    def owner(self) -> "SlotStore":
         owner = self._owner()
         assert owner is not None
         return owner
@@ -66,7 +71,7 @@ class LayerCache:
         return self.keys_and_values()
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
-        """Keys and values of all slots, [B, H_kv, S, D]; of each row's sequence in some passes."""
+        """Keys and values of all slots, [B, H_kv, S, D]; in a pass, of those that its rows read."""
         assert self.keys is not None and self.values is not None
         keys, values = self.keys[..., : self.n_slots, :], self.values[..., : self.n_slots, :]
         running = self.forward_pass
@@ -76,7 +81,7 @@ class LayerCache:
 
     @property
     def state(self) -> list[mx.array]:
-        return [] if self.keys is None or self.values is None else [self.keys, self.values]
+        return [buffer for buffer in (self.keys, self.values) if buffer is not None]
 
 
 #: What a layer keeps: a sliding window of its keys in logical positions, None for all of them;
@@ -106,35 +111,13 @@ def layer_of(
     return attention[-1]
 
 
-class Passes:
-    """What caches of every kind share: one forward pass at a time, which their layers know."""
-
-    #: keys and values of the attention layers, in order
-    kv: Sequence[LayerCache]
-    _running: ForwardPass | None = None
-
-    @property
-    def running(self) -> ForwardPass | None:
-        """The pass that is running."""
-        return self._running
-
-    @running.setter
-    def running(self, forward_pass: ForwardPass | None) -> None:
-        self._running = forward_pass
-        for layer in self.kv:
-            layer.forward_pass = forward_pass
-
-    def mask_within(self, window: int | None, return_array: bool) -> mx.array | str | None:
-        """The running pass's mask, narrowed to keys less than ``window`` positions behind."""
-        assert self.running is not None
-        return self.running.mask_within(window, return_array)
-
-
-class BatchedKVCache(Passes):
+class SlotStore:
     """Slots of all layers for B batch rows, each row with a number of slots of its own.
 
-    A slot is one entry of the cache: a token's key, rotated once at its logical position, and its
-    value. Slots are appended and later, by :meth:`compact`, dropped; they are never rewritten.
+    A slot is one entry of the store: a token's key, rotated once at its logical position, its
+    value and, in some, the state of recurrent layers behind it. Slots are appended and later, by
+    :meth:`compact`, dropped; they are never rewritten. A pass costs what it reads and appends: in
+    between, nothing that is held is copied but when a buffer is full.
 
     Args:
         batch_size: rows, at least 1.
@@ -155,6 +138,7 @@ class BatchedKVCache(Passes):
         self._spread_rows = spread_rows
         self._grouped_scores = grouped_scores
         self._kinds = tuple(kinds)
+        #: keys and values of the attention layers, in order
         self.kv: list[LayerCache] = []
         recurrent: list[RecurrentLayer] = []
         #: what the model's layers get
@@ -163,9 +147,13 @@ class BatchedKVCache(Passes):
             for kind in kinds
         ]
         self.states = BranchStates(recurrent)
+        #: what the layers made of each token, [1, 1, S, D], where the caller keeps it
+        self._outputs = LayerCache(self, None)
         #: whether every slot keeps its state, so that any may be continued; else only those of the
         #: pass that was a sequence's last
         self.keeps_states = False
+        #: slots of a single row whose states nobody needs once the next pass has read them
+        self.spent: np.ndarray | None = None
         #: place of each slot's state, [B, S]
         self._places = np.full((batch_size, BLOCK if recurrent else 0), NONE, np.int32)
         self._table = np.zeros((batch_size, BLOCK), np.int32)
@@ -175,6 +163,23 @@ class BatchedKVCache(Passes):
         self.capacity = 0
         #: slots that a row may have room for, where that is less than a whole block more
         self.capacity_limit: int | None = None
+        self._running: ForwardPass | None = None
+
+    @property
+    def running(self) -> ForwardPass | None:
+        """The pass that is running; its layers know it."""
+        return self._running
+
+    @running.setter
+    def running(self, forward_pass: ForwardPass | None) -> None:
+        self._running = forward_pass
+        for layer in self.kv:
+            layer.forward_pass = forward_pass
+
+    def mask_within(self, window: int | None, return_array: bool) -> mx.array | str | None:
+        """The running pass's mask, narrowed to keys less than ``window`` positions behind."""
+        assert self.running is not None
+        return self.running.mask_within(window, return_array)
 
     @property
     def batch_size(self) -> int:
@@ -200,18 +205,19 @@ class BatchedKVCache(Passes):
     @property
     def state(self) -> list[mx.array]:
         """The arrays to evaluate with the logits, so that no graph outlives its step."""
-        return [array for layer in self.kv for array in layer.state] + self.states.state
+        layers = [*self.kv, self._outputs]
+        return [array for layer in layers for array in layer.state] + self.states.state
 
     def room(self, needed: int) -> int:
         """Slots that the buffers will have room for once ``needed`` are in the longest row.
 
-        A single row grows by blocks of 256. Several rows grow by smaller blocks, and by an eighth
-        at least, so that a growing batch is copied a bounded number of times.
+        A single row grows by blocks of 256, several rows by smaller ones; and by an eighth at
+        least, so that what is held is copied a bounded number of times.
         """
         if needed <= self.capacity:
             return self.capacity
         step = max(16, BLOCK // self.batch_size)
-        grown = needed if self.batch_size == 1 else max(needed, self.capacity * 9 // 8)
+        grown = max(needed, self.capacity * 9 // 8)
         rounded = -(-grown // step) * step
         if self.capacity_limit is None:
             return rounded
@@ -257,12 +263,15 @@ class BatchedKVCache(Passes):
         self._table, self._places = self._table[rows], self._places[rows]
         self.counts = self.counts[rows]
 
-    def compact(self, keep: np.ndarray | Sequence[int] | Sequence[np.ndarray]) -> None:
+    def compact(
+        self, keep: np.ndarray | Sequence[int] | Sequence[np.ndarray], room: int = 0
+    ) -> None:
         """Keep these slots, in this order; positions do not change. One gather for each layer.
 
         Args:
             keep: slot indices in [0, S): [S'] for all rows alike, [B, S'] row by row, or one
                 array for each row, of any lengths.
+            room: for so many slots more that are going to be appended.
         """
         if len(keep) and not np.isscalar(keep[0]) and not isinstance(keep, np.ndarray):
             if len(keep) != self.batch_size:
@@ -280,6 +289,8 @@ class BatchedKVCache(Passes):
         if index.size and (index.min() < 0 or index.max() >= self.n_slots):
             raise TempoError(f"keep must be slots in [0, {self.n_slots}), got {index.tolist()}")
 
+        width = index.shape[-1]
+        index = np.pad(index, [(0, 0)] * (index.ndim - 1) + [(0, room)])
         device = mx.array(index.astype(np.int32))
 
         def gather(buffer: mx.array) -> mx.array:
@@ -287,7 +298,7 @@ class BatchedKVCache(Passes):
                 return mx.take(buffer, device, axis=2)
             return mx.take_along_axis(buffer, device[:, None, :, None], axis=2)
 
-        chosen = np.broadcast_to(index, (self.batch_size, index.shape[-1]))
+        chosen = np.broadcast_to(index, (self.batch_size, width + room))
         self._replace(gather, np.arange(self.batch_size)[:, None], chosen, counts)
 
     def rearrange(self, rows: np.ndarray, slots: np.ndarray, counts: np.ndarray) -> None:
@@ -319,7 +330,7 @@ class BatchedKVCache(Passes):
     ) -> None:
         """Move the slots (rows, slots) [B', S'] of all layers by ``gather``."""
         width = slots.shape[1]
-        for layer in self.kv:
+        for layer in [*self.kv, self._outputs]:
             for name in ("keys", "values"):
                 buffer = getattr(layer, name)
                 if buffer is not None:
@@ -333,11 +344,9 @@ class BatchedKVCache(Passes):
         self.capacity = min(self.capacity, width)
         if self.states:
             self._places = self._places[rows, slots]
-            live = self._live_places()
-            self.states.keep(live)
-            self._renumber(live, np.arange(len(live)))
+            self._keep_live_states(self._live_places())
 
-    def extract(self, row: int) -> "BatchedKVCache":
+    def extract(self, row: int) -> "SlotStore":
         """A cache of its own for one row, with that row's slots only."""
         if not 0 <= row < self.batch_size:
             raise TempoError(f"row must be in [0, {self.batch_size}), got {row}")
@@ -356,7 +365,7 @@ class BatchedKVCache(Passes):
         return alone
 
     @classmethod
-    def merge(cls, caches: Sequence["BatchedKVCache"]) -> "BatchedKVCache":
+    def merge(cls, caches: Sequence["SlotStore"]) -> "SlotStore":
         """One cache with the rows of all, in order; the caches of one model."""
         if not caches:
             raise TempoError("caches must name at least 1 cache")
@@ -388,7 +397,7 @@ class BatchedKVCache(Passes):
                 merged._take_states(row, own, cache, source, own)
         return merged
 
-    def adopt(self, other: "BatchedKVCache", source: int, row: int) -> np.ndarray:
+    def adopt(self, other: "SlotStore", source: int, row: int) -> np.ndarray:
         """Append the slots of a row of another cache to a row of this one; returns their slots."""
         count, start = int(other.counts[source]), int(self.counts[row])
         end = start + count
@@ -411,7 +420,7 @@ class BatchedKVCache(Passes):
 
     def states_after(self, n: int) -> int:
         """States that there is room for once n more are kept beside those of the slots."""
-        if self.states.used + n <= self.states.capacity:
+        if self.states.fit(n):
             return self.states.capacity
         return len(self._live_places()) + n
 
@@ -451,8 +460,7 @@ class BatchedKVCache(Passes):
             if any(state is not None and len(state) != B for state in states):
                 raise TempoError(f"the states are not [{B}, ..]")
             self._places = np.full((B, S), NONE, np.int32)
-            self.states.give(states, B, np.zeros(0, np.int64))
-            self._places[:, -1] = np.arange(B)
+            self._places[:, -1] = self.states.give(states, B) + np.arange(B)
 
     def truncate(self, n: int) -> None:
         """Keep the first n slots of each row that has more."""
@@ -472,8 +480,8 @@ class BatchedKVCache(Passes):
         """Forget the slots of a row."""
         self.counts[row] = 0
 
-    def _empty(self, batch_size: int) -> "BatchedKVCache":
-        empty = BatchedKVCache(batch_size, self._kinds, self._spread_rows, self._grouped_scores)
+    def _empty(self, batch_size: int) -> "SlotStore":
+        empty = SlotStore(batch_size, self._kinds, self._spread_rows, self._grouped_scores)
         empty.keeps_states = self.keeps_states
         return empty
 
@@ -483,15 +491,24 @@ class BatchedKVCache(Passes):
         places = np.unique(self._places[present])
         return places[places != NONE]
 
-    def _renumber(self, old: np.ndarray, new: np.ndarray) -> None:
-        """States have moved from the places ``old``, ascending, to ``new``."""
-        at = np.searchsorted(old, self._places)
-        found = (at < len(old)) & (self._places != NONE)
-        found[found] = old[at[found]] == self._places[found]
-        self._places = np.where(found, new[np.where(found, at, 0)] if len(new) else NONE, NONE)
+    def _make_room_for_states(self, n: int) -> None:
+        """Have room for n states more; what no slot needs goes when room is made."""
+        if self.keeps_states and self.states.fit(n):
+            return
+        live = self._live_places()
+        if not len(live) or not self.states.fit(n):
+            self._keep_live_states(live, n)
+
+    def _keep_live_states(self, live: np.ndarray, n: int = 0) -> None:
+        self.states.keep(live, n)
+        found = self._places != NONE
+        at = np.searchsorted(live, self._places[found])
+        at[at == len(live)] = 0
+        known = live[at] == self._places[found] if len(live) else np.zeros(len(at), bool)
+        self._places[found] = np.where(known, at, NONE)
 
     def _take_states(
-        self, row: int, slots: np.ndarray, other: "BatchedKVCache", source: int, theirs: np.ndarray
+        self, row: int, slots: np.ndarray, other: "SlotStore", source: int, theirs: np.ndarray
     ) -> None:
         """Copy the states of another cache's slots to slots of this one."""
         places = other._places[source, theirs]
@@ -499,9 +516,8 @@ class BatchedKVCache(Passes):
         if not have.any():
             return
         chosen, of_slot = np.unique(places[have], return_inverse=True)
-        live = self._live_places()
-        moved, first = self.states.give(other.states.taken(chosen), len(chosen), live)
-        self._renumber(live, moved)
+        self._make_room_for_states(len(chosen))
+        first = self.states.give(other.states.taken(chosen), len(chosen))
         self._places[row, slots[have]] = first + of_slot
 
     def _widen(self, needed: int) -> None:
@@ -515,8 +531,10 @@ class BatchedKVCache(Passes):
             grown[:, :width] = self._table
             self._table = grown
 
-    def preceding(self, rows: TokenRows) -> np.ndarray:
-        """The slot before each new token in its sequence, [N]."""
+    def preceding(self, rows: TokenRows, reads: np.ndarray | None = None) -> np.ndarray:
+        """The slot before each new token in its row, [N]; see :meth:`begin` for ``reads``."""
+        if reads is not None:
+            return self.counts[0] - 1 + np.arange(len(rows))
         return self.counts[rows.sequences] + rows.rank - 1
 
     def begin(
@@ -526,6 +544,7 @@ class BatchedKVCache(Passes):
         recorder: AttentionRecorder | None,
         rows: TokenRows | None = None,
         parents: np.ndarray | None = None,
+        reads: np.ndarray | None = None,
     ) -> None:
         """Open a forward pass over new tokens.
 
@@ -537,53 +556,84 @@ class BatchedKVCache(Passes):
             rows: of a step, the sequences of its tokens.
             parents: where layers are recurrent, the slot that each row continues, in its own
                 sequence, [R]; -1 where nothing was read before. None for the last slots.
+            reads: of a store of one row, the slots that the pass's B sequences read, their own new
+                tokens' included, [B, S']. The new tokens follow the last slot, in their order.
+                None where the sequences are the store's rows, read whole.
         """
         positions = np.asarray(positions)
         R, T = positions.shape
-        if rows is None and self.batch_size != R:
+        if reads is None and rows is None and self.batch_size != R:
             raise TempoError(f"positions have {R} rows, the cache has {self.batch_size}")
-        after = self.counts + (T if rows is None else rows.counts)
+        if reads is not None:
+            after = self.counts + R * T
+        else:
+            after = self.counts + (T if rows is None else rows.counts)
         end = int(after.max())
+        width = end if reads is None else reads.shape[1]
         alike = (self.counts == self.counts[0]).all()
         if isinstance(mask, str):
             if mask != "causal":
                 raise TempoError(f'mask must be "causal" or an array, got {mask!r}')
             if not alike or (rows is not None and not rows.is_aligned):
                 raise TempoError('mask "causal" needs rows of equally many slots; give an array')
-        elif mask.ndim != 4 or mask.shape[-2:] != (T, end) or mask.shape[0] not in (1, R):
-            raise TempoError(f"mask must be [{R}, 1, {T}, {end}], got {list(mask.shape)}")
+        elif mask.ndim != 4 or mask.shape[-2:] != (T, width) or mask.shape[0] not in (1, R):
+            raise TempoError(f"mask must be [{R}, 1, {T}, {width}], got {list(mask.shape)}")
         self._widen(end)
         start = sequences = slots = None
-        if alike and (rows is None or rows.is_rectangular):
+        if reads is not None:
+            start = int(self.counts[0])
+            self._table[0, start:end] = positions.reshape(-1)
+            keys = self._table[0, reads]
+        elif alike and (rows is None or rows.is_rectangular):
             start = int(self.counts[0])
             columns = positions if rows is None else positions.reshape(rows.batch_size, -1)
             self._table[:, start:end] = columns
+            keys = self._table[:, :end]
         else:
             sequences = np.repeat(np.arange(R), T) if rows is None else rows.sequences
             rank = np.tile(np.arange(T), R) if rows is None else rows.rank
             slots = self.counts[sequences] + rank
             self._table[sequences, slots] = positions.reshape(-1)
-        keys = self._table[:, :end]
-        if rows is not None and self.batch_size > 1:
+            keys = self._table[:, :end]
+        if rows is not None and len(keys) > 1:
             keys = keys[rows.sequences]
         self.running = ForwardPass(
             positions,
             keys,
             mask,
             start,
+            end,
             rows,
             sequences,
             slots,
             self._spread_rows,
             recorder,
             self._grouped_scores,
+            reads,
         )
         self._after = after
         if self.states:
-            self._load_states(rows, parents)
+            self._load_states(R, T, rows, parents, reads is None)
 
-    def _load_states(self, rows: TokenRows | None, parents: np.ndarray | None) -> None:
-        sequences = np.arange(self.batch_size) if rows is None else rows.sequences
+    def _load_states(
+        self,
+        R: int,
+        T: int,
+        rows: TokenRows | None,
+        parents: np.ndarray | None,
+        by_sequence: bool,
+    ) -> None:
+        """Give the layers the states that the R rows of the model start from, and note which slot
+        those will belong to that they end with: of a chunk, its last one's."""
+        if not by_sequence:
+            sequences = np.zeros(R, np.int64)
+            last = self.counts[0] + T * np.arange(1, R + 1) - 1
+        elif rows is None:
+            sequences = np.arange(self.batch_size)
+            last = self._after - 1
+        else:
+            sequences = rows.sequences
+            last = self.counts[sequences] + rows.rank
         if parents is None:
             parents = self.counts[sequences] - 1
         read = parents >= 0
@@ -593,22 +643,47 @@ class BatchedKVCache(Passes):
         if read.any() and not read.all():
             raise RuntimeError("a step mixes tokens that begin a text with others")
         self.states.load(places)
+        self._ends = sequences, last
 
     def _store_states(self) -> None:
         """The states that the pass has made belong to its tokens; of a chunk, to the last ones."""
-        assert self.running is not None
-        rows = self.running.rows
-        sequences = np.arange(self.batch_size) if rows is None else rows.sequences
-        rank = self._after[sequences] - self.counts[sequences] - 1 if rows is None else rows.rank
-        slots = self.counts[sequences] + rank
+        sequences, slots = self._ends
         if not self.keeps_states:
-            self._places[np.unique(sequences)] = NONE
-        for row in np.unique(sequences):
-            self._places[row, self.counts[row] : self._after[row]] = NONE
-        live = self._live_places()
-        moved, first = self.states.store(len(sequences), live)
-        self._renumber(live, moved)
-        self._places[sequences, slots] = first + np.arange(len(sequences))
+            self._places[sequences] = NONE
+        elif self.spent is not None:
+            self._places[0, self.spent] = NONE
+            self.spent = None
+        columns = np.arange(self._places.shape[1])
+        new = (columns >= self.counts[:, None]) & (columns < self._after[:, None])
+        self._places[new] = NONE
+        n = len(sequences)
+        self._make_room_for_states(n)
+        self._places[sequences, slots] = self.states.store(n) + np.arange(n)
+
+    def has_state(self, slots: np.ndarray) -> np.ndarray:
+        """Whether slots of a single row have states, [n]; a negative number is none."""
+        return (slots >= 0) & (self._places[0, slots] != NONE)
+
+    @property
+    def n_states(self) -> int:
+        """Slots of a single row that have states."""
+        return int(np.count_nonzero(self._places[0, : self.n_slots] != NONE))
+
+    def drop_states(self, slots: np.ndarray) -> None:
+        """Let go of the states of slots of a single row."""
+        self._places[0, slots] = NONE
+
+    def keep_outputs(self, outputs: mx.array) -> None:
+        """Keep what the layers made of the last pass's N tokens, [N, D], in a store of one row."""
+        layer, new, end = self._outputs, outputs[None, None], self.n_slots
+        layer.keys = self.with_room(layer.keys, new, end)
+        layer.keys[..., end - len(outputs) : end, :] = new
+
+    def outputs(self, slots: np.ndarray) -> mx.array:
+        """What the layers made of the tokens in these slots, [n, D]."""
+        assert self._outputs.keys is not None
+        index = mx.array(slots.astype(np.int32))
+        return mx.take(self._outputs.keys, index, axis=2).squeeze((0, 1))
 
     def end(self) -> None:
         """Close the forward pass: the new tokens are slots now."""
