@@ -323,7 +323,8 @@ def documented(owner: T) -> T:
         text = f"{each.name}: {re.sub('`+', '``', entry.help)}{default}"
         lines.append(fill(text, 100, initial_indent=" " * 8, subsequent_indent=" " * 12))
     arguments = "\n".join(lines)
-    owner.__doc__ = f"{(owner.__doc__ or '').rstrip()}\n\n    Args:\n{arguments}\n    "
+    says, raises, errors = (owner.__doc__ or "").partition("\n    Raises:")
+    owner.__doc__ = f"{says}\n    Args:\n{arguments}\n{raises}{errors}"
     return owner
 
 

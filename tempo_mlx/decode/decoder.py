@@ -202,16 +202,14 @@ class BatchDecoder:
             step_candidates = StepCandidates(ids, p, p, sizes, attention, attending)
         else:
             weights = [
-                np.ones(1) if request.settings.branches else each
+                np.ones(1) if request.visibility.branches else each
                 for request, each, own in zip(requests, probabilities, sizes, strict=True)
                 for _ in own
             ]
-            p, rows = combine(
-                logits, [request.settings.combining_rule for request in groups], weights, temps
-            )
+            p, rows = combine(logits, [request.combining for request in groups], weights, temps)
             scores = candidate_scores(
                 p,
-                [request.settings.sampling_rule for request in groups],
+                [request.sampling for request in groups],
                 [request.noise() for request in groups],
             )
             ids = most_probable(scores, max(request.k for request in requests))

@@ -12,7 +12,7 @@ from ..lattice.result import GenerationResult
 from ..models import PositionedModel, SlotStore
 from ..rules.branching import branch, recombine
 from ..rules.schedules import interpolate
-from ..rules.selection import Candidates, Selected, StepCandidates, keep, noise_key
+from ..rules.selection import SAMPLING, Candidates, Selected, StepCandidates, keep, noise_key
 from ..rules.visibility import may_attend
 from ..settings import Settings
 from .observation import Attending, Observation, Observer
@@ -49,13 +49,16 @@ class Request:
     ):
         self.result = result
         self.observer = observer
-        #: whether the lattice's paths will have to be found by another search
-        self.rescores = paths > 0 and not result.settings.has_parents
         #: the prompt's slots but the last one, after a run that will be rescored
         self.prompt_slots: SlotStore | None = None
         self.settings = settings = result.settings
         self.lattice = result.lattice
-        model, rule = result.model, settings.visibility_rule
+        # Looked up once: every step asks.
+        self.visibility = rule = settings.visibility_rule
+        self.combining, self.sampling = settings.combining_rule, settings.sampling_rule
+        #: whether the lattice's paths will have to be found by another search
+        self.rescores = paths > 0 and not rule.has_parents
+        model = result.model
         if keep_logits:
             require_known(rule, model)
         if observer is not None and isinstance(model, PositionedModel):
@@ -118,7 +121,7 @@ class Request:
 
     def noise(self) -> np.ndarray:
         """A new key for the draws of a step, uint32 [2]; the same one where nothing is drawn."""
-        if not self.settings.is_sampled:
+        if not self.sampling.draws:
             return NO_NOISE
         self._draws += 1
         return noise_key(self.settings.seed or 0, self._draws)
@@ -131,7 +134,7 @@ class Request:
     def reserve(self, n: int, ahead: bool = False) -> Slots:
         """Slots for the next set's n tokens; ``ahead`` of the selection where it is one token."""
         parents = None
-        if self.settings.has_parents:
+        if self.visibility.has_parents:
             # A set of one is reserved before it is known; what it continues is known.
             rows = self._kept.parents if self._kept is not None and not ahead else None
             parents = [self._last[row] for row in ([0] * n if rows is None else rows)]
@@ -141,12 +144,13 @@ class Request:
 
     def sizes(self, n: int) -> list[int]:
         """Rows of each distribution that n rows are combined into: one of all, or each its own."""
-        return [1] * n if self.settings.branches else [n]
+        return [1] * n if self.visibility.branches else [n]
 
     @property
     def wants_best_only(self) -> bool:
         """Whether the most probable token is all that the run wants of a distribution."""
-        return self.k == 1 and self.settings.by_probability and self.observer is None
+        by_probability = self.sampling is SAMPLING["deterministic"]
+        return self.k == 1 and by_probability and self.observer is None
 
     @property
     def pending(self) -> Slots:
@@ -201,7 +205,7 @@ class Request:
     def _keep(self) -> Selected:
         settings, ends = self.settings, self.result.vocabulary.end_tokens
         candidates = self.candidates()
-        if settings.branches:
+        if self.visibility.branches:
             return branch(
                 candidates,
                 self._scores,
@@ -213,13 +217,13 @@ class Request:
                 ends,
             )
         kept = keep(candidates, self._threshold, settings.max_parallel, ends)
-        return recombine(kept, self._scores, self._last) if settings.has_parents else kept
+        return recombine(kept, self._scores, self._last) if self.visibility.has_parents else kept
 
     def candidates(self) -> Candidates:
         """What may come next, on the host."""
         assert self.step_candidates is not None
         step_candidates, place = self.step_candidates
-        return step_candidates.of(place, self.k, leaves=self.settings.branches)
+        return step_candidates.of(place, self.k, leaves=self.visibility.branches)
 
     def attending(self, first: int) -> Attending:
         """Where the run is in the pass that appended its pending set.
@@ -299,7 +303,7 @@ class Request:
         Paths are ranked by log-probability per token. The most that a branch can reach is that all
         tokens that follow are certain.
         """
-        if not self.settings.branches:
+        if not self.visibility.branches:
             return False
         steps = self.lattice.steps
         ended = [(e.logprob or 0.0) / (s.step + 1) for s in steps for e in s.endings]
