@@ -1,6 +1,8 @@
 """Checks of arguments: the message has the name, the value, and what is allowed."""
 
+import re
 from collections.abc import Collection
+from fractions import Fraction
 from reprlib import Repr
 from typing import Any
 
@@ -11,6 +13,9 @@ MOST = 2**31 - 1
 
 #: The largest number of bytes that is accepted.
 MOST_BYTES = 2**63 - 1
+
+UNITS = {"": 1} | {letter: 10 ** (3 * n) for n, letter in enumerate("kmgt", 1)}
+UNITS |= {f"{letter}i": 2 ** (10 * n) for n, letter in enumerate("kmgt", 1)}
 
 _repr = Repr()
 _repr.maxstring = _repr.maxother = 80
@@ -73,3 +78,16 @@ def shown(value: Any) -> str:
         return " ".join(_repr.repr(value).split())
     except ValueError:
         return "an integer of thousands of digits"
+
+
+def parse_bytes(text: str, argument: str = "--max-kv-bytes") -> int:
+    """Bytes of a text such as 800M, 2GB or 1.5GiB.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    match = re.fullmatch(r"(\d{1,30}(?:\.\d{1,30})?)([a-z]*?)b?", text.strip().lower(), re.ASCII)
+    size = int(Fraction(match[1]) * UNITS.get(match[2], 0)) if match else 0
+    if not 1 <= size <= MOST_BYTES:
+        raise TempoError(f"{argument} must be a size such as 800MB or 2GiB, got {shown(text)}")
+    return size

@@ -10,7 +10,16 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from textwrap import fill
 from typing import Any, ClassVar, TypeVar
 
-from .arguments import check_choice, check_count, check_range, check_seed, check_text, shown
+from .arguments import (
+    MOST_BYTES,
+    check_choice,
+    check_count,
+    check_range,
+    check_seed,
+    check_text,
+    parse_bytes,
+    shown,
+)
 from .errors import TempoError
 from .rules.rule import Named, find, stored
 from .rules.schedules import parse_schedule
@@ -84,9 +93,11 @@ class Number(Kind):
     low: float
     high: float
     low_open: bool = False
+    #: what messages say before the range, such as "above 0, "
+    said: str = ""
 
     def check(self, name: str, value: Any) -> Any:
-        check_range(name, value, self.low, self.high, self.low_open)
+        check_range(name, value, self.low, self.high, self.low_open, self.said)
         return value
 
     def from_json(self, value: Any) -> Any:
@@ -101,18 +112,38 @@ class Temperature(Number):
 
     Args:
         advice: what to do instead of a lower one.
+        or_zero: whether it may be 0, too.
     """
 
     low: float = TEMPERATURES[0]
     high: float = TEMPERATURES[1]
+    said: str = "above 0, "
     advice: str = ""
+    or_zero: bool = False
 
     def check(self, name: str, value: Any) -> Any:
+        if self.or_zero and value == 0:
+            return value
         try:
-            check_range(name, value, self.low, self.high, words="above 0, ")
+            return super().check(name, value)
         except TempoError as error:
             raise TempoError(f"{error}; {self.advice}") from error
+
+
+@dataclass(frozen=True)
+class Bytes(Kind):
+    """A number of bytes, or its text, such as 800MB."""
+
+    words = "an integer"
+
+    def check(self, name: str, value: Any) -> Any:
+        check_count(name, value, most=MOST_BYTES)
         return value
+
+    def from_json(self, value: Any) -> Any:
+        if isinstance(value, str):
+            return parse_bytes(value)
+        return value if type(value) is int else NotImplemented
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import mlx.core as mx
 import typer
 from rich.table import Table
 
+from ..arguments import parse_bytes
 from ..bench.batch import MIN_SPEEDUP, SETS, bench_batch
 from ..bench.decode import bench_decode
 from ..bench.host import VARIANTS, bench_host
@@ -21,7 +22,6 @@ from ..weights import load
 from .effects import require_effect
 from .experiment import require_extra
 from .options import Measurements, Model, Overwrite, PromptTokens, Rounds, at_least
-from .prompts import parse_bytes
 from .tables import (
     check_report,
     conclude,

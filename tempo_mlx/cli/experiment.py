@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..arguments import shown
+from ..arguments import parse_bytes, shown
 from ..errors import MissingExtraError, TempoError
 from ..io.console import Console
 from ..io.files import STANDARD_OUTPUT, write_atomically
@@ -19,7 +19,6 @@ from .effects import require_effect
 from .experiment_analysis import analyze, plot, report
 from .options import Overwrite, output_file
 from .outputs import Output, check_outputs, json_where
-from .prompts import parse_bytes
 
 #: What suites need beside the package, and the extra that brings it.
 NEEDED = ("pandas", "psutil", "pyarrow", "pydantic", "yaml")

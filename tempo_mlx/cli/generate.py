@@ -7,7 +7,7 @@ import typer
 from rich.progress import Progress
 from rich.text import Text
 
-from ..arguments import check_text
+from ..arguments import check_text, parse_bytes
 from ..decode.prompt_cache import PromptCache
 from ..decode.scheduler import BATCH_SIZE
 from ..errors import TempoError
@@ -38,7 +38,7 @@ from .outputs import (
     say_written,
     write_json,
 )
-from .prompts import RESULTS, generate_from_file, join_note, notes_on, parse_bytes, runnable
+from .prompts import RESULTS, generate_from_file, join_note, notes_on, runnable
 from .setting_options import SettingsCommand, files_of, with_settings
 
 #: Prompts longer than this show a progress bar while they are read.
@@ -66,7 +66,7 @@ WITHOUT_OUTPUT: Needs = {"paths": PRINTED, "verify": (_SHARED, *PRINTED)}
 
 
 def register(app: typer.Typer) -> None:
-    app.command("generate", cls=SettingsCommand)(with_settings(generate))
+    app.command("generate", cls=SettingsCommand)(with_settings(Settings)(generate))
 
 
 def generate(
@@ -210,7 +210,7 @@ def generate(
             "--prompts-file": prompts_file,
             "--prompt-cache": prompt_cache if known_prompt else None,
             "standard input": STANDARD_INPUT if HYPHEN in (prompt, prompt_option) else None,
-            **{option: Path(file) for option, file in files_of(context.params).items()},
+            **files_of(Settings, context.params),
         },
         overwrite,
     )

@@ -1,16 +1,13 @@
 """``tempo-mlx generate --prompts-file``: many prompts in one batch, one result a line."""
 
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..arguments import MOST_BYTES, shown
 from ..decode.prompt_cache import JoinedPrompt, PromptCache
 from ..decode.scheduler import BatchStatus
 from ..errors import TempoError
@@ -25,9 +22,6 @@ from ..settings import Settings
 from ..text.printable import finite, json_text
 from ..weights.fingerprint import identify
 from .outputs import beginning
-
-UNITS = {"": 1} | {letter: 10 ** (3 * n) for n, letter in enumerate("kmgt", 1)}
-UNITS |= {f"{letter}i": 2 ** (10 * n) for n, letter in enumerate("kmgt", 1)}
 
 #: Recognises files that :class:`ResultsFile` goes on with, or says why not.
 RESULTS = beginning(b'{"row": ')
@@ -214,19 +208,6 @@ def summary(status: BatchStatus) -> str:
     if status.failed:
         parts.append(f"{status.failed} failed")
     return ", ".join(parts)
-
-
-def parse_bytes(text: str, argument: str = "--max-kv-bytes") -> int:
-    """Bytes of a text such as 800M, 2GB or 1.5GiB.
-
-    Raises:
-        ValueError: for anything else.
-    """
-    match = re.fullmatch(r"(\d{1,30}(?:\.\d{1,30})?)([a-z]*?)b?", text.strip().lower(), re.ASCII)
-    size = int(Fraction(match[1]) * UNITS.get(match[2], 0)) if match else 0
-    if not 1 <= size <= MOST_BYTES:
-        raise TempoError(f"{argument} must be a size such as 800MB or 2GiB, got {shown(text)}")
-    return size
 
 
 def results_sink(

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ..arguments import parse_bytes
 from ..errors import TempoError
 from ..io.console import Console
 from ..io.files import STANDARD_INPUT, replaceable
@@ -22,7 +23,7 @@ from ..weights.fingerprint import identify
 from .effects import typed
 from .options import Model, Overwrite, at_least, output_file
 from .outputs import Output, check_outputs, is_standard_output, say_written
-from .prompts import RESULTS, RecordStream, parse_bytes, results_sink
+from .prompts import RESULTS, RecordStream, results_sink
 from .score_output import Tables, TextFile, TextStream, is_text
 
 #: Endings of the names of files, and the format of each.

@@ -17,8 +17,7 @@ from ..plots import check_plot, plot_search
 from ..rules.own import load_object
 from ..search import SearchError, SearchResult, SearchSettings, stream_search
 from ..search.environment import Batched
-from ..search.monte_carlo import BACKUPS, SELECTIONS
-from ..search.settings import EVALUATIONS, NEEDS
+from ..search.settings import NEEDS
 from ..text.printable import quoted
 from ..weights import load
 from .effects import PRINTED, require_effect, typed
@@ -34,7 +33,7 @@ from .outputs import (
     picture,
     write_json,
 )
-from .prompts import parse_bytes
+from .setting_options import files_of, with_settings
 
 DEFAULTS = SearchSettings()
 
@@ -56,7 +55,7 @@ DOT = beginning(b'digraph tree {\n  node [shape=box];\n  0 [label="')
 
 
 def register(app: typer.Typer) -> None:
-    app.command("search")(search)
+    app.command("search")(with_settings(SearchSettings)(search))
 
 
 def search(
@@ -70,73 +69,13 @@ def search(
         typer.Option(help=f"Read the prompt from this file (UTF-8). {AS_IN_AN_EDITOR}"),
     ] = None,
     model: Model = "smollm2-135m",
-    max_tokens: Annotated[
-        int, typer.Option("--max-tokens", "-m", help="Tokens of the text at most, at least 1.")
-    ] = DEFAULTS.max_tokens,
-    simulations: Annotated[
-        int, typer.Option("--simulations", "-s", help="Simulations for each token, at least 1.")
-    ] = DEFAULTS.simulations,
-    threshold: Annotated[
-        float, typer.Option(help="Tokens with at least this probability are tried, in (0, 1].")
-    ] = DEFAULTS.threshold,
-    max_parallel: Annotated[
-        int, typer.Option(help="Tokens tried after each text at most, at least 1.")
-    ] = DEFAULTS.max_parallel,
-    selection: Annotated[
-        str,
-        typer.Option(
-            metavar="|".join(SELECTIONS),
-            help="uct: value + c sqrt(ln N / n). puct: value + c p sqrt(N) / (1 + n), with the "
-            "model's probability p.",
-        ),
-    ] = str(DEFAULTS.selection),
-    exploration: Annotated[
-        float, typer.Option("--exploration", "-c", help="The constant c, in [0, 1e9].")
-    ] = DEFAULTS.exploration,
-    evaluation: Annotated[
-        str,
-        typer.Option(
-            metavar="|".join(EVALUATIONS),
-            help="What a text is worth: mean_probability of its tokens, mean_logprob (the "
-            "geometric mean of their probabilities), or rollout (the same of it and --depth more "
-            "tokens).",
-        ),
-    ] = str(DEFAULTS.evaluation),
+    settings: SearchSettings = DEFAULTS,
     value: Annotated[
         str | None,
         typer.Option(
             help="A function of your own instead: FILE.py:NAME, taking (token ids, text) and "
             "returning a number in [0, 1]."
         ),
-    ] = None,
-    backup: Annotated[
-        str,
-        typer.Option(metavar="|".join(BACKUPS), help="What a node makes of the values below it."),
-    ] = str(DEFAULTS.backup),
-    depth: Annotated[int, typer.Option(help="Tokens of a rollout, at least 1.")] = DEFAULTS.depth,
-    rollout_temp: Annotated[
-        float,
-        typer.Option(
-            help="0 for greedy rollouts, else the temperature they are drawn at, in [1e-6, 1e6]."
-        ),
-    ] = DEFAULTS.rollout_temp,
-    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = DEFAULTS.seed,
-    leaves_per_batch: Annotated[
-        int, typer.Option(help="Leaves in one forward pass, at least 1.")
-    ] = DEFAULTS.leaves_per_batch,
-    max_forward_tokens: Annotated[
-        int | None,
-        typer.Option(
-            help="End when this many tokens, the prompt included, passed through the model; above "
-            "the prompt's number."
-        ),
-    ] = None,
-    max_seconds: Annotated[
-        float | None,
-        typer.Option(help="End this long after the prompt was read, with what is known."),
-    ] = None,
-    max_kv_bytes: Annotated[
-        str | None, typer.Option(help="Memory for keys, values and states, such as 800MB or 2GiB.")
     ] = None,
     explain: Annotated[
         bool,
@@ -174,23 +113,6 @@ def search(
     For each token, texts that may follow are tried and judged; the token that was visited most is
     kept, with all that is known below it.
     """
-    settings = SearchSettings(
-        max_tokens=max_tokens,
-        simulations=simulations,
-        threshold=threshold,
-        max_parallel=max_parallel,
-        selection=selection,
-        exploration=exploration,
-        backup=backup,
-        leaves_per_batch=leaves_per_batch,
-        evaluation=evaluation,
-        depth=depth,
-        rollout_temp=rollout_temp,
-        seed=seed,
-        max_forward_tokens=max_forward_tokens,
-        max_seconds=max_seconds,
-        max_kv_bytes=parse_bytes(max_kv_bytes) if max_kv_bytes is not None else None,
-    )
     require_effect(context, OPTIONS)
     function = load_object(value, "--value") if value is not None else None
     if function is not None and not isinstance(function, Batched) and not callable(function):
@@ -207,6 +129,7 @@ def search(
             "--prompt-file": prompt_file,
             "--value": Path(value.rpartition(":")[0]) if value is not None else None,
             "standard input": STANDARD_INPUT if prompt == "-" else None,
+            **files_of(SearchSettings, context.params),
         },
         overwrite,
     )
@@ -229,7 +152,7 @@ def search(
         transient=True,
         disable=not notes.is_terminal or quiet,
     ) as progress:
-        bar = progress.add_task("Searching", total=simulations)
+        bar = progress.add_task("Searching", total=settings.simulations)
 
         def tell(done: int, now: SearchResult) -> None:
             progress.update(bar, completed=done, description=f"Token {len(now.choices) + 1}")

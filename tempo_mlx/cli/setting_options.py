@@ -4,7 +4,8 @@ import functools
 import inspect
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import fields
+from dataclasses import Field, dataclass, fields
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -23,20 +24,70 @@ def flag(setting: str) -> str:
     return "--" + option_of(setting).replace("_", "-")
 
 
-#: Settings that have an option, by the option's parameter -> (name in the table, line in it).
-OPTIONS: dict[str, tuple[str, Entry]] = {}
-for _name, _entry in table(Settings).items():
-    _lines = {_name: _entry}
-    if isinstance(_entry.kind, Inner):
-        _lines = {f"{_name}.{inner}": each for inner, each in table(_entry.kind.owner).items()}
-    OPTIONS |= {option_of(name): (name, each) for name, each in _lines.items() if each.option}
-
 #: Old option -> its name now.
 RENAMED = {
     flag(prefix + old): flag(prefix + new)
     for prefix, owner in (("", Settings), ("pruning.", Pruning))
     for old, new in renamed(owner).items()
 }
+
+
+@dataclass(frozen=True)
+class Line:
+    """A setting that has an option.
+
+    Args:
+        setting: its name, "pruning.rule" for one inside of another.
+        field: of its class.
+    """
+
+    setting: str
+    field: "Field[Any]"
+
+    @property
+    def entry(self) -> Entry:
+        entry: Entry = self.field.metadata["entry"]
+        return entry
+
+    @property
+    def default(self) -> Any:
+        """The option's default, as the option is written."""
+        kind, default = self.entry.kind, self.field.default
+        if self.setting == "pruning.rule" or isinstance(kind, Texts):
+            return None
+        if isinstance(kind, Layers):
+            return self.entry.shown
+        return str(default) if kind.option is str and default is not None else default
+
+    def value(self, given: Any) -> Any:
+        """The setting's value of the option's."""
+        kind = self.entry.kind
+        if given is None:
+            return () if isinstance(kind, Texts) else None
+        if isinstance(kind, RuleChoice) and is_place(given):
+            return load_rule(given, flag(self.setting), kind.rule)
+        return kind.from_json(given)
+
+    def parameter(self, name: str, options: "Mapping[str, Line]") -> inspect.Parameter:
+        """The command's parameter of that name, among all these options."""
+        entry, default = self.entry, self.default
+        flags = {line.setting: flag(line.setting) for line in options.values()}
+
+        def in_options(text: str) -> str:
+            text = text.replace("Or a rule of your own", "Or FILE.py:NAME, a rule of your own")
+            return re.sub(r"`([\w.]+)`", lambda found: flags.get(found[1], found[0]), text)
+
+        option = typer.Option(
+            *(each for each in (flag(self.setting), entry.short) if each),
+            metavar=entry.kind.metavar,
+            help=in_options(entry.help),
+            show_default=in_options(entry.shown) if entry.shown and default is None else True,
+            rich_help_panel=entry.panel,
+        )
+        kind = entry.kind.option | None if default is None else entry.kind.option
+        annotation: Any = Annotated[kind, option]
+        place = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        return inspect.Parameter(name, place, default=default, annotation=annotation)
 
 
 class SettingsCommand(TyperCommand):
@@ -52,80 +103,65 @@ class SettingsCommand(TyperCommand):
         return super().parse_args(ctx, args)
 
 
-def with_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options of :class:`Settings`, in place of its argument ``settings``."""
-
-    @functools.wraps(command)
-    def run(**given: Any) -> None:
-        options = {name: given.pop(name) for name in OPTIONS}
-        command(settings=settings_of(options), **given)
-
-    parameters: list[inspect.Parameter] = []
-    for parameter in inspect.signature(command).parameters.values():
-        ours = parameter.name == "settings"
-        parameters += map(_parameter, OPTIONS) if ours else [parameter]
-    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    return run
+def options_of(owner: type) -> dict[str, Line]:
+    """The lines of a class's table that have an option, by the option's parameter."""
+    lines = []
+    for each in fields(owner):
+        kind = each.metadata["entry"].kind
+        if isinstance(kind, Inner):
+            lines += [Line(f"{each.name}.{inner.name}", inner) for inner in fields(kind.owner)]
+        else:
+            lines.append(Line(each.name, each))
+    return {option_of(line.setting): line for line in lines if line.entry.option}
 
 
-def settings_of(options: Mapping[str, Any]) -> Settings:
+def with_settings(owner: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the options of a settings class, in place of its argument ``settings``."""
+    options = options_of(owner)
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def run(**given: Any) -> None:
+            values = {name: given.pop(name) for name in options}
+            command(settings=settings_of(owner, values), **given)
+
+        parameters: list[inspect.Parameter] = []
+        for parameter in inspect.signature(command).parameters.values():
+            if parameter.name == "settings":
+                parameters += [line.parameter(name, options) for name, line in options.items()]
+            else:
+                parameters.append(parameter)
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        return run
+
+    return decorate
+
+
+def settings_of(owner: type, values: Mapping[str, Any]) -> Any:
     """The settings that options ask for; pruning where there is a rule for it.
+
+    Args:
+        owner: class of the settings.
+        values: of its options, by parameter.
 
     Raises:
         TempoError: naming the option or setting that is wrong.
     """
-    values: dict[str, Any] = {}
-    for name, (setting, entry) in OPTIONS.items():
-        values[setting] = _value(setting, entry, options[name])
-    inner = {
-        name.removeprefix("pruning."): values.pop(name)
-        for name in [name for name in values if name.startswith("pruning.")]
-    }
-    if inner["rule"] is not None:
-        values["pruning"] = Pruning(**inner)
-    return Settings(**values)
+    known = {line.setting: line.value(values[name]) for name, line in options_of(owner).items()}
+    outer = {name: value for name, value in known.items() if "." not in name}
+    for name, entry in table(owner).items():
+        if isinstance(entry.kind, Inner):
+            prefix = f"{name}."
+            inner = {n.removeprefix(prefix): known[n] for n in known if n.startswith(prefix)}
+            # The rule says whether there is any.
+            outer[name] = None if inner["rule"] is None else entry.kind.owner(**inner)
+    return owner(**outer)
 
 
-def files_of(options: Mapping[str, Any]) -> dict[str, str]:
+def files_of(owner: type, values: Mapping[str, Any]) -> dict[str, Path]:
     """The Python files that options name: option -> file."""
     return {
-        flag(setting): options[name].rpartition(":")[0]
-        for name, (setting, entry) in OPTIONS.items()
-        if isinstance(entry.kind, RuleChoice) and is_place(options[name])
+        flag(line.setting): Path(values[name].rpartition(":")[0])
+        for name, line in options_of(owner).items()
+        if isinstance(line.entry.kind, RuleChoice) and is_place(values[name])
     }
-
-
-def _value(setting: str, entry: Entry, given: Any) -> Any:
-    if given is None:
-        return () if isinstance(entry.kind, Texts) else None
-    if isinstance(entry.kind, RuleChoice) and is_place(given):
-        return load_rule(given, flag(setting), entry.kind.rule)
-    return entry.kind.from_json(given)
-
-
-def _parameter(name: str) -> inspect.Parameter:
-    setting, entry = OPTIONS[name]
-    owner, _, inner = setting.rpartition(".")
-    (default,) = (f.default for f in fields(Pruning if owner else Settings) if f.name == inner)
-    if setting == "pruning.rule" or isinstance(entry.kind, Texts):
-        default = None
-    elif entry.kind.option is str:
-        default = entry.shown if isinstance(entry.kind, Layers) else default and str(default)
-    declarations = (flag(setting), entry.short) if entry.short else (flag(setting),)
-    annotation = entry.kind.option | None if default is None else entry.kind.option
-    option = typer.Option(
-        *declarations,
-        metavar=entry.kind.metavar,
-        help=in_options(entry.help),
-        show_default=in_options(entry.shown) if entry.shown and default is None else True,
-        rich_help_panel=entry.panel,
-    )
-    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    return inspect.Parameter(name, kind, default=default, annotation=Annotated[annotation, option])
-
-
-def in_options(text: str) -> str:
-    """A text of the table, the settings in it as options."""
-    names = {setting: flag(setting) for setting, _ in OPTIONS.values()}
-    text = text.replace("Or a rule of your own", "Or FILE.py:NAME, a rule of your own")
-    return re.sub(r"`([\w.]+)`", lambda found: names.get(found[1], found[0]), text)

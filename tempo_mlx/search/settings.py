@@ -6,11 +6,27 @@ from typing import Any
 
 import numpy as np
 
-from ..arguments import MOST_BYTES, check_count, check_range, check_seed
-from ..kinds import Temperature
+from ..kinds import (
+    Bytes,
+    Count,
+    Number,
+    RuleChoice,
+    Seed,
+    Temperature,
+    check_all,
+    documented,
+    setting,
+)
 from ..needs import Need, Needs, told, unmet
-from ..rules.rule import Rule, find, stored
-from .monte_carlo import BackupRule, ChildRule, TreePolicy
+from ..rules.rule import Rule, find
+from .monte_carlo import (
+    BACKUPS,
+    MOST_EXPLORATION,
+    SELECTIONS,
+    BackupRule,
+    ChildRule,
+    TreePolicy,
+)
 
 #: The longest time that may be set, in seconds: more than 30 years.
 MOST_SECONDS = 1e9
@@ -63,72 +79,85 @@ NEEDS: Needs = {"depth": (_ROLLOUT,), "rollout_temp": (_ROLLOUT,)}
 _CHOICES = ("simulations", "selection", "exploration", "backup", "evaluation", "leaves_per_batch")
 
 
+@documented
 @dataclass(frozen=True)
 class SearchSettings:
     """How a text is searched for.
 
-    Args:
-        max_tokens: tokens of the text at most, at least 1.
-        simulations: for each token of the text, at least 1; after them the most visited child is
-            committed, and what is known below it is kept.
-        threshold: tokens with p >= threshold are a node's children, (0, 1]; the most probable one
-            always is.
-        max_parallel: children at most, at least 1.
-        selection, exploration, backup, leaves_per_batch: see
-            :class:`~tempo_mlx.search.monte_carlo.TreePolicy`.
-        evaluation: "mean_probability" of a text's tokens (the original's), "mean_logprob" (the
-            geometric mean of their probabilities, so that it is in [0, 1]), or "rollout" (the
-            same of the text and ``depth`` tokens that follow it).
-        depth: tokens of a rollout, at least 1.
-        rollout_temp: 0 for greedy rollouts, else the temperature at which they are drawn,
-            [1e-6, 1e6].
-        seed: of the draws.
-        max_forward_tokens: the search ends once so many tokens have passed through the model, the
-            prompt included; the batch that reaches the number is finished. None sets no bound.
-        max_seconds: the search ends once so many seconds have passed since the prompt was read;
-            None sets no bound.
-        max_kv_bytes: bytes of keys, values and recurrent states at most; None sets no bound.
-        prefill_step_size: prompt tokens in one forward pass, at least 1.
+    Where a name of a rule is accepted, a function or an object of the rule's class is, too; see
+    docs/extending.md.
 
     Raises:
         ValueError: naming the argument, its value and the allowed range.
     """
 
-    max_tokens: int = 32
-    simulations: int = 32
-    threshold: float = 0.05
-    max_parallel: int = 8
-    selection: str | ChildRule = "puct"
-    exploration: float = 1.0
-    backup: str | BackupRule = "mean"
-    leaves_per_batch: int = 8
-    evaluation: str | EvaluationRule = "mean_logprob"
-    depth: int = 8
-    rollout_temp: float = 0.0
-    seed: int = 0
-    max_forward_tokens: int | None = None
-    max_seconds: float | None = None
-    max_kv_bytes: int | None = None
-    prefill_step_size: int = 2048
+    max_tokens: int = setting(32, Count(), "Tokens of the text at most, at least 1.", short="-m")
+    simulations: int = setting(
+        32,
+        Count(),
+        "Simulations for each token, at least 1; then the most visited child is committed, and "
+        "what is known below it is kept.",
+        short="-s",
+    )
+    threshold: float = setting(
+        0.05,
+        Number(0, 1, low_open=True),
+        "Tokens with at least this probability are tried, in (0, 1]; the most probable one always "
+        "is.",
+    )
+    max_parallel: int = setting(8, Count(), "Tokens tried after each text at most, at least 1.")
+    selection: str | ChildRule = setting(
+        "puct",
+        RuleChoice(SELECTIONS, ChildRule),
+        "Which child comes next. uct: value + c sqrt(ln N / n). puct: value + c p sqrt(N) / "
+        "(1 + n), with the model's probability p. Or a rule of your own.",
+    )
+    exploration: float = setting(
+        1.0,
+        Number(0, MOST_EXPLORATION, said="finite and at least 0, "),
+        "The constant c, in [0, 1e9].",
+        short="-c",
+    )
+    backup: str | BackupRule = setting(
+        "mean",
+        RuleChoice(BACKUPS, BackupRule),
+        "What a node makes of the values below it. Or a rule of your own.",
+    )
+    leaves_per_batch: int = setting(8, Count(), "Leaves in one forward pass, at least 1.")
+    evaluation: str | EvaluationRule = setting(
+        "mean_logprob",
+        RuleChoice(EVALUATIONS, EvaluationRule),
+        "What a text is worth: mean_probability of its tokens, mean_logprob (the geometric mean "
+        "of their probabilities), or rollout (the same of it and `depth` more tokens). Or a rule "
+        "of your own, of the probabilities of its tokens.",
+    )
+    depth: int = setting(8, Count(), "Tokens of a rollout, at least 1.")
+    rollout_temp: float = setting(
+        0.0,
+        Temperature(advice="0 makes rollouts greedy", or_zero=True),
+        "0 for greedy rollouts, else the temperature they are drawn at, in [1e-6, 1e6].",
+    )
+    seed: int = setting(0, Seed(), "Seed of the draws.")
+    max_forward_tokens: int | None = setting(
+        None,
+        Count(),
+        "End when this many tokens, the prompt included, passed through the model; above the "
+        "prompt's number.",
+    )
+    max_seconds: float | None = setting(
+        None,
+        Number(0, MOST_SECONDS, low_open=True, said="above 0, "),
+        "End this long after the prompt was read, with what is known.",
+    )
+    max_kv_bytes: int | None = setting(
+        None, Bytes(), "Memory for keys, values and states, such as 800MB or 2GiB."
+    )
+    prefill_step_size: int = setting(
+        2048, Count(), "Prompt tokens in one forward pass, at least 1.", option=False
+    )
 
     def __post_init__(self) -> None:
-        for name in ("max_tokens", "simulations", "max_parallel", "depth", "prefill_step_size"):
-            check_count(name, getattr(self, name))
-        if self.max_forward_tokens is not None:
-            check_count("max_forward_tokens", self.max_forward_tokens)
-        if self.max_kv_bytes is not None:
-            check_count("max_kv_bytes", self.max_kv_bytes, most=MOST_BYTES)
-        if self.max_seconds is not None:
-            check_range("max_seconds", self.max_seconds, 0.0, MOST_SECONDS, True, "above 0, ")
-        check_range("threshold", self.threshold, 0.0, 1.0, low_open=True)
-        if self.rollout_temp != 0:
-            Temperature(advice="0 makes rollouts greedy").check("rollout_temp", self.rollout_temp)
-        check_seed(self.seed)
-        rule = stored(evaluation_rule(self.evaluation), EVALUATIONS)
-        object.__setattr__(self, "evaluation", rule)
-        policy = self.policy()
-        for name in ("selection", "backup"):
-            object.__setattr__(self, name, getattr(policy, name))
+        check_all(self)
 
     @property
     def uses_rng(self) -> bool:
