@@ -58,6 +58,7 @@ class _Rows:
     """S tokens, each a row of the model, all of one sequence."""
 
     batch_size = 1
+    is_rectangular = True
 
     def by_sequence(self, x: mx.array) -> mx.array:
         """[S, H, 1, D] of the tokens to [1, H, S, D]."""
