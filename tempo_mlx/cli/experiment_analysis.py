@@ -177,7 +177,7 @@ def _say(text: str) -> None:
 
 def _print(analysis: "Analysis") -> None:
     """The most important numbers: naive beside controlled, and condition against condition."""
-    from ..experiments.report_blocks import interval, number
+    from ..experiments.numbers import interval, number
     from ..experiments.summary import each
 
     console = wide_console()
