@@ -31,7 +31,7 @@ PROMPTS = Path(__file__).with_name("prompts.txt")
 
 @dataclass(frozen=True)
 class Mode:
-    """One way to decode: a name, and arguments of generate()."""
+    """One way to decode: a name, and fields of Settings."""
 
     name: str
     settings: dict[str, Any]

@@ -6,7 +6,7 @@ JSON prompt files, suites and their schema, and the class's docstring are made f
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from textwrap import fill
 from typing import Any, ClassVar, TypeVar
 
@@ -357,8 +357,3 @@ def documented(owner: T) -> T:
     says, raises, errors = (owner.__doc__ or "").partition("\n    Raises:")
     owner.__doc__ = f"{says}\n    Args:\n{arguments}\n{raises}{errors}"
     return owner
-
-
-def default_of(each: "Field[Any]") -> Any:
-    """A field's default, as an option or a file would write it."""
-    return each.default if isinstance(each.default, (int, float, type(None))) else str(each.default)

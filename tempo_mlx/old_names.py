@@ -50,7 +50,7 @@ def first_names(values: Mapping[str, Any], owner: type) -> dict[str, Any]:
 
 
 def renames(**names: str) -> Callable[[C], C]:
-    """Let a class's arguments be given by old names, too; ``old="new"``."""
+    """Let a class's fields be given and read by old names, too; ``old="new"``."""
 
     def decorate(owner: C) -> C:
         _RENAMED[owner] = names
@@ -60,7 +60,14 @@ def renames(**names: str) -> Callable[[C], C]:
         def init(self: Any, *args: Any, **kwargs: Any) -> None:
             made(self, *args, **new_names(kwargs, owner))
 
+        def by_old_name(self: Any, name: str) -> Any:
+            if name not in names:
+                raise AttributeError(f"{owner.__name__!r} object has no attribute {name!r}")
+            warn_renamed(name, names[name])
+            return getattr(self, names[name])
+
         owner.__init__ = init  # type: ignore[misc]
+        owner.__getattr__ = by_old_name  # type: ignore[attr-defined]
         return owner
 
     return decorate

@@ -268,10 +268,9 @@ def _one_by_one(
 ) -> Taken:
     start = time.perf_counter()
     each = []
-    arguments = {name: getattr(settings, name) for name in settings.__dataclass_fields__}
     for prompt in prompts:
         begun, times, tokens = time.perf_counter(), [], 0
-        for response in stream_generate(model, tokenizer, prompt, **arguments):
+        for response in stream_generate(model, tokenizer, prompt, settings=settings):
             times.append(time.perf_counter())
             tokens += len(response.step.tokens)
         each.append(_taken(begun, times, tokens))

@@ -30,6 +30,7 @@ from .capture import AXES, MATRIX_AXES, Pair
 from .lock import Lock
 from .running import Outcome, Record
 from .suite import RunConfig, Suite
+from .suite_keys import by_new_names
 
 #: Version of the folder's layout.
 SCHEMA = 2
@@ -125,7 +126,7 @@ class Store:
         """Refuse a folder that holds something else."""
         check_folder(self.folder)
         if (self.folder / SUITE).exists():
-            there, here = read_suite_file(self.folder), suite.to_dict()
+            there, here = by_new_names(read_suite_file(self.folder)), suite.to_dict()
             for key in here:
                 if key not in UNIMPORTANT and there.get(key) != here[key]:
                     raise TempoError(

@@ -15,7 +15,7 @@ from pydantic import (
 )
 
 from ..kinds import Choice, Entry, Inner, Layers, RuleChoice, table
-from ..old_names import new_names
+from ..old_names import new_names, renamed
 from ..rules.own import PLACE, is_place
 from ..rules.pruning import Pruning
 from ..settings import Settings
@@ -60,6 +60,14 @@ def _keys(owner: type, inner: type | None = None) -> dict[str, Any]:
         for name, entry in table(owner).items()
         if name != "seed"
     }
+
+
+def by_new_names(keys: Any) -> Any:
+    """What a suite that was stored says, its settings by the names that they have now."""
+    names = {**renamed(Settings), **renamed(Pruning)}
+    if isinstance(keys, dict):
+        return {names.get(name, name): by_new_names(value) for name, value in keys.items()}
+    return [by_new_names(key) for key in keys] if isinstance(keys, list) else keys
 
 
 class _Keys(BaseModel):

@@ -45,6 +45,12 @@ class Named:
         raise NotImplementedError
 
 
+def name_of(function: Any) -> str:
+    """What results call a function of the user's own, or an object that is called or wraps one."""
+    inner = getattr(function, "function", function)
+    return str(getattr(inner, "__name__", type(inner).__name__))
+
+
 @dataclass(frozen=True)
 class Rule(Named):
     """A rule that is one function.
@@ -61,7 +67,7 @@ class Rule(Named):
 
     @classmethod
     def of(cls, function: Callable[..., Any]) -> Self:
-        return cls(getattr(function, "__name__", type(function).__name__), function)
+        return cls(name_of(function), function)
 
     def __call__(self, *given: Any) -> Any:
         return called(self, self.function, *given)
@@ -91,10 +97,16 @@ def find(setting: str, given: Any, known: Mapping[str, R], kind: type[R]) -> R:
     Raises:
         TempoError: for anything else.
     """
-    allowed = f"{setting} must be one of {', '.join(known)}, a function or a {kind.__name__}"
+
+    def wrong() -> TempoError:
+        names = f"one of {', '.join(known)}, " if known else ""
+        return TempoError(
+            f"{setting} must be {names}a function or a {kind.__name__}, got {shown(given)}"
+        )
+
     if isinstance(given, str):
         if given not in known:
-            raise TempoError(f"{allowed}, got {shown(given)}")
+            raise wrong()
         given = known[given]
     if isinstance(given, kind):
         return given
@@ -109,7 +121,7 @@ def find(setting: str, given: Any, known: Mapping[str, R], kind: type[R]) -> R:
             ) from error
     if callable(given) and not isinstance(given, Named):
         return kind.of(given)
-    raise TempoError(f"{allowed}, got {shown(given)}")
+    raise wrong()
 
 
 def stored(rule: R, known: Mapping[str, R]) -> str | R:

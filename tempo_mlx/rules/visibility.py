@@ -13,7 +13,7 @@ import numpy as np
 
 from ..errors import TempoError
 from ..lattice.lattice import Slot, Slots
-from .rule import Named, called, find, stored
+from .rule import Named, called, find, name_of, stored
 
 #: Weights below this one hide a key as well as 0 would, and their logarithm is finite.
 LEAST_WEIGHT = 1e-30
@@ -89,7 +89,7 @@ class FunctionVisibility(Visibility):
 
     @property
     def name(self) -> str:
-        return getattr(self.function, "__name__", type(self.function).__name__)
+        return name_of(self.function)
 
     def allowed(self, queries: Slots, keys: Slots) -> np.ndarray:
         return self.function(queries, keys)

@@ -14,6 +14,7 @@ from mlx_lm.generate import generation_stream, wired_limit
 from ..arguments import shown
 from ..errors import TempoError
 from ..models import PositionedModel
+from ..rules.rule import name_of
 from ..settings import given
 from ..text.printable import quoted
 from ..text.vocabulary import Prompt, Vocabulary, encode_prompt
@@ -55,6 +56,7 @@ class SearchResult:
         model: name of the model.
         prompt: as text; its ids are ``prompt_tokens``.
         settings: how it was searched.
+        value: name of the function that judged texts, if it was one of the user's own.
         choices: the committed tokens.
         tree: that the last token was chosen from; its root is the token before.
         finish_reason: "stop" (end of text), "length" (``max_tokens``), "context" (the model's
@@ -71,6 +73,7 @@ class SearchResult:
     settings: SearchSettings
     vocabulary: Vocabulary
     tree: Tree
+    value: str | None = None
     choices: list[Choice] = field(default_factory=list)
     finish_reason: str | None = None
     forward_tokens: int = 0
@@ -110,6 +113,7 @@ class SearchResult:
             "prompt": self.prompt,
             "prompt_tokens": self.prompt_tokens,
             "settings": self.settings.to_dict(),
+            "value": self.value,
             "text": self.text,
             "tokens": self.tokens,
             "logprob": self.logprob,
@@ -205,6 +209,7 @@ def stream_search(
         settings=chosen,
         vocabulary=vocabulary,
         tree=environment.tree,
+        value=None if value is None else name_of(value),
     )
     tree = environment.tree
     searcher = TreeSearch(tree, environment.expand, environment.evaluate, chosen.policy())

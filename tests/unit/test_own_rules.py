@@ -3,6 +3,8 @@
 import json
 import pickle
 import warnings
+from dataclasses import dataclass
+from typing import ClassVar
 
 from tempo_mlx import CombiningRule, Pruning, PruningRule, Settings, Visibility, generate, search
 from tempo_mlx.errors import TempoError
@@ -192,12 +194,51 @@ def test_search_takes_rules_and_settings(model, tokenizer):
     result = search(model, tokenizer, PROMPT, settings=settings)
     written = result.to_dict()["settings"]
     assert (written["selection"], written["evaluation"]) == ("first_child", "worst")
+    assert result.to_dict()["value"] is None
+    judged = search(model, tokenizer, PROMPT, value=lambda ids, text: 0.5, max_tokens=1)
+    assert judged.to_dict()["value"] == "<lambda>"
     visited = [child["visits"] for child in result.choices[0].children]
     assert visited[0] == 6 and sum(visited) == 6
     with pytest.raises(TypeError, match="beside settings"):
         search(model, tokenizer, PROMPT, settings=settings, simulations=3)
     with pytest.raises(TempoError, match="settings must be SearchSettings"):
         search(model, tokenizer, PROMPT, settings=Settings())
+
+
+@dataclass(frozen=True)
+class Window(Visibility):
+    """Chains of parents of which a token sees the last few."""
+
+    parents: ClassVar[str] = "branch"
+    tokens: int = 3
+
+    def allowed(self, queries, keys):
+        near = [np.isin(keys.index, chain[-self.tokens :]) for chain in queries.chains]
+        return (keys.step < 0) | np.array(near)
+
+    def sees(self, query, key):
+        return key.step < 0 or key.index in sorted(query.chain)[-self.tokens :]
+
+
+class ChainedWindow(Window):
+    parents = "chain"
+
+
+@pytest.mark.parametrize("rule", [Window(), ChainedWindow()])
+def test_a_visibility_with_parents_branches_and_is_verified(model, tokenizer, rule):
+    run = {**SETS, "max_tokens": 14, "beam_width": 4}
+    result = generate(model, tokenizer, PROMPT, visibility=rule, verify=True, **run)
+    assert result.verification.max_logit_difference < 1e-4
+    named = generate(
+        model, tokenizer, PROMPT, visibility="tree" if rule.branches else "recombined", **run
+    )
+    assert tokens(result) != tokens(named)
+    assert all(t.parent is not None for s in result.lattice.steps for t in s.tokens)
+    without_effect = ["combine"] if rule.branches else ["beam_width"]
+    notes = Settings(visibility=rule, combine="mean", beam_width=3, max_parallel=5).notes()
+    assert [note.split()[0] for note in notes] == without_effect
+    with pytest.raises(TempoError, match=r"pruning judges .* with visibility \w*Window\(tokens=3"):
+        Settings(visibility=rule, pruning=Pruning())
 
 
 def test_settings_and_their_names_do_not_mix(model, tokenizer):
@@ -332,6 +373,11 @@ def test_old_names_warn_in_python():
         settings = Settings(max_leaves=3, visibility="tree")
     assert caught[0].filename == __file__
     assert settings.beam_width == 3 and "max_leaves" not in settings.to_dict()
+    with pytest.warns(RenamedWarning, match="max_leaves is now called beam_width") as caught:
+        assert settings.max_leaves == 3
+    assert caught[0].filename == __file__
+    with pytest.raises(AttributeError, match="no attribute 'min_leaves'"):
+        assert settings.min_leaves
     with pytest.warns(DeprecationWarning, match="leaf_margin is now called beam_margin"):
         assert Settings(leaf_margin=1.0).beam_margin == 1.0
     with pytest.warns(DeprecationWarning, match="when_all_fall is now called if_all_pruned"):
