@@ -7,6 +7,7 @@ JSON prompt files, suites and their schema, and the class's docstring are made f
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
 from textwrap import fill
 from typing import Any, ClassVar, TypeVar
 
@@ -21,8 +22,12 @@ from .arguments import (
     shown,
 )
 from .errors import TempoError
+from .io.inputs import object_of, read_text
 from .rules.rule import Named, find, stored
 from .rules.schedules import parse_schedule
+
+#: Largest bias of a logit.
+MOST_BIAS = 1e6
 
 #: Temperatures at which logits that were divided by them are finite and differ in fp32.
 TEMPERATURES = 1e-6, 1e6
@@ -39,6 +44,10 @@ class Kind:
 
     words: ClassVar[str] = "text"
     option: ClassVar[Any] = str
+    #: type in YAML; None for the option's
+    written: ClassVar[Any] = None
+    #: whether only Python has such values
+    python_only: ClassVar[bool] = False
 
     @property
     def metavar(self) -> str | None:
@@ -57,16 +66,26 @@ class Kind:
         """
         return value if type(value) is str else NotImplemented
 
+    def from_option(self, value: Any) -> Any:
+        """What the value of an option means.
+
+        Raises:
+            TempoError: if it cannot be read.
+        """
+        return self.from_json(value)
+
 
 @dataclass(frozen=True)
 class Count(Kind):
-    """An integer of at least 1."""
+    """An integer of at least ``least``."""
 
     words = "an integer"
     option = int
 
+    least: int = 1
+
     def check(self, name: str, value: Any) -> Any:
-        check_count(name, value)
+        check_count(name, value, self.least)
         return value
 
     def from_json(self, value: Any) -> Any:
@@ -240,6 +259,123 @@ class Texts(Kind):
     def from_json(self, value: Any) -> Any:
         texts = isinstance(value, list) and all(type(text) is str for text in value)
         return tuple(value) if texts else NotImplemented
+
+
+@dataclass(frozen=True)
+class Text(Kind):
+    """A text that is not empty."""
+
+    def check(self, name: str, value: Any) -> Any:
+        check_text(name, value)
+        if not value:
+            raise TempoError(f"{name} must not be empty")
+        return value
+
+
+@dataclass(frozen=True)
+class LongText(Text):
+    """A text that the command line takes from a file."""
+
+    @property
+    def metavar(self) -> str | None:
+        return "FILE"
+
+    def from_option(self, value: Any) -> Any:
+        return read_text(Path(value))
+
+
+@dataclass(frozen=True)
+class JsonObject(Kind):
+    """A JSON object; the command line takes it from a file."""
+
+    words = "an object"
+    written = dict[str, Any]
+
+    @property
+    def metavar(self) -> str | None:
+        return "FILE"
+
+    def check(self, name: str, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            raise TempoError(f"{name} must be an object, got {shown(value)}")
+        return dict(value)
+
+    def from_json(self, value: Any) -> Any:
+        return value if isinstance(value, dict) else NotImplemented
+
+    def from_option(self, value: Any) -> Any:
+        text = read_text(Path(value)).encode()
+        try:
+            return object_of(text, '{"type": "object"}')
+        except TempoError as error:
+            raise TempoError(f"{value}: {error}") from error
+
+
+@dataclass(frozen=True)
+class Biases(Kind):
+    """Numbers by token id."""
+
+    words = "an object of token ids and numbers"
+    option = list[str]
+    written = dict[str, float]
+
+    @property
+    def metavar(self) -> str | None:
+        return "ID=BIAS"
+
+    def check(self, name: str, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            raise TempoError(f"{name} must map token ids to numbers, got {shown(value)}")
+        for id, bias in value.items():
+            check_count(f"a token id of {name}", id, 0)
+            check_range(f"{name}[{id}]", bias, -MOST_BIAS, MOST_BIAS)
+        return {int(id): float(bias) for id, bias in value.items()}
+
+    def from_json(self, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return NotImplemented
+        try:
+            return {int(id): float(bias) for id, bias in value.items()}
+        except (TypeError, ValueError):
+            return NotImplemented
+
+    def from_option(self, value: Any) -> Any:
+        pairs = [text.partition("=") for text in value]
+        found = self.from_json({id: bias for id, _, bias in pairs})
+        if found is NotImplemented:
+            raise TempoError(f"a bias must be ID=BIAS, such as 42=-1.5, got {shown(value)}")
+        return found
+
+
+@dataclass(frozen=True)
+class Function(Kind):
+    """A function, which only Python has."""
+
+    words = "a function, which only Python has"
+    python_only = True
+
+    def check(self, name: str, value: Any) -> Any:
+        if not callable(value):
+            raise TempoError(f"{name} must be a function, got {shown(value)}")
+        return value
+
+    def from_json(self, value: Any) -> Any:
+        return NotImplemented
+
+
+@dataclass(frozen=True)
+class Functions(Function):
+    """Functions, which only Python has."""
+
+    words = "functions, which only Python has"
+
+    def check(self, name: str, value: Any) -> Any:
+        if not isinstance(value, (tuple, list)):
+            raise TempoError(f"{name} must be a list of functions, got {shown(value)}")
+        return tuple(super(Functions, self).check(f"{name}[{i}]", v) for i, v in enumerate(value))
+
+    def from_json(self, value: Any) -> Any:
+        return () if value == [] else NotImplemented
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,11 @@ NEEDS: Needs = {
     "beam_width": (_TREE,),
     "beam_margin": (_TREE, Need("beam_width", (1,), absent=True)),
     "branching": (_TREE,),
+    "min_tokens_to_keep": (Need("min_p"),),
+    "xtc_threshold": (Need("xtc_probability"),),
+    "repetition_context_size": (Need("repetition_penalty"),),
+    "presence_context_size": (Need("presence_penalty"),),
+    "frequency_context_size": (Need("frequency_penalty"),),
     # Where later steps do not see a set, nothing looks at its keys.
     "weighting": (_SEEN,),
     "pruning.threshold": (_THRESHOLD,),

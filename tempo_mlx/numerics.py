@@ -24,6 +24,12 @@ def tempered(logits: mx.array, temps: mx.array | float) -> mx.array:
     return (logits - logits.max(axis=-1, keepdims=True)) / temps
 
 
+def log_softmax(logits: mx.array) -> mx.array:
+    """log p over the last axis, as exact as :func:`softmax`."""
+    shifted, _, total = powers(logits)
+    return shifted - mx.log(total)
+
+
 def log_softmax_at(logits: mx.array, ids: mx.array) -> mx.array:
     """log p of the tokens ids [..., K] in rows of logits [..., V], as exact as :func:`softmax`."""
     shifted, _, total = powers(logits)

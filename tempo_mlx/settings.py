@@ -8,23 +8,32 @@ from typing import Any, TypeVar, cast
 from .arguments import shown
 from .errors import TempoError
 from .kinds import (
+    Biases,
     Choice,
     Count,
+    Function,
+    Functions,
     Inner,
+    JsonObject,
+    LongText,
     Number,
     RuleChoice,
     ScheduleText,
     Seed,
     Temperature,
+    Text,
     Texts,
     check_all,
     documented,
     setting,
+    table,
 )
 from .models import PlainModel, PositionedModel
 from .needs import NEEDS, told, unmet
 from .old_names import first_names, renamed, renames
 from .rules.combining import COMBINE, CombiningRule, combining_rule
+from .rules.grammar import compiled
+from .rules.processors import LogitsProcessor, Sampler
 from .rules.pruning import COMPACT_ABOVE, Pruning
 from .rules.rule import Named, source_of, stored
 from .rules.schedules import Constant, Schedule
@@ -45,6 +54,11 @@ BRANCHING = ("shared", "replicate")
 
 
 _TREES = "Trees"
+_MLX = "As in mlx-lm"
+_GRAMMAR = "Grammars"
+
+#: Largest penalty on a logit.
+MOST_PENALTY = 1e6
 
 
 @renames(max_leaves="beam_width", leaf_margin="beam_margin")
@@ -145,6 +159,101 @@ class Settings:
     stop: tuple[str, ...] = setting(
         (), Texts(), "End before this text, once the most probable tokens spell it. Repeatable."
     )
+    top_p: float = setting(
+        0.0,
+        Number(0, 1),
+        "Keep the most probable tokens that together have this probability, in [0, 1]; 0 and 1 "
+        "keep all. This and what follows changes the distribution before the threshold, each "
+        "branch's by its own text, as mlx-lm does it.",
+        panel=_MLX,
+    )
+    top_k: int = setting(
+        0, Count(0), "Keep this many of the most probable tokens; 0 keeps all.", panel=_MLX
+    )
+    min_p: float = setting(
+        0.0,
+        Number(0, 1),
+        "Keep tokens that are at least this probable beside the most probable one, in [0, 1].",
+        panel=_MLX,
+    )
+    min_tokens_to_keep: int = setting(
+        1, Count(), "Tokens that `min_p` keeps at least. At least 1.", panel=_MLX
+    )
+    xtc_probability: float = setting(
+        0.0,
+        Number(0, 1),
+        "Probability of excluding top choices: all likely tokens but the least likely of them.",
+        panel=_MLX,
+    )
+    xtc_threshold: float = setting(
+        0.1,
+        Number(0, 0.5),
+        "Probability from which a token is a top choice for `xtc_probability`, in [0, 0.5].",
+        panel=_MLX,
+    )
+    repetition_penalty: float | None = setting(
+        None,
+        Number(0, MOST_PENALTY, low_open=True),
+        "Divide logits of tokens that the text has by this, or multiply those below 0; 1 changes "
+        "nothing.",
+        panel=_MLX,
+    )
+    repetition_context_size: int = setting(
+        20, Count(), "Last tokens of the text that `repetition_penalty` looks at.", panel=_MLX
+    )
+    presence_penalty: float | None = setting(
+        None,
+        Number(-MOST_PENALTY, MOST_PENALTY),
+        "Subtract this from logits of tokens that the text has.",
+        panel=_MLX,
+    )
+    presence_context_size: int = setting(
+        20, Count(), "Last tokens of the text that `presence_penalty` looks at.", panel=_MLX
+    )
+    frequency_penalty: float | None = setting(
+        None,
+        Number(-MOST_PENALTY, MOST_PENALTY),
+        "Subtract this from a token's logit for each time that the text has it.",
+        panel=_MLX,
+    )
+    frequency_context_size: int = setting(
+        20, Count(), "Last tokens of the text that `frequency_penalty` looks at.", panel=_MLX
+    )
+    logit_bias: Mapping[int, float] | None = setting(
+        None,
+        Biases(),
+        "Add a number to the logit of a token: ID=BIAS. Repeatable.",
+        panel=_MLX,
+    )
+    logits_processors: tuple[LogitsProcessor, ...] = setting(
+        (),
+        Functions(),
+        "Functions of the tokens so far [L] and logits [1, V] that return logits, as mlx-lm takes "
+        "them.",
+        option=False,
+    )
+    sampler: Sampler | None = setting(
+        None,
+        Function(),
+        "Function of log-probabilities [1, V] that draws a token [1], as mlx-lm takes it; needs "
+        "threshold 1.",
+        option=False,
+    )
+    json_schema: Mapping[str, Any] | None = setting(
+        None,
+        JsonObject(),
+        "A JSON schema that every text follows.",
+        panel=_GRAMMAR,
+    )
+    regex: str | None = setting(
+        None, Text(), "A regular expression that every text matches as a whole.", panel=_GRAMMAR
+    )
+    grammar: str | None = setting(
+        None,
+        LongText(),
+        "A grammar that every text follows, in llguidance's Lark-like language, with a rule start.",
+        panel=_GRAMMAR,
+    )
     prefill_step_size: int = setting(
         2048, Count(), "Prompt tokens in one forward pass; smaller needs less memory. At least 1."
     )
@@ -165,6 +274,19 @@ class Settings:
             )
         if self.has_parents:
             self._check_parents()
+        if self.sampler is not None and not (self.greedy and self.by_probability):
+            raise TempoError(
+                "sampler draws the one token of each step: it needs threshold 1 and sampling "
+                "deterministic. For sets, use sampling gumbel with top_p, top_k and the like"
+            )
+        if self.has_grammar:
+            compiled(self.json_schema, self.regex, self.grammar)
+            if not (self.has_parents or self.always_single):
+                raise TempoError(
+                    f"a grammar needs tokens that continue one text, and with visibility "
+                    f"{self.visibility_rule} a set of several continues all of them: choose "
+                    "recombined or tree"
+                )
 
     def _check_parents(self) -> None:
         """Refuse what has no meaning, or no exact one, where tokens have parents."""
@@ -233,6 +355,11 @@ class Settings:
     def greedy(self) -> bool:
         """Whether the threshold is 1 throughout: only the first candidate can be kept."""
         return self.threshold == 1.0 and self.final_threshold in (None, 1.0)
+
+    @property
+    def has_grammar(self) -> bool:
+        """Whether a grammar decides which tokens may follow."""
+        return any(each is not None for each in (self.json_schema, self.regex, self.grammar))
 
     @property
     def always_single(self) -> bool:
@@ -336,6 +463,9 @@ class Settings:
             "combine": str(self.combine),
             "pruning": self.pruning and self.pruning.to_dict(),
             "stop": list(self.stop),
+            "logit_bias": self.logit_bias and {str(id): b for id, b in self.logit_bias.items()},
+            "logits_processors": [_name_of(each) for each in self.logits_processors],
+            "sampler": self.sampler and _name_of(self.sampler),
         }
 
     def identity(self) -> dict[str, Any]:
@@ -345,9 +475,20 @@ class Settings:
         """
         own = {n: source_of(rule) for n, rule in self.values().items() if isinstance(rule, Named)}
         settings = first_names(self.to_dict(), Settings)
+        for name, entry in table(Settings).items():
+            # Settings that earlier versions did not have.
+            later = entry.panel in (_MLX, _GRAMMAR) or entry.kind.python_only
+            if later and getattr(self, name) == getattr(Settings, name):
+                del settings[name]
         if self.pruning is not None:
             settings["pruning"] = first_names(self.pruning.to_dict(), Pruning)
         return settings | ({"rules": own} if own else {})
+
+
+def _name_of(function: Any) -> str:
+    """A function as a record of settings names it."""
+    named = getattr(function, "__qualname__", None) or type(function).__qualname__
+    return f"{getattr(function, '__module__', '')}.{named}"
 
 
 S = TypeVar("S")

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from ..kinds import Entry, Inner, Layers, RuleChoice, Texts, table
+from ..kinds import Biases, Entry, Inner, Layers, RuleChoice, Texts, table
 from ..old_names import renamed, warn_renamed
 from ..rules.own import is_place, load_rule
 from ..rules.pruning import Pruning
@@ -66,7 +66,9 @@ class Line:
             return () if isinstance(kind, Texts) else None
         if isinstance(kind, RuleChoice) and is_place(given):
             return load_rule(given, flag(self.setting), kind.rule)
-        return kind.from_json(given)
+        if not given and isinstance(kind, Biases):
+            return None
+        return kind.from_option(given)
 
     def parameter(self, name: str, options: "Mapping[str, Line]") -> inspect.Parameter:
         """The command's parameter of that name, among all these options."""

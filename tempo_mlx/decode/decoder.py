@@ -14,6 +14,7 @@ from mlx_lm.generate import generation_stream
 
 from ..errors import TempoError
 from ..models import Capture, PositionedModel, SlotStore
+from ..numerics import log_softmax, softmax
 from ..rules.combining import combine, most_probable_of
 from ..rules.selection import StepCandidates, candidate_scores, most_probable
 from .observation import Attending, PassAttention, head_capture
@@ -129,7 +130,7 @@ class BatchDecoder:
         """
         # A set of one is one token wide whatever its value: the next pass starts before the host
         # has seen it.
-        ahead = all(request.sequence.is_line for request in self.requests)
+        ahead = all(request.reads_ahead for request in self.requests)
         if ahead:
             going = [request for request in self.requests if request.more]
             for request in going:
@@ -197,7 +198,12 @@ class BatchDecoder:
         attending = _attending(requests) if attention is not None else ()
         groups = [request for request, each in zip(requests, sizes, strict=True) for _ in each]
         temps = [request.settings.temp for request in groups]
-        if all(request.wants_best_only for request in requests) and len(groups) == len(logits):
+        processed = _processed(requests, logits, [len(each) for each in probabilities])
+        if (
+            processed is logits
+            and all(request.wants_best_only for request in requests)
+            and len(groups) == len(logits)
+        ):
             ids, p = most_probable_of(logits, temps)
             step_candidates = StepCandidates(ids, p, p, sizes, attention, attending)
         else:
@@ -206,12 +212,18 @@ class BatchDecoder:
                 for request, each, own in zip(requests, probabilities, sizes, strict=True)
                 for _ in own
             ]
-            p, rows = combine(logits, [request.combining for request in groups], weights, temps)
+            rules = [request.combining for request in groups]
+            p, rows = combine(processed, rules, weights, temps)
+            if processed is not logits:
+                # Texts are scored by the model's own probabilities, and a text goes on only by
+                # what its own distribution leaves.
+                rows = mx.where(rows > 0, softmax(logits.astype(mx.float32)), 0.0)
             scores = candidate_scores(
                 p,
                 [request.sampling for request in groups],
                 [request.noise() for request in groups],
             )
+            scores = _sampled(scores, processed, groups)
             ids = most_probable(scores, max(request.k for request in requests))
             step_candidates = StepCandidates.of_rows(
                 ids,
@@ -222,6 +234,8 @@ class BatchDecoder:
                 attending=attending,
                 observed=_observed(requests, p),
             )
+        if any(request.wants_logprobs for request in requests):
+            step_candidates.logprobs = log_softmax(logits.astype(mx.float32))
         for place, request in enumerate(requests):
             request.upcoming = step_candidates, place
             if request.step_candidates is None:
@@ -305,6 +319,43 @@ def first_choices(requests: list[Request]) -> mx.array:
         ids = first.ids[:, 0]
         return ids if places == list(range(ids.size)) else ids[mx.array(places)]
     return mx.concatenate([each.ids[place, :1] for each, place in step_candidates])
+
+
+def _processed(requests: list[Request], logits: mx.array, sizes: list[int]) -> mx.array:
+    """Logits [N, V] as the requests' processors leave them, each request's rows in turn.
+
+    Args:
+        sizes: rows of each request.
+    """
+    if not any(request.processors for request in requests):
+        return logits
+    parts, first = [], 0
+    for request, n in zip(requests, sizes, strict=True):
+        part = logits[first : first + n]
+        if request.processors:
+            part = request.processors(part, request.texts(), request.uniform(n))
+        parts.append(part)
+        first += n
+    return mx.concatenate(parts)
+
+
+def _sampled(scores: mx.array, logits: mx.array, groups: list[Request]) -> mx.array:
+    """Scores [G, V] with the tokens that the requests' samplers draw before all others.
+
+    Args:
+        logits: of the same distributions, whose requests have one row each, [G, V].
+        groups: the request of each.
+    """
+    if all(request.settings.sampler is None for request in groups):
+        return scores
+    rows = []
+    for i, request in enumerate(groups):
+        own, row = scores[i : i + 1], logits[i : i + 1]
+        if request.settings.sampler is not None:
+            drawn = request.settings.sampler(row - mx.logsumexp(row, axis=-1, keepdims=True))
+            own = mx.put_along_axis(own, drawn[:, None], mx.array(mx.inf), axis=-1)
+        rows.append(own)
+    return mx.concatenate(rows)
 
 
 def _capture(requests: list[Request], probabilities: list[np.ndarray]) -> Capture | None:

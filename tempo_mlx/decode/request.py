@@ -11,6 +11,7 @@ from ..lattice.lattice import NEVER, Slots, Step, Token
 from ..lattice.result import GenerationResult
 from ..models import PositionedModel, SlotStore
 from ..rules.branching import branch, recombine
+from ..rules.processors import processors_of
 from ..rules.schedules import interpolate
 from ..rules.selection import SAMPLING, Candidates, Selected, StepCandidates, keep, noise_key
 from ..rules.visibility import may_attend
@@ -33,6 +34,7 @@ class Request:
         keep_logits: keep every step's logits for :mod:`tempo_mlx.decode.verification`.
         paths: paths that will be asked of the result; 0 lets its prompt's keys and values go.
         observer: sees every step.
+        logprobs: keep the model's own log-probabilities of the last step's rows in ``logprobs``.
 
     Raises:
         TempoError: for logits that cannot be verified, see :func:`.verification.require_known`; or
@@ -46,9 +48,13 @@ class Request:
         keep_logits: bool = False,
         paths: int = 0,
         observer: Observer | None = None,
+        logprobs: bool = False,
     ):
         self.result = result
         self.observer = observer
+        self.wants_logprobs = logprobs
+        #: the model's log-probabilities that the last recorded set was selected from, [N, V]
+        self.logprobs: np.ndarray | None = None
         #: the prompt's slots but the last one, after a run that will be rescored
         self.prompt_slots: SlotStore | None = None
         self.settings = settings = result.settings
@@ -89,6 +95,10 @@ class Request:
         elif not settings.is_sampled:
             # End tokens are never kept, so room for them lets a set still fill up.
             self.k += len(result.vocabulary.end_tokens)
+        #: what a distribution goes through before the threshold
+        self.processors = processors_of(
+            settings, result.vocabulary.tokenizer, len(self.lattice.prompt_tokens)
+        )
         #: what may come next: computed with other runs', and the place among them
         self.step_candidates: tuple[StepCandidates, int] | None = None
         #: what may come after that, once its pass has started
@@ -126,6 +136,28 @@ class Request:
         self._draws += 1
         return noise_key(self.settings.seed or 0, self._draws)
 
+    def uniform(self, n: int) -> np.ndarray | None:
+        """Uniform draws in [0, 1) for the processors of n rows; None where they draw nothing."""
+        if not self.processors.needs_draws:
+            return None
+        self._draws += 1
+        return np.random.default_rng([self.settings.seed or 0, self._draws]).random(n)
+
+    def texts(self) -> list[list[int]]:
+        """Ids of prompt and text up to each live token of the last set, or of the prompt.
+
+        Where tokens have no parents, the text before is the most probable token of each set.
+        """
+        prompt, lattice = self.lattice.prompt_tokens, self.lattice
+        steps = [step.live for step in lattice.steps if step.live]
+        if not steps:
+            return [prompt]
+        if self.settings.has_parents:
+            chains = [lattice.tokens_to(token.slot) for token in steps[-1]]
+            return [[*prompt, *(token.id for token in chain)] for chain in chains]
+        before = [*prompt, *(tokens[0].id for tokens in steps[:-1])]
+        return [[*before, token.id] for token in steps[-1]]
+
     def prompt_is_read(self) -> None:
         now = time.perf_counter()
         self.result.stats.prompt_seconds = now - self._started
@@ -149,8 +181,13 @@ class Request:
     @property
     def wants_best_only(self) -> bool:
         """Whether the most probable token is all that the run wants of a distribution."""
-        by_probability = self.sampling is SAMPLING["deterministic"]
-        return self.k == 1 and by_probability and self.observer is None
+        drawn = self.sampling is not SAMPLING["deterministic"] or self.settings.sampler is not None
+        return self.k == 1 and not drawn and self.observer is None
+
+    @property
+    def reads_ahead(self) -> bool:
+        """Whether the next pass can start before the host has seen what was selected."""
+        return self.sequence.is_line and not self.processors
 
     @property
     def pending(self) -> Slots:
@@ -292,6 +329,10 @@ class Request:
             self.result.finish_reason = "context" if full else "length"
         if self.observer is not None:
             self.observer.observe(self.observation())
+        if self.wants_logprobs:
+            assert self.step_candidates is not None
+            step_candidates, place = self.step_candidates
+            self.logprobs = step_candidates.logprobs_of(place)
         return record
 
     def _stops(self) -> bool:

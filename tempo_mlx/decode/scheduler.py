@@ -126,6 +126,7 @@ class Scheduler:
                 del self._keys[request]
                 self._decoder.leave(request)
         self.status.done += 1
+        self._note()
 
     @property
     def left(self) -> int:

@@ -26,7 +26,7 @@ STRICT = ConfigDict(extra="forbid", strict=True, frozen=True)
 def _written(entry: Entry, inner: type | None) -> Any:
     """The type that a setting has in YAML."""
     kind = entry.kind
-    written: Any = kind.option
+    written: Any = kind.written or kind.option
     if isinstance(kind, RuleChoice):
         written = _rule(kind)
     elif isinstance(kind, Choice):
@@ -58,7 +58,7 @@ def _keys(owner: type, inner: type | None = None) -> dict[str, Any]:
     return {
         name: Annotated[_written(entry, inner), Field(description=entry.help.replace("`", ""))]
         for name, entry in table(owner).items()
-        if name != "seed"
+        if name != "seed" and not entry.kind.python_only
     }
 
 

@@ -108,8 +108,8 @@ class GenerationResult:
 
         Where tokens have parents (visibility "tree" and "recombined") the run has scored its texts
         already: the paths are those of the last set, and in a tree those that ended, too, with the
-        end token's log-probability. They differ in length there; the best one has the highest
-        log-probability per token, the end token counted.
+        end token's log-probability; under a grammar those that ended, if any did. They differ in
+        length there; the best one has the highest log-probability per token, the end token counted.
 
         Args:
             k: paths wanted, at least 1.
@@ -134,7 +134,7 @@ class GenerationResult:
         steps = self.lattice.steps
         sets = [step for step in steps if step.tokens]
         ends = []
-        if self.settings.branches:
+        if self.settings.branches or self.settings.has_grammar:
             # A branch that went on has its end in the last set; one that did not, ended before.
             ends = [
                 _End(e.parent, e.logprob or 0.0, step.step, True)
@@ -145,6 +145,9 @@ class GenerationResult:
             length = sets[-1].step + 1
             last = [_End(t.slot, t.logprob or 0.0, length, False) for t in sets[-1].tokens]
             ends = last + ends
+        if self.settings.has_grammar:
+            # A text that has not ended is no sentence of the grammar yet.
+            ends = [end for end in ends if end.ended] or ends
         ends.sort(key=lambda end: -end.logprob / max(1, end.length + end.ended))
         return ends or [_End(None, 0.0, 0, False)]
 

@@ -52,7 +52,8 @@ def branch(
     them none that is more than ``beam_margin`` nats behind the best. Texts that end are endings.
 
     Args:
-        candidates: ids and probabilities [M, K] of each of M leaves, most probable first.
+        candidates: ids and probabilities [M, K] of each of M leaves, most probable first; texts are
+            scored by the transitions.
         scores: log-probabilities of the leaves' texts, [M], nats.
         slots: of the leaves, [M].
         threshold, max_parallel, beam_width, beam_margin: see :class:`~tempo_mlx.Settings`.
@@ -66,8 +67,9 @@ def branch(
     # As many of each leaf as may be kept; the first one whatever it is.
     qualified = (p >= threshold) & (np.arange(p.shape[1]) < max_parallel)
     qualified[:, 0] = True
+    own = candidates.transitions
     with np.errstate(divide="ignore"):
-        joint = np.where(qualified, scores[:, None] + np.log(p.astype(np.float64)), -np.inf)
+        joint = np.where(qualified, scores[:, None] + np.log(own.astype(np.float64)), -np.inf)
     best = np.argsort(-joint, axis=None, kind="stable")[:beam_width]
     best = best[np.isfinite(joint.flat[best])]
     if beam_margin is not None:
@@ -83,7 +85,7 @@ def branch(
     ]
     parents = leaves[~ends]
     transitions = np.zeros((len(scores), len(parents)), np.float32)
-    transitions[parents, np.arange(len(parents))] = chances[~ends]
+    transitions[parents, np.arange(len(parents))] = own[leaves, places][~ends]
     return Selected(
         chosen[~ends],
         chances[~ends],

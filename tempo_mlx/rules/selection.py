@@ -65,6 +65,9 @@ class StepCandidates:
         self._observed = observed
         self._groups = [0, *accumulate(len(run) for run in sizes)]
         self._rows = [0, *accumulate(sum(run) for run in sizes)]
+        #: the model's own log-probabilities of the rows, [N, V], if a run wants them
+        self.logprobs: mx.array | None = None
+        self._host_logprobs: np.ndarray | None = None
         self._seen: list[np.ndarray] | None = None
         self._read: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
 
@@ -88,7 +91,22 @@ class StepCandidates:
     def state(self) -> list[mx.array]:
         """The arrays to evaluate."""
         attention = [] if self.attention is None else self.attention.state
-        return [self.ids, self.probabilities, self.transitions, *attention, *self._observed]
+        logprobs = [] if self.logprobs is None else [self.logprobs]
+        return [
+            self.ids,
+            self.probabilities,
+            self.transitions,
+            *attention,
+            *self._observed,
+            *logprobs,
+        ]
+
+    def logprobs_of(self, run: int) -> np.ndarray:
+        """The model's own log-probabilities of one run's rows, [N, V]."""
+        assert self.logprobs is not None
+        if self._host_logprobs is None:
+            self._host_logprobs = np.array(self.logprobs)
+        return self._host_logprobs[self._rows[run] : self._rows[run + 1]]
 
     def observed(self, run: int) -> list[np.ndarray]:
         """Most probable ids of one run's distribution, their p, and if it is wanted, all p."""

@@ -35,7 +35,7 @@ class Vocabulary:
     """
 
     def __init__(self, tokenizer: Any):
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._bytes: dict[int, bytes] = {}
         self._texts: dict[int, str] = {}
         self.end_tokens: frozenset[int] = frozenset(tokenizer.eos_token_ids)
@@ -60,7 +60,7 @@ class Vocabulary:
     def beginning(self, texts: tuple[str, ...]) -> set[int]:
         """The tokens whose text begins with one of these."""
         starts = tuple(text.encode() for text in texts)
-        return {id for id in range(len(self._tokenizer)) if self.bytes_of(id).startswith(starts)}
+        return {id for id in range(len(self.tokenizer)) if self.bytes_of(id).startswith(starts)}
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of consecutive tokens inside a sentence, the leading space included.
@@ -82,14 +82,14 @@ class Vocabulary:
         return self._decoded(ids[:-n]) + held[:-cut].decode(errors="replace")
 
     def _decoded(self, ids: Sequence[int]) -> str:
-        text: str = self._tokenizer.decode([*self._anchor, *ids])
+        text: str = self.tokenizer.decode([*self._anchor, *ids])
         if text.startswith(self._anchor_text):
             return text.removeprefix(self._anchor_text)
-        return str(self._tokenizer.decode(list(ids)))
+        return str(self.tokenizer.decode(list(ids)))
 
     def _raw(self, id: int) -> bytes | None:
         """The bytes that the vocabulary has for a token; None where it does not say."""
-        name = self._tokenizer.convert_ids_to_tokens(id)
+        name = self.tokenizer.convert_ids_to_tokens(id)
         if isinstance(name, bytes):
             return name
         if not name:

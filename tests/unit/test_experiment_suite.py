@@ -89,6 +89,19 @@ def test_run_ids_are_stable():
 
 
 OTHER = {
+    "top_p": 0.9,
+    "top_k": 7,
+    "min_p": 0.1,
+    "min_tokens_to_keep": 2,
+    "xtc_probability": 0.5,
+    "xtc_threshold": 0.2,
+    "repetition_penalty": 1.3,
+    "repetition_context_size": 5,
+    "presence_penalty": 0.5,
+    "presence_context_size": 6,
+    "frequency_penalty": 0.7,
+    "frequency_context_size": 8,
+    "logit_bias": {3: 1.5},
     "max_tokens": 7,
     "threshold": 0.2,
     "max_parallel": 3,
@@ -131,13 +144,18 @@ def test_run_ids_depend_on_every_field():
         dataclasses.replace(base.settings, visibility="tree", branching="replicate"),
         dataclasses.replace(base.settings, visibility="tree"),
         pruned,
+        Settings(regex="[a-z]+"),
+        Settings(json_schema={"type": "object"}),
+        Settings(grammar='start: "a"'),
     ]
     variants += [
         dataclasses.replace(pruned, pruning=dataclasses.replace(Pruning(), **{n: v}))
         for n, v in OTHER_PRUNING.items()
     ]
     known = {f.name for f in dataclasses.fields(Settings)}
-    assert known == OTHER.keys() | {"final_threshold", "schedule", "pruning", "branching"}
+    together = {"final_threshold", "schedule", "pruning", "branching"}
+    functions = {"logits_processors", "sampler"}
+    assert known == OTHER.keys() | together | functions | {"json_schema", "regex", "grammar"}
     assert {f.name for f in dataclasses.fields(Pruning)} == OTHER_PRUNING.keys()
     runs = [base, *(dataclasses.replace(base, settings=settings) for settings in variants)]
     runs += [
@@ -259,7 +277,9 @@ def test_the_schema_knows_every_setting_and_every_choice():
     settings = schema["$defs"]["Settings"]
     assert settings["additionalProperties"] is False
     assert settings["properties"].keys() == {
-        field.name for field in dataclasses.fields(Settings) if field.name != "seed"
+        field.name
+        for field in dataclasses.fields(Settings)
+        if field.name not in ("seed", "logits_processors", "sampler")
     }
     assert settings["properties"]["visibility"]["anyOf"][0]["enum"] == [
         "isolated",
