@@ -24,6 +24,7 @@ COMMANDS = {
     "generate": "Generate text with parallel token sets.",
     "search": "Search for a text by Monte Carlo tree search over one shared cache.",
     "score": "Score words that may go on from contexts, and rank them.",
+    "serve": "Serve a model over HTTP, as OpenAI's interface has it, with exact scores and sets.",
     "experiment": "Run suites of prompts, settings and seeds from one file; stop and resume them, "
     "analyse and report what came out.",
     "schedule": "Show how a schedule moves a threshold over a run.",

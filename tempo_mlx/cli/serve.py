@@ -1,0 +1,110 @@
+"""``tempo-mlx serve``: an OpenAI-style server on this machine."""
+
+import logging
+import os
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..arguments import MOST_BYTES, check_choice, check_count, check_range
+from ..errors import TempoError
+from ..models import PositionedModel
+from ..weights import load
+from .options import Model
+
+#: Hosts that only this machine reaches, which need no key.
+LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
+
+#: Packages of the extra.
+NEEDED = ("starlette", "uvicorn", "pydantic")
+
+LEVELS = ("debug", "info", "warning", "error")
+
+#: The variable that may hold the key, so that it need not stand in a command.
+KEY_VARIABLE = "TEMPO_MLX_API_KEY"
+
+
+def register(app: typer.Typer) -> None:
+    app.command("serve")(serve)
+
+
+def serve(
+    model: Model = "smollm2-135m",
+    host: Annotated[
+        str,
+        typer.Option(help="Address to listen on. Anything but this machine needs --api-key."),
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port, 0 to 65535; 0 takes a free one.")] = 8080,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            envvar=KEY_VARIABLE,
+            help="Key that clients must send (Authorization: Bearer KEY).",
+        ),
+    ] = None,
+    allowed_origins: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ORIGIN",
+            help="Origin of a page that may call the server from a browser, such as "
+            "https://example.org; may be given more than once. None without it.",
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int, typer.Option(help="Requests that generate at the same time, at least 1.")
+    ] = 32,
+    max_queue: Annotated[
+        int,
+        typer.Option(help="Requests that may wait for a place; more are refused with 429."),
+    ] = 256,
+    max_kv_bytes: Annotated[
+        int | None,
+        typer.Option(
+            help="Bytes that keys, values and recurrent states may take. Without it, half of the "
+            "memory that the model leaves."
+        ),
+    ] = None,
+    log_level: Annotated[
+        str, typer.Option(help="What is logged: debug, info, warning or error.")
+    ] = "info",
+) -> None:
+    """Serve a model over HTTP, as OpenAI's interface has it, with exact scores and sets.
+
+    Completions and chat completions with n, logprobs, echo and streaming; /v1/score ranks words
+    after contexts. Requests join and leave one running batch. Ctrl-C lets streams end first.
+    """
+    missing = [name for name in NEEDED if find_spec(name) is None]
+    if missing:
+        raise TempoError(f"serve needs {', '.join(missing)}: pip install 'tempo-mlx[server]'")
+    check_range("--port", port, 0, 65535)
+    check_count("--batch-size", batch_size)
+    check_count("--max-queue", max_queue, 0)
+    if max_kv_bytes is not None:
+        check_count("--max-kv-bytes", max_kv_bytes, most=MOST_BYTES)
+    check_choice("--log-level", log_level, LEVELS)
+    if host not in LOOPBACK and not api_key:
+        raise TempoError(
+            f"--host {host} can be reached from other machines: give an --api-key, or set "
+            f"{KEY_VARIABLE}"
+        )
+    import uvicorn
+
+    from ..server.app import application
+    from ..server.engine import Engine
+
+    logging.basicConfig(level=log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
+    loaded, tokenizer = load(model)
+    name = Path(model).name if os.path.isdir(model) else model
+    engine = Engine(
+        PositionedModel.of(loaded), tokenizer, name, batch_size, max_kv_bytes, max_queue
+    )
+    engine.start()
+    hosts = LOOPBACK if host in LOOPBACK else None
+    served = application(engine, api_key, allowed_origins or (), hosts)
+    config = uvicorn.Config(served, host=host, port=port, log_level=log_level)
+    try:
+        uvicorn.Server(config).run()
+    finally:
+        engine.stop()
