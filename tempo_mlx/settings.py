@@ -7,7 +7,17 @@ from typing import Any, TypeVar, cast
 
 from .arguments import shown
 from .errors import TempoError
-from .kinds import (
+from .models import PlainModel, PositionedModel
+from .needs import NEEDS, told, unmet
+from .old_names import first_names, renamed, renames
+from .rules.combining import COMBINE, CombiningRule, combining_rule
+from .rules.grammar import compiled
+from .rules.processors import LogitsProcessor, Sampler
+from .rules.pruning import COMPACT_ABOVE, Pruning
+from .rules.rule import Named, source_of, stored
+from .rules.schedules import Constant, Schedule
+from .rules.selection import SAMPLING, SamplingRule, sampling_rule
+from .rules.table import (
     Biases,
     Choice,
     Count,
@@ -28,16 +38,6 @@ from .kinds import (
     setting,
     table,
 )
-from .models import PlainModel, PositionedModel
-from .needs import NEEDS, told, unmet
-from .old_names import first_names, renamed, renames
-from .rules.combining import COMBINE, CombiningRule, combining_rule
-from .rules.grammar import compiled
-from .rules.processors import LogitsProcessor, Sampler
-from .rules.pruning import COMPACT_ABOVE, Pruning
-from .rules.rule import Named, source_of, stored
-from .rules.schedules import Constant, Schedule
-from .rules.selection import SAMPLING, SamplingRule, sampling_rule
 from .rules.visibility import VISIBILITY, Visibility, visibility_of
 
 #: Weights that the tokens of a set may have as keys.

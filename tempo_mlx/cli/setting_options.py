@@ -1,4 +1,4 @@
-"""Options made of the table of settings, see :mod:`tempo_mlx.kinds`."""
+"""Options made of the table of settings, see :mod:`tempo_mlx.rules.table`."""
 
 import functools
 import inspect
@@ -11,10 +11,10 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from ..kinds import Biases, Entry, Inner, Layers, RuleChoice, Texts, table
 from ..old_names import renamed, warn_renamed
 from ..rules.own import is_place, load_rule
 from ..rules.pruning import Pruning
+from ..rules.table import Biases, Entry, Inner, Layers, RuleChoice, Texts, table
 from ..settings import Settings
 from .effects import option_of
 

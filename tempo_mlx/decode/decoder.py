@@ -16,10 +16,11 @@ from ..errors import TempoError
 from ..models import Capture, PositionedModel, SlotStore
 from ..numerics import log_softmax, softmax
 from ..rules.combining import combine, most_probable_of
-from ..rules.selection import StepCandidates, candidate_scores, most_probable
+from ..rules.selection import candidate_scores, most_probable
 from .observation import Attending, PassAttention, head_capture
 from .request import Request
 from .sequences import Batch, SequenceState
+from .step_candidates import StepCandidates
 from .verification import verify
 
 #: Steps after which mlx's buffer cache is emptied, as mlx-lm does.
@@ -384,7 +385,7 @@ def _capture(requests: list[Request], probabilities: list[np.ndarray]) -> Captur
 
 
 def _observed(requests: list[Request], p: mx.array) -> list[mx.array]:
-    """What observers want of distributions [G, V]: see :class:`.selection.StepCandidates`."""
+    """What observers want of distributions [G, V]: see :class:`.step_candidates.StepCandidates`."""
     observers = [request.observer for request in requests if request.observer is not None]
     if not observers:
         return []

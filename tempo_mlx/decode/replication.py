@@ -16,8 +16,9 @@ from mlx_lm.generate import generation_stream
 from mlx_lm.models.cache import make_prompt_cache
 
 from ..numerics import softmax
-from ..rules.selection import StepCandidates, most_probable
+from ..rules.selection import most_probable
 from .request import Request
+from .step_candidates import StepCandidates
 
 
 class RowTree:

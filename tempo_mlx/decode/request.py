@@ -13,12 +13,13 @@ from ..models import PositionedModel, SlotStore
 from ..rules.branching import branch, recombine
 from ..rules.processors import processors_of
 from ..rules.schedules import interpolate
-from ..rules.selection import SAMPLING, Candidates, Selected, StepCandidates, keep, noise_key
+from ..rules.selection import SAMPLING, Candidates, Selected, keep, noise_key
 from ..rules.visibility import may_attend
 from ..settings import Settings
 from .observation import Attending, Observation, Observer
 from .retroactive import RetroactivePruner
 from .sequences import SequenceState
+from .step_candidates import StepCandidates
 from .stopping import StopWatch
 from .verification import require_known
 

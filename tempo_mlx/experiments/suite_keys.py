@@ -14,10 +14,10 @@ from pydantic import (
     model_validator,
 )
 
-from ..kinds import Choice, Entry, Inner, Layers, RuleChoice, table
 from ..old_names import new_names, renamed
 from ..rules.own import PLACE, is_place
 from ..rules.pruning import Pruning
+from ..rules.table import Choice, Entry, Inner, Layers, RuleChoice, table
 from ..settings import Settings
 
 STRICT = ConfigDict(extra="forbid", strict=True, frozen=True)

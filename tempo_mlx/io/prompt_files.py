@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import TempoError
-from ..kinds import Entry, Inner, table
 from ..old_names import new_names
 from ..rules.pruning import Pruning
+from ..rules.table import Entry, Inner, table
 from ..settings import Settings
 from .inputs import object_of, read_lines, shown_json, text_of
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from ..arguments import shown
 from ..errors import TempoError
-from ..kinds import Inner, RuleChoice, table
 from .rule import SOURCE, Named, find
+from .table import Inner, RuleChoice, table
 
 #: FILE.py:NAME.
 PLACE = re.compile(r"^.+\.py:[^:]*$")

@@ -13,7 +13,11 @@ import numpy as np
 
 from ..arguments import shown
 from ..errors import TempoError
-from ..kinds import (
+from ..lattice.lattice import PruningDecision
+from ..old_names import renames
+from .rule import Rule, find
+from .schedules import Bezier, Schedule
+from .table import (
     Choice,
     Count,
     Layers,
@@ -24,10 +28,6 @@ from ..kinds import (
     documented,
     setting,
 )
-from ..lattice.lattice import PruningDecision
-from ..old_names import renames
-from .rule import Rule, find
-from .schedules import Bezier, Schedule
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,7 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from ..kinds import (
+from ..needs import Need, Needs, told, unmet
+from ..rules.rule import Rule, find
+from ..rules.table import (
     Bytes,
     Count,
     Number,
@@ -17,8 +19,6 @@ from ..kinds import (
     documented,
     setting,
 )
-from ..needs import Need, Needs, told, unmet
-from ..rules.rule import Rule, find
 from .monte_carlo import (
     BACKUPS,
     MOST_EXPLORATION,

@@ -1,8 +1,10 @@
 """Selection: what is kept, in which order, and how it is drawn."""
 
+from tempo_mlx.decode.step_candidates import StepCandidates
 from tempo_mlx.rules.selection import (
+    SAMPLING,
     NonFiniteLogitsError,
-    StepCandidates,
+    candidate_scores,
     gumbel,
     keep,
     most_probable,
@@ -75,7 +77,7 @@ def test_most_probable_of_any_vocabulary_is_what_sorting_finds(size, k, seed):
 
 def draw(p, k, key):
     """k ids drawn from p [V] without replacement."""
-    scores = gumbel(mx.array(p, mx.float32)[None], [np.array([0, key], np.uint32)])
+    scores = gumbel(mx.array(p, mx.float32)[None], mx.array([[0, key]], mx.uint32))
     return most_probable(scores, k)[0]
 
 
@@ -89,13 +91,13 @@ def test_draws_are_without_replacement_and_repeat_with_their_key():
 
 def test_first_draw_follows_the_distribution_and_so_does_the_second_given_the_first():
     p = np.array([0.5, 0.3, 0.15, 0.05])
-    uses_rng = 4000
-    several = mx.broadcast_to(mx.array(p, mx.float32), (uses_rng, 4))
-    keys = list(np.array(mx.random.split(mx.random.key(0), uses_rng)))
+    n = 4000
+    several = mx.broadcast_to(mx.array(p, mx.float32), (n, 4))
+    keys = mx.random.split(mx.random.key(0), n)
     ids = np.array(most_probable(gumbel(several, keys), 2))
     for token in range(4):
         expected = p[token]
-        bound = 4 * np.sqrt(expected * (1 - expected) / uses_rng)
+        bound = 4 * np.sqrt(expected * (1 - expected) / n)
         assert abs((ids[:, 0] == token).mean() - expected) < bound
     after_best = ids[ids[:, 0] == 0, 1]
     for token in (1, 2, 3):
@@ -115,9 +117,10 @@ def test_where_no_draw_qualifies_the_first_one_is_kept():
     assert len(firsts) > 1
 
 
-def test_a_row_without_a_key_keeps_its_order_beside_one_that_draws():
+def test_a_row_that_does_not_draw_keeps_its_order_beside_one_that_draws():
     p = mx.softmax(mx.random.normal((2, 40), key=mx.random.key(1)))
-    scores = gumbel(p, [None, np.array([0, 5], np.uint32)])
+    rules = [SAMPLING["deterministic"], SAMPLING["gumbel"]]
+    scores = candidate_scores(p, rules, [np.zeros(2, np.uint32), np.array([0, 5], np.uint32)])
     both = most_probable(scores, 5).tolist()
     assert both[0] == most_probable(p[:1], 5)[0].tolist()
     assert both[1] == draw(p[1], 5, 5).tolist()

@@ -11,7 +11,7 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any, ClassVar, TypeVar
 
-from .arguments import (
+from ..arguments import (
     MOST_BYTES,
     check_choice,
     check_count,
@@ -21,10 +21,10 @@ from .arguments import (
     parse_bytes,
     shown,
 )
-from .errors import TempoError
-from .io.inputs import object_of, read_text
-from .rules.rule import Named, find, stored
-from .rules.schedules import parse_schedule
+from ..errors import TempoError
+from ..io.inputs import object_of, read_text
+from .rule import Named, find, stored
+from .schedules import parse_schedule
 
 #: Largest bias of a logit.
 MOST_BIAS = 1e6
