@@ -6,11 +6,16 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
-NO_SPACE = ",.?!;:')"
+NO_SPACE = ",.?!;:)]}%…。，、？！；：）"
+QUOTES = "'’\"”"
+CLITICS = ("'s", "'m", "'t", "'d", "'ll", "'re", "'ve", "n't")
 
 
 class BruteScorer:
-    """Runs every context with every word through the model by itself, and sums in float64."""
+    """Runs every context with every word through the model by itself, and sums in float64.
+
+    ``start`` is the id of what stands before every context.
+    """
 
     def __init__(
         self,
@@ -21,7 +26,9 @@ class BruteScorer:
         truecase=None,
         max_context_tokens=None,
         trailing_space_correction=False,
+        start=None,
     ):
+        self.start = tokenizer.bos_token_id if start is None else start
         self.model, self.tokenizer = model, tokenizer
         self.weight, self.bonus = weight, word_insertion_bonus
         self.truecase = truecase or (lambda text: text)
@@ -36,26 +43,34 @@ class BruteScorer:
         ]
 
     def _score(self, context, word):
-        glue = "" if context == "" or word[0] in NO_SPACE else " "
-        cased = self.truecase(context + glue + word)
-        before = self.ids(cased[: len(context)]) or [self.tokenizer.bos_token_id]
-        both = self.ids(cased)
-        if context == "":
-            both = [self.tokenizer.bos_token_id, *both]
+        glued = context == "" or word[0] in NO_SPACE or word.replace("’", "'") in CLITICS
+        glued = glued or (word[0] in QUOTES and not any(c.isalnum() for c in word))
+        cased = self.truecase(context + ("" if glued else " ") + word)
+        before = [self.start, *self.ids(cased[: len(context)])]
+        both = [self.start, *self.ids(cased)]
         start = 0
         while start < len(before) and before[start] == both[start]:
             start += 1
-        if start == 0:
-            both, start = [self.tokenizer.bos_token_id, *both], 1
-        head = both[:start] if self.kept is None else both[:start][-self.kept :]
-        rows = self.log_p(head + both[start:])
-        total = sum(rows[len(head) - 1 + i, id] for i, id in enumerate(both[start:]))
+        head = self.cut(both[:start])
+        total = self.sum(head, both[start:]) - self.sum(head, before[start:])
         if self.correct:
-            total += self.ended(rows[-1])
+            total += self.ended(self.log_p(head + both[start:])[-1])
             if context:
-                alone = before if self.kept is None else before[-self.kept :]
-                total -= self.ended(self.log_p(alone)[-1])
+                total -= self.ended(self.log_p(self.cut(before))[-1])
         return self.weight * total + self.bonus
+
+    def cut(self, ids):
+        """The start and the last ones, ``max_context_tokens`` in all."""
+        if self.kept is None or len(ids) <= self.kept:
+            return ids
+        return [ids[0], *ids[len(ids) - self.kept + 1 :]]
+
+    def sum(self, head, ids):
+        """Log p of ids behind others."""
+        if not ids:
+            return 0.0
+        rows = self.log_p(head + ids)
+        return sum(rows[len(head) - 1 + i, id] for i, id in enumerate(ids))
 
     def ids(self, text):
         return list(self.tokenizer.encode(text, add_special_tokens=False)) if text else []
@@ -79,6 +94,6 @@ class BruteScorer:
             id
             for id in range(len(self.tokenizer))
             if id in self.tokenizer.eos_token_ids
-            or self.tokenizer.decode([*anchor, id])[1:2] in (*NO_SPACE, *" \t\n\r\v\f")
+            or self.tokenizer.decode([*anchor, id])[1:2] in (*NO_SPACE, *QUOTES, *" \t\n\r\v\f")
             and self.tokenizer.decode([*anchor, id])[1:2] != ""
         ]

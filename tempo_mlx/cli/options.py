@@ -65,3 +65,34 @@ Overwrite = Annotated[
         "--overwrite", help="Replace output files that exist and that this command did not write."
     ),
 ]
+
+StartOfText = Annotated[
+    str,
+    typer.Option(
+        "--start",
+        metavar="auto|none|TEXT",
+        help="What stands before every text: by default what the model was trained with, such as "
+        "<|endoftext|>.",
+    ),
+]
+
+Separator = Annotated[
+    str,
+    typer.Option(
+        help="What stands between context and word; '' for Chinese, Japanese and Thai, and for "
+        "contexts that bring their own."
+    ),
+]
+
+KeepBlanks = Annotated[
+    bool,
+    typer.Option(
+        "--keep-blanks",
+        help="Keep blanks behind a context and around a word; beside one there is no separator.",
+    ),
+]
+
+
+def start_of(given: str) -> str | None:
+    """The start of texts that a user asks for."""
+    return None if given == "none" else given

@@ -18,10 +18,20 @@ from ..scoring import ContinuationScorer, ScoringStats
 from ..scoring.batch_scorer import FULL_PASSES
 from ..scoring.rows import Row, key_of, ranked, read_rows
 from ..scoring.scorer import AGGREGATES, CHUNK_SIZE, check_options
+from ..scoring.texts import OWN_START
 from ..weights import load
 from ..weights.fingerprint import identify
 from .effects import typed
-from .options import Model, Overwrite, at_least, output_file
+from .options import (
+    KeepBlanks,
+    Model,
+    Overwrite,
+    Separator,
+    StartOfText,
+    at_least,
+    output_file,
+    start_of,
+)
 from .outputs import Output, check_outputs, is_standard_output, say_written
 from .prompts import RESULTS, RecordStream, results_sink
 from .score_output import Tables, TextFile, TextStream, is_text
@@ -90,6 +100,9 @@ def score(
     max_context_tokens: Annotated[
         int | None, typer.Option(help="Keep the last tokens of a context, this many at most.")
     ] = None,
+    start: StartOfText = OWN_START,
+    separator: Separator = " ",
+    keep_blanks: KeepBlanks = False,
     trailing_space_correction: Annotated[
         bool,
         typer.Option(
@@ -153,11 +166,14 @@ def score(
         "word_insertion_bonus": word_insertion_bonus,
         "truecase": truecase,
         "max_context_tokens": max_context_tokens,
+        "separator": separator,
+        "keep_blanks": keep_blanks,
         "trailing_space_correction": trailing_space_correction,
         "aggregate": aggregate,
     }
     sizes: dict[str, Any] = {"max_kv_bytes": kv_bytes, "chunk_size": chunk_size}
     check_options(**settings, **sizes)
+    settings["start"] = start_of(start)
     spellings = any(isinstance(each, list) for row in rows for each in row.candidates)
     if "aggregate" in typed(context) and not spellings:
         notes.print("note: --aggregate has no effect: no candidate is a list", style="yellow")
@@ -186,8 +202,8 @@ def score(
             notes.print(f"{len(sink.done)} of {len(rows)} rows are done already", style="dim")
         todo = [number for number in range(len(rows)) if number not in sink.done]
         with patient_progress(notes, len(rows), len(sink.done)) as advance:
-            for start in range(0, len(todo), batch_size):
-                numbers = todo[start : start + batch_size]
+            for first in range(0, len(todo), batch_size):
+                numbers = todo[first : first + batch_size]
                 results = scored(scorer, [rows[number] for number in numbers], details)
                 for number, data in zip(numbers, results, strict=True):
                     sink.add(number, data)

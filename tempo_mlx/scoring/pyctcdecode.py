@@ -9,7 +9,6 @@ from typing import Any, NoReturn
 
 from ..errors import TempoError
 from .scorer import ContinuationScorer
-from .texts import joined
 
 #: What the decoder calls the parameters, and the attributes that hold them.
 PARAMETERS = {
@@ -102,7 +101,7 @@ class PyctcdecodeLM:
             score = self.scorer.score_continuations([prev_state], [[word]])[0][0]
             if self._known is not None and word not in self._known:
                 score += self.scorer.weight * self.unk_score_offset
-            state = joined(prev_state, word)
+            state = self.scorer.joined(prev_state, word)
         if is_last_word and self.score_boundary:
             score += self.scorer.weight * self.scorer.log_p_end([state])[0]
         return score, state

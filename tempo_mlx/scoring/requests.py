@@ -22,6 +22,11 @@ class ScoreRequest:
     after: bool = False
 
     @property
+    def asks(self) -> bool:
+        """Whether anything is asked: an empty text has no tokens."""
+        return self.after or self.start < len(self.tokens)
+
+    @property
     def read(self) -> tuple[int, ...]:
         """The tokens that have to be read: the last is only looked up, unless ``after``."""
         return self.tokens if self.after else self.tokens[:-1]

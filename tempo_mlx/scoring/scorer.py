@@ -16,9 +16,11 @@ from ..errors import TempoError
 from ..models import PlainModel, PositionedModel, UnsupportedModelError
 from ..text.vocabulary import Vocabulary, require_tokenizer
 from .batch_scorer import BatchScorer
+from .joining import CLOSING, QUOTES, Joining
 from .prefix_tree_scorer import PrefixTreeScorer
 from .requests import Reader, ScoreRequest, ScoringStats, TokenLogprobs
-from .texts import CLOSING, Candidate, Texts
+from .text_scores import TextScore, check_end, check_normalizer, word_sums
+from .texts import OWN_START, Candidate, Start, Texts, start_tokens
 
 #: Tokens of a forward pass, unless the caller says how many.
 CHUNK_SIZE = 512
@@ -39,7 +41,7 @@ Word = str | Sequence[str]
 BOUNDARY, END = 0, 1
 
 #: What a token begins with that does not go on with a word.
-BEGINNINGS = (*string.whitespace, *CLOSING)
+BEGINNINGS = (*string.whitespace, *CLOSING, *QUOTES)
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,8 @@ class CandidateScore:
         tokens: that were scored: the word's, and before them what the context by itself would
             have been cut into otherwise.
         boundary: what ``trailing_space_correction`` added to the tokens' log-probabilities.
+        replaced: log-probability of the context's own tokens that the word has changed, which was
+            taken off; None if it has changed none.
         variants: the homophones' own scores, in the order given.
     """
 
@@ -76,6 +80,7 @@ class CandidateScore:
     context: str
     tokens: list[TokenScore]
     boundary: float | None = None
+    replaced: float | None = None
     variants: list["CandidateScore"] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
@@ -88,11 +93,11 @@ class ContinuationScorer:
 
         score = weight x sum of log p(token | all before it) + word_insertion_bonus
 
-    over the tokens of the word, in nats. Context and word are joined by a space; by nothing where
-    the word begins with one of ``, . ? ! ; : ' )`` or the context is empty, which is then the
-    tokenizer's token that begins a text, or else the one that ends it. Where context and word
+    over the tokens of the word, in nats. A start stands before every context, the empty one, too.
+    Context and word are joined by a space; by nothing where :mod:`.joining` says so. Where both
     together are cut into other tokens than the context by itself, the sum begins with the first
-    token that differs.
+    token that differs, and the log-probabilities of the context's own tokens from there on are
+    taken off. So the chain rule holds: log P of a text is the sum over its words.
 
     Texts are read as one trie of tokens that is kept from call to call: what was read before is
     not read again.
@@ -106,6 +111,13 @@ class ContinuationScorer:
         truecase: None, "english" (needs the extra ``truecase``), or a function text -> text that
             changes the case of letters only. Each candidate is cased together with its context.
         max_context_tokens: the last ones of a context that are kept, at least 1; None keeps all.
+        start: stands before every context, once: token ids, a text, or None. "auto" is what the
+            model's recipe says; else what its tokenizer puts before every text, its BOS token, or
+            the token that ends a text.
+        separator: stands between context and word: " ", or "" for Chinese, Japanese, Thai, and for
+            contexts that bring their own.
+        keep_blanks: whether blanks behind a context and around a word count. There is then no
+            separator beside a blank.
         trailing_space_correction: add log P(the word ends here) - log P(the context ended), where a
             text ends before a token that begins with a space or with one of the marks above, or
             that ends the text. A tokenizer that puts the space before a word leaves its end to the
@@ -131,6 +143,9 @@ class ContinuationScorer:
         truecase: str | Callable[[str], str] | None = None,
         max_context_tokens: int | None = None,
         *,
+        start: Start = OWN_START,
+        separator: str = " ",
+        keep_blanks: bool = False,
         trailing_space_correction: bool = False,
         aggregate: str = "max",
         max_kv_bytes: int | None = None,
@@ -141,6 +156,8 @@ class ContinuationScorer:
             word_insertion_bonus,
             truecase,
             max_context_tokens,
+            separator=separator,
+            keep_blanks=keep_blanks,
             trailing_space_correction=trailing_space_correction,
             aggregate=aggregate,
             max_kv_bytes=max_kv_bytes,
@@ -153,8 +170,15 @@ class ContinuationScorer:
         self.trailing_space_correction = trailing_space_correction
         self._plain = plain.model
         self._vocabulary = Vocabulary(tokenizer)
+        own = getattr(plain.model, "start_of_text", None)
         self._texts = Texts(
-            tokenizer, case, max_context_tokens, plain.context_length, plain.vocabulary_size
+            tokenizer,
+            case,
+            max_context_tokens,
+            plain.context_length,
+            plain.vocabulary_size,
+            start_tokens(tokenizer, start, own, plain.vocabulary_size),
+            Joining(separator, keep_blanks),
         )
         ends = self._vocabulary.end_tokens
         begins = self._vocabulary.beginning(BEGINNINGS) if trailing_space_correction else set()
@@ -207,6 +231,50 @@ class ContinuationScorer:
             for words, each in zip(candidate_words, nested, strict=True)
         ]
 
+    def score_texts(
+        self,
+        texts: Sequence[str],
+        context: str | Sequence[str] = "",
+        end: bool | str = False,
+        normalize: str | None = None,
+    ) -> list[TextScore]:
+        """Log-probabilities of whole texts, such as hypotheses; weight and bonus do not count.
+
+        Args:
+            texts: duplicates cost nothing. An empty one is log P(end), or 0.
+            context: what stands before them, joined as a word is; one for all or one for each.
+            end: add log P that the text ends here. Marks such as ".?!" add instead
+                log (P(end) + sum over the marks of P(mark and then end)), for texts without
+                punctuation; a text that ends with one of the marks is followed by no other.
+            normalize: None, "words" or "tokens": what ``total`` is divided by.
+
+        Raises:
+            ValueError: for a text that is no text or too long, named by its index.
+            CacheBudgetError: if a text alone needs more than ``max_kv_bytes``.
+        """
+        _require_list(texts, "texts")
+        check_end(end)
+        check_normalizer(normalize)
+        contexts = [context] * len(texts) if isinstance(context, str) else context
+        if len(_require_list(contexts, "context")) != len(texts):
+            raise TempoError(
+                f"context must be one text, or one for each of {len(texts)} texts, got "
+                f"{len(contexts)}"
+            )
+        candidates = []
+        for i, (before, text) in enumerate(zip(contexts, texts, strict=True)):
+            check_text(f"texts[{i}]", text)
+            check_text(f"context[{i}]", before)
+            with _naming(f"texts[{i}]"):
+                candidates.append(self._texts.text(before, text))
+        marks = end if isinstance(end, str) else ""
+        asked = {
+            c: _Asked(c, bool(end), self._texts.ended(c, marks)) for c in dict.fromkeys(candidates)
+        }
+        answers = self._answers([each for one in asked.values() for each in one.questions])
+        scores = {c: self._text_score(one, answers, normalize) for c, one in asked.items()}
+        return [scores[c] for c in candidates]
+
     def log_p_end(self, contexts: Sequence[str]) -> list[float]:
         """log P that each context is followed by a token that ends the text, in nats.
 
@@ -223,6 +291,10 @@ class ContinuationScorer:
                 questions.append(_after(self._texts.context(context)))
         answers = self._answers(questions)
         return [float(_behind(answers[question])[END]) for question in questions]
+
+    def joined(self, context: str, word: str) -> str:
+        """A context and a word as the one text that is scored."""
+        return self._texts.joining.join(context, word)
 
     def stats(self) -> ScoringStats:
         """What scoring has cost since the scorer was made, and what is held."""
@@ -269,22 +341,41 @@ class ContinuationScorer:
         correct = self.trailing_space_correction
         asked = {c: ScoreRequest(c.tokens, c.start, after=correct) for c in unique}
         before = {c: _after(c.context_tokens) for c in unique if correct and c.context}
-        answers = self._answers([*asked.values(), *before.values()])
+        replaced = {c: ScoreRequest(c.replaced, c.start) for c in unique if c.replaced}
+        answers = self._answers([*asked.values(), *before.values(), *replaced.values()])
         parts = {}
         for c, question in asked.items():
             answer = answers[question]
+            changed = float(answers[replaced[c]].logprobs.sum()) if c in replaced else None
             boundary = None
             if correct:
                 boundary = float(_behind(answer)[BOUNDARY])
                 if c in before:
                     boundary -= float(_behind(answers[before[c]])[BOUNDARY])
-            parts[c] = _Parts(answer.logprobs, boundary)
+            parts[c] = _Parts(answer.logprobs, boundary, changed)
         return parts
 
+    def _text_score(
+        self, asked: "_Asked", answers: dict[ScoreRequest, TokenLogprobs], normalize: str | None
+    ) -> TextScore:
+        c = asked.candidate
+        logprobs = answers[asked.whole].logprobs
+        pieces = [self._vocabulary.bytes_of(id) for id in c.tokens[c.start :]]
+        end = asked.log_p_end(answers) if asked.end else None
+        replaced = 0.0 if asked.replaced is None else float(answers[asked.replaced].logprobs.sum())
+        logprob = float(logprobs.sum()) - replaced + (end or 0.0)
+        words = word_sums(c.word, pieces, logprobs)
+        units = {None: 1, "words": len(words), "tokens": len(logprobs)}
+        total = logprob / max(1, units[normalize])
+        return TextScore(
+            c.word, total, logprob, len(words), len(logprobs), words, logprobs, end, replaced
+        )
+
     def _answers(self, questions: Sequence[ScoreRequest]) -> dict[ScoreRequest, TokenLogprobs]:
-        unique = list(dict.fromkeys(questions))
+        answers = {question: TokenLogprobs(np.zeros(0)) for question in questions}
+        asked = [question for question in answers if question.asks]
         with wired_limit(self._plain, cast(Any, [generation_stream])):
-            return dict(zip(unique, self._reader.answer(unique), strict=True))
+            return answers | dict(zip(asked, self._reader.answer(asked), strict=True))
 
     def _score(self, logprob: float) -> float:
         return self.weight * logprob + self.word_insertion_bonus
@@ -302,7 +393,13 @@ class ContinuationScorer:
         ]
         total = parts.total
         return CandidateScore(
-            candidate.word, self._score(total), total, candidate.context, tokens, parts.boundary
+            candidate.word,
+            self._score(total),
+            total,
+            candidate.context,
+            tokens,
+            parts.boundary,
+            parts.replaced,
         )
 
     def _detail(
@@ -321,6 +418,8 @@ def check_options(
     truecase: str | Callable[[str], str] | None = None,
     max_context_tokens: int | None = None,
     *,
+    separator: str = " ",
+    keep_blanks: bool = False,
     trailing_space_correction: bool = False,
     aggregate: str = "max",
     max_kv_bytes: int | None = None,
@@ -334,6 +433,7 @@ def check_options(
     for name, number in (("weight", weight), ("word_insertion_bonus", word_insertion_bonus)):
         given = number.item() if isinstance(number, np.number) else number
         check_range(name, given, -MOST_WEIGHT, MOST_WEIGHT, words="finite, ")
+    Joining(separator, keep_blanks)
     check_count("chunk_size", chunk_size)
     if max_context_tokens is not None:
         check_count("max_context_tokens", max_context_tokens)
@@ -356,14 +456,52 @@ def check_options(
 
 @dataclass(frozen=True, eq=False)
 class _Parts:
-    """Log-probabilities of a candidate's tokens, and the correction for where it ends."""
+    """Log-probabilities of a candidate's tokens, the correction for where it ends, and the
+    log-probability of tokens that it has replaced."""
 
     logprobs: np.ndarray
     boundary: float | None
+    replaced: float | None
 
     @property
     def total(self) -> float:
-        return float(self.logprobs.sum()) + (self.boundary or 0.0)
+        return float(self.logprobs.sum()) + (self.boundary or 0.0) - (self.replaced or 0.0)
+
+
+class _Asked:
+    """What is asked about a text.
+
+    Args:
+        candidate: the text.
+        end: whether its end is asked for.
+        marked: the text with each mark that may follow it, as candidates behind the text.
+    """
+
+    def __init__(self, candidate: Candidate, end: bool, marked: list[Candidate]):
+        c = self.candidate = candidate
+        self.end = end
+        self.whole = ScoreRequest(c.tokens, c.start, after=end)
+        self.replaced = ScoreRequest(c.replaced, c.start) if c.replaced else None
+        self._marked = [
+            (
+                ScoreRequest(each.tokens, each.start, after=True),
+                ScoreRequest(each.replaced, each.start) if each.replaced else None,
+            )
+            for each in marked
+        ]
+
+    @property
+    def questions(self) -> list[ScoreRequest]:
+        pairs = [(self.whole, self.replaced), *self._marked]
+        return [each for pair in pairs for each in pair if each is not None]
+
+    def log_p_end(self, answers: dict[ScoreRequest, TokenLogprobs]) -> float:
+        """log P that the text ends, with one of the marks or without."""
+        ways = [_behind(answers[self.whole])[END]]
+        for marked, replaced in self._marked:
+            way = answers[marked].logprobs.sum() + _behind(answers[marked])[END]
+            ways.append(way - (answers[replaced].logprobs.sum() if replaced else 0.0))
+        return float(np.logaddexp.reduce(ways))
 
 
 def _after(tokens: tuple[int, ...]) -> ScoreRequest:

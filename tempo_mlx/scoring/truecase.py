@@ -18,7 +18,8 @@ def english() -> Callable[[str], str]:
 
     It changes the case of letters and nothing else. Words that the package does not know, and the
     second parts of words such as gonna, stay as they are. A text counts as one sentence: its first
-    word gets a capital, later sentences do not.
+    word gets a capital, later sentences do not. A text of capitals only is first written in small
+    letters: I'M AT MARY'S -> I'm at Mary's.
 
     The statistics are those of the truecase package (Lita et al., "tRuEcasIng", ACL 2003) for the
     words of NLTK's rule-based tokenizer; nothing is fetched. They load in seconds, once a process.
@@ -39,6 +40,9 @@ def english() -> Callable[[str], str]:
     caser.word_casing_lookup = forms
 
     def truecase(text: str) -> str:
+        lower = text.lower()
+        if text.isupper() and len(lower) == len(text):
+            text = lower
         tokens = tokenizer.tokenize(text)
         parts, end = [], 0
         for token, cased in zip(tokens, caser.get_true_case_from_tokens(tokens), strict=True):

@@ -33,7 +33,7 @@ class VocabularyRows:
     ):
         self._logits, self._stats = logits, stats
         self._ids = sets
-        self._sets: mx.array | None = None  # 1 for each token of a set, [V, K]
+        self._sets: np.ndarray | None = None  # 1 for each token of a set, [V, K]
 
     def answer(
         self, asked: list[tuple[ScoreRequest, list[int]]], hidden: Rows, state: list[mx.array]
@@ -78,24 +78,19 @@ class VocabularyRows:
             chunk = rows[start : start + HEAD_ROWS]
             own = np.flatnonzero((at >= start) & (at < start + HEAD_ROWS))
             logits = self._logits(hidden(chunk)[None])[0].astype(mx.float32)
-            found, masses = log_p_at(
-                logits,
-                mx.array((at[own] - start).astype(np.int32)),
-                mx.array(ids[own].astype(np.int32)),
-                self._members(logits.shape[-1]) if after else None,
-            )
-            mx.eval(found, *([] if masses is None else [masses]), *state)
+            mx.eval(logits, *state)
             state = []
-            logprobs[own] = np.array(found)
+            members = self._members(logits.shape[-1]) if after else None
+            logprobs[own], masses = log_p_at(logits, at[own] - start, ids[own], members)
             if masses is not None:
-                sets[start : start + HEAD_ROWS] = np.array(masses)
+                sets[start : start + HEAD_ROWS] = masses
         self._stats.rows += len(rows)
         return logprobs, sets
 
-    def _members(self, V: int) -> mx.array:
+    def _members(self, V: int) -> np.ndarray:
         if self._sets is None:
             members = np.zeros((V, len(self._ids)), np.float32)
             for column, ids in enumerate(self._ids):
                 members[list(ids), column] = 1
-            self._sets = mx.array(members)
+            self._sets = members
         return self._sets

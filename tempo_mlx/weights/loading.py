@@ -86,7 +86,10 @@ def load(
         model = _load_adapters(model, Path(adapter_path))
     # What results call the model: a recipe with its variant, a folder, or a Hub id.
     path = Path(path_or_hf_repo)
-    is_recipe = str(path_or_hf_repo).partition("/")[0] in recipes() and not path.exists()
+    known = recipes()
+    name = str(path_or_hf_repo).partition("/")[0]
+    is_recipe = name in known and not path.exists()
+    model.start_of_text = known[name].start if is_recipe else None
     model.loaded_as = "/".join(folder.parts[-2:]) if is_recipe else str(path_or_hf_repo)
     return model, _load_tokenizer(folder, config, tokenizer_config)
 

@@ -73,6 +73,8 @@ class Recipe:
     architecture: dict[str, Any]
     #: Tokens that end a text.
     eos: tuple[int, ...]
+    #: The text that stood before each document in training; None where only the tokenizer knows.
+    start: str | None = None
 
     def folder(self, variant: str) -> Path:
         """Where a variant of the model is, or will be."""

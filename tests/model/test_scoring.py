@@ -2,6 +2,7 @@
 
 import copy
 import random
+import re
 
 from tempo_mlx import ContinuationScorer
 from tests.brute_scorer import BruteScorer
@@ -9,6 +10,9 @@ from tests.brute_scorer import BruteScorer
 import numpy as np
 import pytest
 from tokenizers.processors import TemplateProcessing
+
+#: <|endoftext|>, which the recipe puts before every text.
+END_OF_DOCUMENT = 0
 
 TEXT = """the old man walked slowly down to the river because he wanted to see whether the boats
 had come back from the sea"""
@@ -19,7 +23,7 @@ WORDS = ["and", "before", "antidisestablishmentarianism", ".", "yesterday"]
 
 @pytest.fixture(scope="module")
 def brute(embedded):
-    return BruteScorer(*embedded)
+    return BruteScorer(*embedded, start=END_OF_DOCUMENT)
 
 
 def compare(scorer, brute, contexts, words):
@@ -75,10 +79,13 @@ def beginning(embedded):
 
 def test_a_bos_token_stands_before_a_text_once(embedded, beginning, brute):
     """Typed or not, it is the one that stock mlx-lm reads when it stands in the text itself."""
-    bos, plain = "<|im_start|>", ContinuationScorer(*embedded)
-    expected = brute.score(f"{bos}{TEXT}", "again")
-    assert abs(expected - brute.score(f"{bos}{bos}{TEXT}", "again")) > 0.01
-    scorer = ContinuationScorer(*beginning)
+    bos, plain = "<|im_start|>", ContinuationScorer(*embedded, start=None)
+    expected = BruteScorer(*embedded).score(TEXT, "again")
+    assert abs(expected - brute.score(TEXT, "again")) > 0.01
+    model, tokenizer = beginning
+    model = copy.copy(model)
+    model.start_of_text = None
+    scorer = ContinuationScorer(model, tokenizer)
     found = scorer.score_continuations([TEXT, f"{bos}{TEXT}"], [["again"]] * 2)
     np.testing.assert_allclose(found, [[expected]] * 2, atol=1e-3)
     typed = plain.score_continuations([f"{bos}{TEXT}"], [["again"]])
@@ -89,7 +96,7 @@ def test_spellings_that_truecasing_makes_alike_count_once(embedded, brute):
     from tempo_mlx.scoring.truecase import english
 
     scorer = ContinuationScorer(*embedded, truecase=english(), aggregate="logsumexp")
-    exact = BruteScorer(*embedded, truecase=english())
+    exact = BruteScorer(*embedded, truecase=english(), start=END_OF_DOCUMENT)
     london, paris = (exact.score("he lives in", word) for word in ("london", "paris"))
     ((found, both),) = scorer.score_continuations(
         ["he lives in"], [[["london", "London", "LONDON"], ["paris", "London", "london"]]]
@@ -102,5 +109,60 @@ def test_english_case_and_where_words_end(embedded, brute):
 
     options = {"truecase": english(), "trailing_space_correction": True}
     scorer = ContinuationScorer(*embedded, **options)
-    exact = BruteScorer(*embedded, **options)
+    exact = BruteScorer(*embedded, **options, start=END_OF_DOCUMENT)
     compare(scorer, exact, ["he lives in", ""], [["london", "a"], ["monday"]])
+
+
+@pytest.mark.parametrize(
+    ("context", "word", "separator", "nats"),
+    [
+        ("今天天气很", "好", " ", -14.03),
+        ("今天天气很", "好", "", -3.27),
+        ("It", "’s", " ", -5.64),
+        ("He doesn", "'t", " ", -0.15),
+        ("by 5", "%", " ", -5.67),
+        # "does" has become "doesn": its log-probability is taken off.
+        ("He does", "n't", " ", -2.79),
+    ],
+)
+def test_words_are_glued_where_they_are_in_print(embedded, context, word, separator, nats):
+    scorer = ContinuationScorer(*embedded, start=None, separator=separator)
+    ((found,),) = scorer.score_continuations([context], [[word]])
+    assert found == pytest.approx(nats, abs=0.01)
+
+
+SENTENCES = [
+    "He doesn't know what they've said, but he'll find out.",
+    'The cats\' owner shouted: "No way!" (twice, I think).',
+    "Prices grew by 5% in May… and 'cause of that we left.",
+    "UNKNOWN words such as blorptfangle cost 3.50 a piece.",
+    "Ünïcödé, 今天天气很好 and so on etc.",
+]
+
+
+@pytest.mark.parametrize("start", ["auto", None, 1, "Once upon a time"])
+def test_a_sentence_is_the_sum_of_its_words_and_its_end(embedded, start):
+    """The chain rule, in two ways of asking and against stock mlx-lm."""
+    model, tokenizer = embedded
+    scorer = ContinuationScorer(model, tokenizer, start=start)
+    ids = {"auto": [0], None: [], 1: [1]}.get(start) or (tokenizer.encode(start) if start else [])
+    oracle = BruteScorer(model, tokenizer)
+    for sentence in SENTENCES:
+        # Without a start, the first word has no probability.
+        words = re.findall(r"\w+|[^\w\s]+", sentence)
+        text, rest = ("", words) if start else (words[0], words[1:])
+        first, total = text, 0.0
+        for word in rest:
+            total += scorer.score_continuations([text], [[word]])[0][0]
+            text = scorer.joined(text, word)
+        total += scorer.log_p_end([text])[0]
+        behind = text[len(first) :].strip()
+        (whole,) = scorer.score_texts([behind], context=first, end=True)
+        assert whole.logprob == pytest.approx(total, abs=1e-3)
+        both = ids + tokenizer.encode(text, add_special_tokens=False)
+        n = len(ids) or len(tokenizer.encode(first, add_special_tokens=False))
+        rows = oracle.log_p(both)
+        expected = sum(rows[i - 1, both[i]] for i in range(n, len(both)))
+        expected += np.logaddexp.reduce(rows[-1, sorted(tokenizer.eos_token_ids)])
+        assert whole.logprob == pytest.approx(expected, abs=1e-3)
+        assert whole.words.sum() + whole.end == pytest.approx(whole.logprob, abs=1e-9)

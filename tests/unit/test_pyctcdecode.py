@@ -41,7 +41,7 @@ def by_hand(folder):
         for word in text.split():
             total += brute.score(context, word)
             context += word if not context or word == "," else f" {word}"
-        return total, brute.log_p(brute.ids(context) or [end])[-1, end]
+        return total, brute.log_p([end, *brute.ids(context)])[-1, end]
 
     return score
 

@@ -157,14 +157,14 @@ def test_shared_beginnings_are_read_once(llama):
     words = [["b", "c", "d"]] * 3
     scorer.score_continuations(contexts, words)
     stats = scorer.stats()
-    # "a" and five " a"; the words are one token each, looked up and not read.
-    assert (stats.passes, stats.tokens_computed, stats.rows) == (1, 6, 3)
-    assert stats.tokens_reused == 4 + 5 + 6 + 2 * (4 + 5 + 6) - 6
+    # The start, "a" and five " a"; the words are one token each, looked up and not read.
+    assert (stats.passes, stats.tokens_computed, stats.rows) == (1, 7, 3)
+    assert stats.tokens_reused == 5 + 6 + 7 + 2 * (5 + 6 + 7) - 7
     scorer.score_continuations(["a a a a a a b"], [["c"]])
-    assert (stats.passes, stats.tokens_computed, stats.rows) == (2, 7, 4)
+    assert (stats.passes, stats.tokens_computed, stats.rows) == (2, 8, 4)
     # Other words in a context that was read before take no pass.
     scorer.score_continuations(contexts, [["e"], ["d", "a"], []])
-    assert (stats.passes, stats.tokens_computed, stats.rows) == (2, 7, 6)
+    assert (stats.passes, stats.tokens_computed, stats.rows) == (2, 8, 6)
 
 
 def test_duplicates_cost_nothing(llama):
@@ -281,7 +281,7 @@ def test_what_is_read_continues_the_state_of_the_token_before_it(recurrent, monk
 def test_long_texts_are_read_in_chunks(recurrent):
     context = " ".join(random.Random(0).choices("abcde", k=300))
     scorer = ContinuationScorer(recurrent, TOKENIZER, chunk_size=128)
-    assert computed(scorer, [context], [["b"]]) == (3, 300)
+    assert computed(scorer, [context], [["b"]]) == (3, 301)
     # A word more is a token more.
     assert computed(scorer, [f"{context} e"], [["b"]]) == (1, 1)
     # Two texts of the same length side by side.
@@ -301,9 +301,9 @@ def test_texts_of_different_lengths_take_few_passes(recurrent):
 
 def test_a_text_that_goes_on_where_no_state_is_held(recurrent):
     scorer = ContinuationScorer(recurrent, TOKENIZER)
-    assert computed(scorer, ["a b c d e"], [["b"]]) == (1, 5)
+    assert computed(scorer, ["a b c d e"], [["b"]]) == (1, 6)
     # Its own tokens and those before it: a chunk's only state is that of its last token.
-    assert computed(scorer, ["a b c b"], [["b"]])[1] == 4
+    assert computed(scorer, ["a b c b"], [["b"]])[1] == 5
     # Nothing goes on here.
     assert computed(scorer, ["a b", "a b c"], [["b", "c"], ["d"]]) == (0, 0)
     # There is a state now where texts branched.
@@ -405,8 +405,10 @@ def test_an_empty_context_without_such_a_token(llama):
     same(scorer.score_continuations([""], [["ab"]]), brute.score_continuations([""], [["ab"]]))
     tokenizer.eos_token_id, tokenizer.eos_token_ids = None, set()
     scorer = ContinuationScorer(llama, tokenizer)
-    with pytest.raises(ValueError, match=r"candidate_words\[0\]\[0\]: a context is empty"):
+    with pytest.raises(ValueError, match=r"candidate_words\[0\]\[0\]: no token stands before"):
         scorer.score_continuations([""], [["ab"]])
+    with pytest.raises(ValueError, match=r"contexts\[0\]: a context is empty"):
+        scorer.log_p_end([""])
 
 
 def test_a_token_before_every_text_is_kept(llama):
@@ -526,7 +528,7 @@ def test_the_end_of_a_text(llama):
     scorer = ContinuationScorer(llama, TOKENIZER)
     brute = BruteScorer(llama, TOKENIZER)
     texts = ["ab ca", "", "dead"]
-    expected = [brute.log_p(brute.ids(text) or [0])[-1, 1] for text in texts]
+    expected = [brute.log_p([0, *brute.ids(text)])[-1, 1] for text in texts]
     np.testing.assert_allclose(scorer.log_p_end(texts * 2), expected * 2, atol=TOLERANCE)
     assert (scorer.stats().passes, scorer.stats().rows) == (1, 3)
 

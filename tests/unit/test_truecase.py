@@ -68,6 +68,7 @@ def same_but_for_case(one, other):
         # The tokenizer splits these; their second parts are no words.
         ("gonna, wanna go? i cannot", "Gonna, wanna go? I cannot"),
         ("JOHN IS HERE", "John is here"),
+        ("I'M AT MARY'S, I’VE COME", "I'm at Mary's, I’ve come"),
         # Words that are not known stay as they are.
         ("john has a zQxv", "John has a zQxv"),
         ("john日本 und straße", "john日本 und straße"),
