@@ -263,7 +263,8 @@ def bench_score(
         second: list[tuple[float, float, int, int]] = []
 
         def ours(work: Workload = work, second: list = second) -> tuple[float, Scores]:
-            scorer = ContinuationScorer(positioned, tokenizer)
+            # The plain ways put nothing before a context.
+            scorer = ContinuationScorer(positioned, tokenizer, start=None)
             seconds, scores = _timed(scorer.score_continuations, work)
             first = scorer.stats().tokens_computed
             again, _ = _timed(scorer.score_continuations, work.grown())
