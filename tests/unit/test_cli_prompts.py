@@ -4,7 +4,7 @@ import json
 import shutil
 import signal
 
-from tempo_mlx.cli.prompts import parse_bytes
+from tempo_mlx.arguments import parse_bytes
 from tests.commands import run_signalled
 from tests.comparison import assert_close
 
