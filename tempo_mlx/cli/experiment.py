@@ -16,15 +16,14 @@ from ..needs import Need, Needs
 from ..text.printable import json_text
 from ..weights import load
 from .effects import require_effect
-from .experiment_analysis import analyze, plot, report
+from .experiment_analysis import MISSING, analyze, plot, report
 from .options import Overwrite, output_file
 from .outputs import Output, check_outputs, json_where
 
-#: What suites need beside the package, and the extra that brings it.
+#: Packages of the extra that brings them.
 NEEDED = ("pandas", "psutil", "pyarrow", "pydantic", "yaml")
-MISSING = "experiments need {}: pip install 'tempo-mlx[experiments]'"
 
-#: Where suites are stored unless --output says where.
+#: Default folder of suites.
 RUNS = Path("runs")
 
 _HERE = Need("scheduler", absent=True)
@@ -39,8 +38,7 @@ RUN_OPTIONS: Needs = {
 
 app = typer.Typer(
     name="experiment",
-    help="Run suites of prompts, settings and seeds from one file; stop and resume them, analyse "
-    "and report what came out.",
+    help="Run suites of prompts, settings and seeds from one file, analyse them and write reports.",
     no_args_is_help=True,
 )
 
@@ -52,7 +50,7 @@ def register(parent: typer.Typer) -> None:
 
 
 def require_extra() -> None:
-    """Raise ImportError unless what suites need is installed."""
+    """Raise MissingExtraError unless the packages that suites need are installed."""
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
         raise MissingExtraError(MISSING.format(", ".join(missing)))
@@ -70,8 +68,8 @@ def run(
             "--output",
             "-o",
             metavar="DIR",
-            help="Folder of the suite; what is there already is not done again. "
-            "Default: runs/ and the suite's name.",
+            help="Folder of the suite; runs that are done there are kept. Default: runs/ and the "
+            "suite's name.",
         ),
     ] = None,
     model: Annotated[
@@ -82,16 +80,16 @@ def run(
         str,
         typer.Option(
             metavar="batched|sequential|workers=N",
-            help="Runs as rows of one batch, one after another, or in N processes, each with a "
-            "model of its own. The results are the same.",
+            help="Run as rows of one batch, one after another, or in N processes that each load "
+            "the model. The results are the same.",
         ),
     ] = "batched",
     scheduler: Annotated[
         str | None,
         typer.Option(
             metavar="tcp://HOST:PORT",
-            help="Hand the runs to a Dask cluster instead. Needs the extra cluster on all "
-            "machines; a worker should have one thread.",
+            help="Run on a Dask cluster instead. All machines need the extra cluster; give each "
+            "worker one thread.",
         ),
     ] = None,
     batch_size: Annotated[
@@ -108,30 +106,30 @@ def run(
         str | None,
         typer.Option(
             metavar="reductions|full|none",
-            help="What to keep beside the tokens, instead of what the suite says: attention "
-            "received and its entropy for each head, the most probable tokens and divergences; "
-            "attention matrices as well; or nothing.",
+            help="What to keep beside the tokens, in place of the suite's captures: attention "
+            "received, its entropy by head, the most probable tokens and divergences "
+            "(reductions); attention matrices as well (full); or nothing (none).",
         ),
     ] = None,
     max_disk: Annotated[
-        str, typer.Option(metavar="SIZE", help="Refuse captures that may take more.")
+        str, typer.Option(metavar="SIZE", help="Refuse to start if captures may take more.")
     ] = "10GB",
     cross_validate: Annotated[
         float,
         typer.Option(
             metavar="SHARE",
-            help="Run this share of the runs again, each alone, and compare tokens, probabilities "
-            "and captures, [0, 1]. A mismatch fails the suite.",
+            help="Share of the runs to repeat alone, to compare tokens, probabilities and "
+            "captures, [0, 1]. A mismatch fails the suite.",
         ),
     ] = 0.0,
 ) -> None:
-    """Run a suite, or what is left of it.
+    """Run a suite, or the rest of it.
 
-    Stopped at any time, in whatever way, the same command goes on. Runs that failed are tried
-    again. Exit code 1 if a run failed or a comparison found a mismatch.
+    Stop it at any time; rerun the same command to resume. Failed runs are retried. Exit code 1 if a
+    run failed or a comparison found a mismatch.
     """
     require_extra()
-    from ..experiments.session import RUNNERS, Options, Session, Status
+    from ..experiments.session import RUNNERS, STARTING, Options, Session, Status
     from ..experiments.store import check_folder, free_bytes
     from ..experiments.suite import CAPTURES
     from ..experiments.suite_files import read_suite
@@ -186,21 +184,17 @@ def run(
         disable=not notes.is_terminal,
     ) as progress:
         bar = progress.add_task("", total=len(plan.runs), told="")
-        known: list[int] = []
 
         def tell(status: Status) -> None:
-            ended = status.done + status.failed
-            if not known:
-                known.append(ended)
-                if ended:
-                    notes.print(f"{ended} of {status.total} runs are done already", style="dim")
+            if status.what == STARTING and status.done:
+                notes.print(f"{status.done} of {status.total} runs are done already", style="dim")
             told = status.what + (f", {status.failed} failed" if status.failed else "")
-            progress.update(bar, completed=ended, told=told)
+            progress.update(bar, completed=status.done + status.failed, told=told)
 
         try:
             summary = session.run(tell)
         except KeyboardInterrupt:
-            notes.print("stopped; the same command goes on from here", style="yellow")
+            notes.print("stopped; rerun the same command to resume", style="yellow")
             raise
     out = Console(highlight=False, soft_wrap=True)
     out.print(
@@ -213,7 +207,7 @@ def run(
     if found is not None:
         largest = ", ".join(f"{name} {value:.2g}" for name, value in found.differences.items())
         out.print(
-            f"{found.runs} runs again alone: largest differences {largest}; "
+            f"{found.runs} runs repeated alone: largest differences {largest}; "
             f"tolerance {found.tolerance:g}, {len(found.mismatches)} mismatches"
         )
         for run_id, why in found.mismatches.items():
@@ -229,7 +223,7 @@ def status(
         bool, typer.Option("--json", help="Print it as JSON and nothing else.")
     ] = False,
 ) -> None:
-    """How far a suite is: runs by state, what failed and why, time left."""
+    """Show how far a suite is: runs by state, failures, time left."""
     require_extra()
     from ..experiments.progress import read_progress
     from ..experiments.store import DONE, FAILED
@@ -242,7 +236,7 @@ def status(
     told = ", ".join(f"{n} {state}" for state, n in found.counts.items() if n)
     out.print(f"{found.suite}: {found.total} runs, {told}")
     if found.counts[DONE] + found.counts[FAILED] < found.total:
-        out.print("a command works on it" if found.in_use else "no command works on it")
+        out.print("a command is running" if found.in_use else "no command is running")
         if found.seconds_left is not None:
             left = _duration(found.seconds_left)
             out.print(f"about {left} left at the pace of the latest command")
@@ -260,7 +254,7 @@ def schema(
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """The JSON Schema of suite files, for editors that check YAML as it is written."""
+    """Print the JSON Schema of suite files, for editors that check YAML."""
     require_extra()
     from ..experiments.suite_files import json_schema
 

@@ -1,4 +1,4 @@
-"""``tempo-mlx experiment analyze``, ``plot`` and ``report``: what a suite's runs say."""
+"""``tempo-mlx experiment analyze``, ``plot`` and ``report``."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,23 +13,25 @@ from ..errors import MissingExtraError, TempoError
 from ..io.console import Console
 from .options import Overwrite
 from .outputs import Output, check_outputs, ending_with, json_where, picture
-from .tables import wide_console
 
 if TYPE_CHECKING:
+    from pandas import DataFrame
+
     from ..experiments.analysis import Analysis
 
+#: What to say without the extra.
 MISSING = "experiments need {}: pip install 'tempo-mlx[experiments]'"
 
 #: The word for no limit.
 ANY = "any"
 
-Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of a suite's run.")]
+Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of a suite.")]
 Measure = Annotated[
     str,
     typer.Option(
         metavar="MEASURE",
-        help="What the pictures show: token (attention per sibling), set (of the whole set) or "
-        "alone (per sibling, its siblings taken out of the row).",
+        help="What the pictures show: attention per sibling (token), of the set (set), or per "
+        "sibling as if its siblings were not there (alone).",
     ),
 ]
 
@@ -55,7 +57,7 @@ def analyze(
         str,
         typer.Option(
             metavar="linear|none",
-            help="Whether what matching leaves different is evened out along fitted slopes.",
+            help="Whether to adjust for the differences that matching leaves, along fitted slopes.",
         ),
     ] = "linear",
     resamples: Annotated[int, typer.Option(help="Samples of each bootstrap, at least 1.")] = 9999,
@@ -64,7 +66,7 @@ def analyze(
 ) -> None:
     """Compare siblings with matched single tokens, and conditions with each other.
 
-    Writes FOLDER/analysis: every table as CSV and Parquet, and analysis.json.
+    Writes every table to FOLDER/analysis as CSV and Parquet, and analysis.json.
     """
     with _packages():
         from ..experiments.analysis import MOST_RESAMPLES, files_of, save
@@ -76,7 +78,7 @@ def analyze(
     check_seed(seed)
     _check_folder(folder)
     files = files_of(folder)
-    # A table has no mark; what is whole when all tables are says whose they are.
+    # Tables carry no mark, so analysis.json, which is written last, vouches for them.
     whole = files[-1].is_file() and is_analysis(files[-1])
     _check_files(files, lambda path: whole, overwrite)
     with _working("Analysing"):
@@ -128,7 +130,7 @@ def report(folder: Folder, measure: Measure = "token", overwrite: Overwrite = Fa
 
 @contextmanager
 def _packages() -> Iterator[None]:
-    """Say which extra is missing; what is missing of our own stays an error of ours."""
+    """Name the extra that brings a missing package."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -158,7 +160,7 @@ def _limit(name: str, text: str, kind: type) -> Any:
 
 def _check_folder(folder: Path) -> None:
     if not folder.is_dir():
-        raise TempoError(f"FOLDER must be the folder of a suite's run, {folder} is none")
+        raise TempoError(f"FOLDER must be the folder of a suite, {folder} is not a folder")
 
 
 #: Recognises what :func:`analyze` writes last.
@@ -166,7 +168,7 @@ is_analysis = json_where(lambda data: data.keys() >= {"schema", "suite", "manife
 
 
 def _check_files(paths: list[Path], ours: Callable[[Path], bool], overwrite: bool) -> None:
-    """Make the folder of the files, and refuse to replace those of someone else in it."""
+    """Create the folder of the files, and refuse to replace files that we did not write."""
     paths[0].parent.mkdir(exist_ok=True)
     check_outputs([Output("FOLDER", path, ours) for path in paths], {}, overwrite)
 
@@ -176,47 +178,42 @@ def _say(text: str) -> None:
 
 
 def _print(analysis: "Analysis") -> None:
-    """The most important numbers: naive beside controlled, and condition against condition."""
-    from ..experiments.numbers import interval, number
+    """The main results: effects and contrasts over all prompts, and what was not matched."""
     from ..experiments.summary import each
 
-    console = wide_console()
-    effects = analysis["effects"]
-    table = Table("measure", "condition", title="siblings minus controls")
-    for name in ("n", "naive", "controlled", "95%", "d_z", "p (t)", "Holm"):
-        table.add_column(name, justify="right")
-    for row in each(effects[effects["grouping"] == "overall"]):
-        table.add_row(
-            row.measure,
-            row.condition,
-            str(row.n),
-            number(row.naive, True),
-            number(row.mean, True),
-            interval(row.low, row.high, row.note),
-            number(row.d_z, True),
-            number(row.p_t),
-            number(row.p_t_holm),
-        )
-    console.print(table)
-    contrasts = analysis["contrasts"]
+    console = Console(highlight=False)
+    effects = analysis["effects"].rename(columns={"mean": "controlled"})
+    console.print(
+        _table("siblings minus controls", effects, ["measure", "condition"], "naive", "controlled")
+    )
+    contrasts = analysis["contrasts"].rename(columns={"mean": "difference"})
     if len(contrasts):
-        table = Table("measure", "conditions", title="condition minus condition, prompt by prompt")
-        for name in ("n", "difference", "95%", "d_z", "p (t)", "Holm"):
-            table.add_column(name, justify="right")
-        for row in each(contrasts[contrasts["grouping"] == "overall"]):
-            table.add_row(
-                row.measure,
-                f"{row.condition_b} - {row.condition_a}",
-                str(row.n),
-                number(row.mean, True),
-                interval(row.low, row.high, row.note),
-                number(row.d_z, True),
-                number(row.p_t),
-                number(row.p_t_holm),
-            )
-        console.print(table)
+        pairs = contrasts["condition_b"] + " - " + contrasts["condition_a"]
+        contrasts = contrasts.assign(conditions=pairs)
+        title = "condition minus condition, prompt by prompt"
+        console.print(_table(title, contrasts, ["measure", "conditions"], "difference"))
     matches = analysis["matches"].groupby(["of", "condition"], sort=False, as_index=False)
     for row in each(matches[["units", "without"]].sum()):
         console.print(f"{row.condition}: {row.without} of {row.units} {row.of} had no control")
     for note in analysis.info["notes"]:
         console.print(note, style="yellow")
+
+
+def _table(title: str, cells: "DataFrame", labels: list[str], *means: str) -> Table:
+    """The cells over all prompts: their labels, means, interval and tests."""
+    from ..experiments.numbers import interval, number
+
+    table = Table(*labels, title=title)
+    for name in ("n", *means, "95%", "d_z", "p (t)", "Holm"):
+        table.add_column(name, justify="right")
+    for cell in cells[cells["grouping"] == "overall"].to_dict("records"):
+        table.add_row(
+            *(cell[label] for label in labels),
+            str(cell["n"]),
+            *(number(cell[mean], True) for mean in means),
+            interval(cell["low"], cell["high"], cell["note"]),
+            number(cell["d_z"], True),
+            number(cell["p_t"]),
+            number(cell["p_t_holm"]),
+        )
+    return table

@@ -41,6 +41,9 @@ MAX_DISK = 10 * 10**9
 #: Processes that run a suite at most.
 MOST_WORKERS = 1024
 
+#: What the first :class:`Status` says.
+STARTING = "starting"
+
 PACKAGES = ("tempo-mlx", "mlx", "mlx-lm", "numpy")
 
 
@@ -229,7 +232,7 @@ class Session:
         store.write_manifest(manifest | {"runs": {"total": total, "done": done}})
         made = 0
         errors: dict[str, str] = {}
-        tell(Status(total, done, 0, "running"))
+        tell(Status(total, done, 0, STARTING))
         started = time.perf_counter()
         for number, outcome in self._outcomes(groups, lambda i: store.start(ids[i])):
             store.commit(ids[number], outcome)

@@ -1,4 +1,4 @@
-"""Groups of runs in other processes, here or on a cluster, each with a model of its own."""
+"""Groups of runs in other processes, here or on a cluster. Each process loads the model."""
 
 import os
 import signal
@@ -19,24 +19,24 @@ from ..weights import load
 from ..weights.fingerprint import identify
 from .running import Group, Outcome, run_group
 
-#: Times that a group is begun before it is given up, because the process died every time.
+#: How often a group is tried if its process dies every time.
 ATTEMPTS = 3
 
-#: Share of the memory which is free that workers may take.
+#: Share of the free memory that workers may take.
 MEMORY_SHARE = 0.9
 
-#: Variables that say how many threads a process computes with.
+#: Environment variables that set how many threads a process computes with.
 THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")
 
 #: Seconds to wait for a cluster's scheduler.
 PATIENCE = 10
 
-#: A process has one model, and mlx computes for one caller at a time.
+#: Held while a group runs: a process has one model, and mlx computes for one caller at a time.
 _ALONE = threading.Lock()
 
 
 class ClusterError(TempoError):
-    """A cluster that cannot be used; one line that says why."""
+    """A cluster cannot be used."""
 
 
 @lru_cache(maxsize=1)
@@ -44,7 +44,7 @@ def _model(name: str, identity: str) -> tuple[PositionedModel, Any]:
     """The process's model, loaded once.
 
     Raises:
-        ValueError: if what goes by that name here is another model.
+        TempoError: if the name stands for another model on this machine.
     """
     model, tokenizer = load(name)
     found = identify(model, tokenizer)
@@ -58,7 +58,7 @@ def perform(name: str, identity: str, group: Group) -> Outcome:
 
     Args:
         name: recipe, folder or Hub id.
-        identity: what :func:`tempo_mlx.weights.fingerprint.identify` must be there.
+        identity: fingerprint that the model must have.
         group: runs that differ in visibility only.
     """
     with _ALONE:
@@ -73,7 +73,7 @@ def run_in_workers(
     workers: int,
     begin: Callable[[int], None],
 ) -> Iterator[tuple[int, Outcome]]:
-    """Run groups in processes of this machine; yields (number, outcome) as they finish.
+    """Run groups in processes on this machine; yields (number, outcome) as they finish.
 
     A process that dies is replaced, and its group is run again.
 
@@ -85,12 +85,9 @@ def run_in_workers(
     """
     waiting = deque(range(len(groups)))
     attempts = [0] * len(groups)
-    idle = [_Worker() for _ in range(min(workers, len(groups)))]
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    idle = [_Worker(threads) for _ in range(min(workers, len(groups)))]
     busy: dict[Future[Outcome], tuple[_Worker, int]] = {}
-    # What the processes are started with; each computes with its share of the processors.
-    given = {variable: os.environ.get(variable) for variable in THREADS}
-    share = str(max(1, (os.cpu_count() or 1) // workers))
-    os.environ.update({variable: given[variable] or share for variable in THREADS})
     try:
         while waiting or busy:
             while waiting and idle:
@@ -105,7 +102,7 @@ def run_in_workers(
                     outcome = future.result()
                 except BrokenProcessPool:
                     worker.close()
-                    worker = _Worker()
+                    worker = _Worker(threads)
                     if attempts[number] < ATTEMPTS:
                         waiting.appendleft(number)
                     else:
@@ -115,32 +112,39 @@ def run_in_workers(
                     yield number, outcome
                 idle.append(worker)
     finally:
-        for variable, value in given.items():
-            if value is None:
-                os.environ.pop(variable, None)
-            else:
-                os.environ[variable] = value
         for worker in [*idle, *(each for each, _ in busy.values())]:
             worker.close()
 
 
 class _Worker:
-    """One process, which ends when this one does."""
+    """One process, which ends when this one does.
 
-    def __init__(self) -> None:
-        # Not by fork: mlx and BLAS have threads, of which a fork copies none.
+    Args:
+        threads: that it computes with, unless the environment says how many.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self._threads = threads
+        # Not by fork: it would not copy the threads of mlx and BLAS.
         self._pool = ProcessPoolExecutor(1, get_context("spawn"), initializer=_obey_parent)
 
     def submit(self, name: str, identity: str, group: Group) -> "Future[Outcome]":
-        return self._pool.submit(perform, name, identity, group)
+        # The first call starts the process, which inherits the environment.
+        missing = {name: str(self._threads) for name in THREADS if name not in os.environ}
+        os.environ.update(missing)
+        try:
+            return self._pool.submit(perform, name, identity, group)
+        finally:
+            for variable in missing:
+                del os.environ[variable]
 
     def close(self) -> None:
-        """End the process after what it is doing."""
+        """End the process after its current group."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _obey_parent() -> None:
-    """Leave Ctrl-C to the process that started this one, and end when it is gone."""
+    """Leave Ctrl-C to the parent process, and end when that ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch() -> None:
@@ -161,17 +165,16 @@ def run_on_cluster(
 ) -> Iterator[tuple[int, Outcome]]:
     """Run groups as tasks of a Dask cluster; yields (number, outcome) as they finish.
 
-    Which worker runs what, and what becomes of the tasks of workers that are lost, is Dask's.
+    Dask chooses the workers, and retries the tasks of workers that are lost.
 
     Args:
         address: of the scheduler, "tcp://host:port".
-        name, identity, groups: as of :func:`run_in_workers`; every worker loads the model by that
-            name.
-        begin: called with the number of each group when it is handed over.
+        name, identity, groups: as for :func:`run_in_workers`; every worker loads the model.
+        begin: called with the number of each group when it is submitted.
 
     Raises:
-        ClusterError: if there is no scheduler, or a task failed.
-        ImportError: without the extra ``cluster``.
+        ClusterError: if there is no scheduler, or a worker cannot run a task.
+        MissingExtraError: without the extra ``cluster``.
     """
     try:
         from distributed import Client, KilledWorker, as_completed
@@ -196,16 +199,16 @@ def run_on_cluster(
             except KilledWorker as lost:
                 why = f"the workers that ran it were lost: {lost}"
                 outcome = Outcome([why] * len(groups[number]), [])
-            except Exception as error:
+            except (TempoError, ImportError, OSError) as error:
                 raise ClusterError(f"a worker of {address} failed: {error}") from error
             future.release()
             yield number, outcome
 
 
 def require_memory(workers: int) -> None:
-    """Raise ValueError unless there is memory for so many processes like this one.
+    """Raise TempoError unless there is memory for so many processes like this one.
 
-    Called once the model is loaded here: what this process holds, a worker will need.
+    Call it once the model is loaded: a worker will need as much memory as this process has.
     """
     import psutil
 

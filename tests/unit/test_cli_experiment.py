@@ -25,7 +25,7 @@ def test_a_suite_is_run_once_and_its_state_is_shown(run, suite, tmp_path):
     where = tmp_path / "out"
     code, out, err = run("experiment", "run", suite, "-o", where, "--cross-validate", 0.3)
     assert code == 0 and "4 of 4 runs are done, 4 now" in out
-    assert "2 runs again alone" in out and "0 mismatches" in out
+    assert "2 runs repeated alone" in out and "0 mismatches" in out
     assert "4 runs, batched, 64 rows" in err and "MB" in err and "\r" not in err
     code, out, err = run("experiment", "run", suite, "-o", where)
     assert code == 0 and "4 of 4 runs are done, 0 now" in out
@@ -122,17 +122,17 @@ def test_an_interrupted_suite_goes_on(run, suite, tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(Session, "_outcomes", interrupted)
         code, out, err = run("experiment", "run", suite, "-o", tmp_path / "out")
-    assert code == 130 and out == "" and "the same command goes on from here" in err
+    assert code == 130 and out == "" and "rerun the same command to resume" in err
     code, out, _ = run("experiment", "status", tmp_path / "out")
     assert "2 done, 2 interrupted" in out
-    assert "no command works on it" in out and "left at the" in out
+    assert "no command is running" in out and "left at the" in out
     code, out, _ = run("experiment", "status", tmp_path / "out", "--json")
     data = json.loads(out)
     expected = {"done": 2, "failed": 0, "running": 0, "pending": 0, "interrupted": 2}
     assert data["runs"] == {"total": 4, **expected} and data["in_use"] is False
     lock = Lock(tmp_path / "out")
     code, out, _ = run("experiment", "status", tmp_path / "out")
-    assert "2 done, 2 running" in out and "a command works on it" in out
+    assert "2 done, 2 running" in out and "a command is running" in out
     code, out, _ = run("experiment", "status", tmp_path / "out", "--json")
     data = json.loads(out)
     assert data["runs"] == {"total": 4, "done": 2, "failed": 0, "running": 2, "pending": 0}
@@ -149,7 +149,7 @@ def test_results_that_were_deleted_are_made_again(run, suite, tmp_path):
     for path in (where / "results").iterdir():
         path.unlink()
     code, out, _ = run("experiment", "status", where)
-    assert code == 0 and "4 runs, 4 pending" in out and "no command works on it" in out
+    assert code == 0 and "4 runs, 4 pending" in out and "no command is running" in out
     code, out, err = run("experiment", "run", suite, "-o", where)
     assert code == 0 and "4 of 4 runs are done, 4 now" in out and "done already" not in err
     assert_same_tables(load_tables(where), before)
