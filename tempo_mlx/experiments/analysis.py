@@ -14,7 +14,7 @@ from ..errors import TempoError
 from ..io.files import write_atomically
 from .matching import Rules, keys_of
 from .measures import ALL, MEASURES, Measured, Measurements, measure
-from .mixed_model import condition_model, observations, seed_model, sibling_model
+from .mixed_model import FIT, condition_model, observations, seed_model, sibling_model
 from .statistics import CONFIDENCE, MIN_BOOTSTRAP, MIN_PROMPTS, MIN_WILCOXON, clustered_mean
 from .store import done_runs
 from .summary import (
@@ -316,7 +316,9 @@ def models(seen: DataFrame, pairs: list[tuple[str, str]]) -> DataFrame:
         for model in [condition_model(by_condition[first], by_condition[second])]
     ]
     numbers = ["estimate", "low", "high", "p", "var_prompt", "var_sibling", "var_residual"]
-    return DataFrame(rows).astype(dict.fromkeys(numbers, float))
+    return DataFrame(rows, columns=["question", "condition", *FIT]).astype(
+        dict.fromkeys(numbers, float)
+    )
 
 
 def notes(found: Measurements, tables: Tables, seeds: DataFrame, rules: Rules) -> list[str]:

@@ -17,6 +17,10 @@ CONDITION_MODEL = "attention ~ sibling * second + C(distance) + logit + query_st
 RANDOM = "~ sibling"
 SEED_MODEL = "effect ~ 1"
 
+#: What is said of a fit, see :func:`_fit`.
+FIT = ["formula", "term", "n_prompts", "n_rows", "estimate", "low", "high", "p", "var_prompt"]
+FIT += ["var_sibling", "var_residual", "converged", "note"]
+
 
 def observations(keys: DataFrame, received: np.ndarray) -> DataFrame:
     """One row for each generated key of an earlier step, sibling or single, matched or not.
@@ -81,8 +85,7 @@ def _fit(
         "n_prompts": rows["prompt_id"].nunique(),
         "n_rows": len(rows),
     }
-    numbers = ("estimate", "low", "high", "p", "var_prompt", "var_sibling", "var_residual")
-    found |= dict.fromkeys(numbers) | {"converged": False, "note": ""}
+    found = dict.fromkeys(FIT) | found | {"converged": False, "note": ""}
     if found["n_prompts"] < MIN_PROMPTS:
         return found | {"note": TOO_SMALL}
     if random is not None and rows["sibling"].nunique() < 2:

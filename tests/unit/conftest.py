@@ -6,6 +6,7 @@ from tempo_mlx.experiments import analysis
 from tests.tiny_folder import save_tiny_model
 
 import pytest
+from pandas import DataFrame
 
 #: Modules that start processes, analyse suites of experiments or compare hundreds of runs.
 THOROUGH = """
@@ -34,6 +35,8 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def own_rules_only(monkeypatch):
-    """Analyses leave out how sensitive they are to the rules of matching, half of their time."""
+def without_checks(monkeypatch):
+    """Analyses leave out other rules of matching and mixed models, most of their time."""
     monkeypatch.setattr(analysis, "OTHER_RULES", ())
+    no_models = analysis.models(DataFrame(columns=["condition"]), [])
+    monkeypatch.setattr(analysis, "models", lambda seen, pairs: no_models)

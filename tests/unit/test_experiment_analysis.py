@@ -200,7 +200,7 @@ def test_values_of_a_prompt_are_those_written_out_by_hand(tables):
     assert row["naive"] == pytest.approx(naive[0] - naive[1], rel=1e-5)
 
 
-@pytest.mark.usefixtures("own_rules_only")
+@pytest.mark.usefixtures("without_checks")
 def test_seeds_count_equally_and_are_no_replicates():
     tables = replace(SMALL, seeds=(1, 2, 3, 4), effect=0.006, seed_sd=0.003).tables(3)
     analysis = analyze(tables, **FAST)
@@ -218,7 +218,7 @@ def test_seeds_count_equally_and_are_no_replicates():
     assert set(over.loc[over["measure"] == "token", "over"]) == {"runs"}
 
 
-@pytest.mark.usefixtures("own_rules_only")
+@pytest.mark.usefixtures("without_checks")
 def test_copies_are_named_as_such():
     tables = replace(SMALL, seeds=(1, 2)).tables(4)
     # The same ids in every run of a prompt and condition.
@@ -444,7 +444,7 @@ def test_distances_show_the_decay_and_the_effect(analysis):
     assert gap.loc[1:5].to_numpy() == pytest.approx(0.006, abs=0.003)
 
 
-@pytest.mark.usefixtures("own_rules_only")
+@pytest.mark.usefixtures("without_checks")
 def test_an_outlier_is_found_and_its_influence(tables):
     analysis = analyze(replace(SMALL, prompts=4, outlier=0.02).tables(9), **FAST)
     found = analysis["influence"]
@@ -453,7 +453,7 @@ def test_an_outlier_is_found_and_its_influence(tables):
     assert (mine.loc[mine["outlier"], "influential"]).all()
 
 
-@pytest.mark.usefixtures("own_rules_only")
+@pytest.mark.usefixtures("without_checks")
 def test_a_category_without_controls_is_named_and_left_empty():
     analysis = analyze(replace(SMALL, without_controls="dialogue").tables(10), **FAST)
     matches = analysis["matches"]
@@ -469,7 +469,7 @@ def test_a_category_without_controls_is_named_and_left_empty():
     assert 6 <= overall_cell["n"] <= 12
 
 
-@pytest.mark.usefixtures("own_rules_only")
+@pytest.mark.usefixtures("without_checks")
 def test_a_single_prompt_has_a_mean_and_no_interval():
     one = Planted(prompts=1, categories=("any",))
     analysis = analyze(one.tables(11), **FAST)
@@ -527,7 +527,7 @@ def test_tables_that_cannot_be_analysed_are_refused(tables):
             analyze(tables, **bad)
 
 
-@pytest.mark.usefixtures("own_rules_only")
+@pytest.mark.usefixtures("without_checks")
 def test_hidden_siblings_are_said_to_be_so(tables):
     siblings = (tables.entries["set_size"] > 1).to_numpy()
     hidden = tables.entries["run_id"].str.contains("visible").to_numpy()

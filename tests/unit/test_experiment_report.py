@@ -164,7 +164,7 @@ def test_report_shows_the_numbers_of_the_analysis_naive_beside_controlled(folder
         assert cells[10] == f"{number(cell['p_t'])} ({number(cell['p_t_holm'])})"
 
 
-@pytest.mark.usefixtures("own_rules_only")
+@pytest.mark.usefixtures("without_checks")
 def test_report_says_what_it_cannot_say(folder, analysis):
     text = (folder / "report.md").read_text()
     for words in ("n too small", "observed, not intervened", "their sets may differ", "copies"):
@@ -178,7 +178,7 @@ def test_report_says_what_it_cannot_say(folder, analysis):
     )
 
 
-@pytest.mark.usefixtures("own_rules_only")
+@pytest.mark.usefixtures("without_checks")
 def test_long_tables_are_cut_and_say_so():
     suite = Planted(prompts=7, layers=1, heads=1, steps=6, categories=CATEGORIES)
     many = analyze(suite.tables(3), resamples=9)
@@ -268,7 +268,7 @@ def test_every_prompt_has_its_point(analysis):
         assert np.isclose(drawn, effect, rtol=0, atol=1e-15).any()
 
 
-@pytest.mark.usefixtures("own_rules_only")
+@pytest.mark.usefixtures("without_checks")
 def test_pictures_without_data_are_left_out(tmp_path):
     one = analyze(Planted(conditions=("isolated",)).tables(5), resamples=9)
     names = [path.name for path in plot_experiment(one, tmp_path / "plots", ending=".png")]
@@ -295,7 +295,7 @@ def made():
 
 
 @pytest.fixture
-def run(tables, made, monkeypatch, own_rules_only):
+def run(tables, made, monkeypatch, without_checks):
     """Call the commands with these tables for any folder's; returns Typer's result."""
     monkeypatch.setattr(tables_module, "load_tables", lambda folder: tables)
 
@@ -403,6 +403,7 @@ def test_missing_packages_are_named_with_the_extra(run, tmp_path, monkeypatch):
     assert "pip install 'tempo-mlx[experiments]'" in str(result.exception)
 
 
+@pytest.mark.usefixtures("without_checks")
 def test_a_suite_in_which_nothing_matched_has_a_report(tmp_path):
     tables = Planted(conditions=("isolated",)).tables(5)
     found = analyze(tables, Rules(caliper=1e-12, window=0), resamples=9)
