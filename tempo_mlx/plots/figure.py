@@ -156,15 +156,19 @@ UNSEEN = ("max_tokens", "prefill_step_size", "stop", "compact_above")
 
 def draw_title(axes: Any, page_width: float, run: GenerationResult | Lattice, note: str) -> None:
     """The prompt, and below it the settings that make the run what it is, and a note."""
-    room = page_width - 2 * MARGIN
     if isinstance(run, Lattice):
         title, details = f"{len(run.prompt_tokens)} prompt tokens, {len(run)} steps", []
     else:
-        title, details = readable(run.prompt[:LONGEST_TITLE]), unusual(run.settings)
+        title, details = run.prompt, unusual(run.settings)
+    draw_heading(axes, page_width, title, [*details, note] if note else details)
+
+
+def draw_heading(axes: Any, page_width: float, title: str, details: Sequence[str]) -> None:
+    """A title in bold letters and details below it, a line each, cut to the page."""
+    room = page_width - 2 * MARGIN
     text: dict[str, Any] = {"parse_math": False}
-    title = cut(title, room / 11, bold=True)
+    title = cut(readable(title[:LONGEST_TITLE]), room / 11, bold=True)
     axes.text(MARGIN, MARGIN + 8, title, size=11, weight="bold", **text)
-    details = [*details, note] if note else details
     axes.text(MARGIN, MARGIN + 21, cut(", ".join(details), room / 8), size=8, color=GREY, **text)
 
 

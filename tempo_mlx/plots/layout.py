@@ -1,5 +1,9 @@
-"""Where each text of a lattice's picture stands. Lengths are in points, y grows downwards."""
+"""Columns of texts on a page, by the widths of their glyphs: of a lattice, and of a search.
 
+Lengths are in points, y grows downwards.
+"""
+
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -73,27 +77,21 @@ class Cell:
         return self.y - PATH_HEIGHT
 
 
-@dataclass
-class Column:
-    """One position: its texts, the most probable on top.
+@dataclass(kw_only=True)
+class Placed:
+    """A column that knows its width, and where :func:`place` has put it.
 
     Args:
-        step: None for the prompt.
-        row: row of the page.
+        row: of the page.
         left: its left side.
-        top: where its texts begin.
     """
 
-    position: int
-    cells: list[Cell]
-    step: Step | None = None
     row: int = 0
     left: float = 0.0
-    top: float = 0.0
 
     @property
     def width(self) -> float:
-        return max(cell.width for cell in self.cells)
+        raise NotImplementedError
 
     @property
     def right(self) -> float:
@@ -102,6 +100,25 @@ class Column:
     @property
     def middle(self) -> float:
         return self.left + self.width / 2
+
+
+@dataclass
+class Column(Placed):
+    """One position: its texts, the most probable on top.
+
+    Args:
+        step: None for the prompt.
+        top: where its texts begin.
+    """
+
+    position: int
+    cells: list[Cell]
+    step: Step | None = None
+    top: float = 0.0
+
+    @property
+    def width(self) -> float:
+        return max(cell.width for cell in self.cells)
 
 
 @dataclass
@@ -125,18 +142,22 @@ def arrange(columns: list[Column], arcs: bool) -> Page:
     for number in range(columns[-1].row + 1):
         top += HEADER + (ARC_ROOM if arcs else 0.0)
         top = stack([column for column in columns if column.row == number], top) + ROW_GAP
-    wide = max(NARROWEST_PAGE, max(column.right for column in columns) + MARGIN)
-    return Page(columns, wide, top + KEY + MARGIN)
+    return Page(columns, page_width(columns, NARROWEST_PAGE), top + KEY + MARGIN)
 
 
-def place(columns: list[Column], room: float) -> int:
+def page_width(columns: Sequence[Placed], narrowest: float) -> float:
+    """Width of the page that holds the columns, at least the narrowest."""
+    return max(narrowest, max(column.right for column in columns) + MARGIN)
+
+
+def place(columns: Sequence[Placed], room: float = math.inf, gap: float = GAP) -> int:
     """Put the columns into rows no wider than ``room``, where they fit; returns the rows."""
     left, row = 0.0, 0
     for column in columns:
         if left and left + column.width > room:
             left, row = 0.0, row + 1
         column.left, column.row = MARGIN + left, row
-        left += column.width + GAP
+        left += column.width + gap
     return row + 1
 
 

@@ -1,12 +1,28 @@
 """The picture of a search: what was weighed for each token, and what was chosen."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import TempoError
 from ..search import SearchResult
-from .figure import BLUE, GREY, INK, MARGIN, PALE, SKY, TITLE, blank, check_plot, cut, look, save
-from .labels import label, readable, width
+from .figure import (
+    BLUE,
+    GREY,
+    INK,
+    MARGIN,
+    PALE,
+    SKY,
+    TITLE,
+    blank,
+    check_plot,
+    cut,
+    draw_heading,
+    look,
+    save,
+)
+from .labels import label, width
+from .layout import Placed, page_width, place
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -20,6 +36,27 @@ SIZE = 9.0
 VALUE = 24.0
 NARROWEST_PAGE = 420.0
 KEY = 34.0
+
+
+class Candidate(NamedTuple):
+    """A token that was weighed: its text, its share of the visits, its value or ""."""
+
+    text: str
+    share: float
+    value: str
+    chosen: bool
+
+
+@dataclass
+class Column(Placed):
+    """The candidates of one choice."""
+
+    candidates: list[Candidate]
+
+    @property
+    def width(self) -> float:
+        widest = max(SIZE * width(each.text, bold=True) for each in self.candidates)
+        return min(WIDEST, max(NARROWEST, widest + VALUE))
 
 
 def plot_search(result: SearchResult, path: Path) -> None:
@@ -44,49 +81,31 @@ def search_figure(result: SearchResult) -> "Figure":
     """The figure that :func:`plot_search` saves, made inside :func:`~.figure.look`."""
     if not result.choices:
         raise TempoError("a search that chose no token has nothing to draw")
-    columns = [_column(choice) for choice in result.choices]
-    widths = [
-        min(WIDEST, max(NARROWEST, *(SIZE * width(text, bold=True) + VALUE for text, *_ in rows)))
-        for rows in columns
-    ]
-    height = ROW * max(len(rows) for rows in columns)
+    columns = [Column(_candidates(choice)) for choice in result.choices]
+    place(columns, gap=GAP)
+    height = ROW * max(len(column.candidates) for column in columns)
     top = MARGIN + TITLE + 8
-    page = max(NARROWEST_PAGE, 2 * MARGIN + sum(widths) + GAP * (len(widths) - 1))
+    page = page_width(columns, NARROWEST_PAGE)
     figure, axes = blank(page, top + height + KEY + MARGIN)
-    plain: dict[str, Any] = {"parse_math": False}
-    axes.text(
-        MARGIN,
-        MARGIN + 8,
-        cut(readable(result.prompt[:500]), (page - 2 * MARGIN) / 11, bold=True),
-        size=11,
-        weight="bold",
-        **plain,
-    )
     settings = result.settings
-    details = (
-        f"{result.simulations} simulations, {settings.selection}, backup {settings.backup}, "
-        f"{result.forward_tokens} tokens through the model"
-    )
-    axes.text(MARGIN, MARGIN + 21, details, size=8, color=GREY, **plain)
-    left, before = MARGIN, None
-    for rows, wide in zip(columns, widths, strict=True):
-        for i, (text, share, value, chosen) in enumerate(rows):
+    details = [
+        f"{result.simulations} simulations",
+        str(settings.selection),
+        f"backup {settings.backup}",
+        f"{result.forward_tokens} tokens through the model",
+    ]
+    draw_heading(axes, page, result.prompt, details)
+    before = None
+    for column in columns:
+        for i, candidate in enumerate(column.candidates):
             y = top + ROW * i
-            axes.fill_between([left, left + wide], y + 13, y + 18, color=PALE, linewidth=0)
-            colour = BLUE if chosen else SKY
-            axes.fill_between([left, left + wide * share], y + 13, y + 18, color=colour, lw=0)
-            weight = "bold" if chosen else "normal"
-            shown = cut(text, (wide - VALUE + 4) / SIZE, bold=chosen)
-            colour = INK if chosen else GREY
-            axes.text(left, y + 10, shown, size=SIZE, weight=weight, color=colour, **plain)
-            axes.text(left + wide, y + 10, value, size=6, color=GREY, ha="right", **plain)
-            if chosen:
+            _draw(axes, column, candidate, y)
+            if candidate.chosen:
                 middle = y + 15.5
                 if before is not None:
-                    axes.plot([before[0], left], [before[1], middle], color=BLUE, lw=1)
-                after = left + wide, middle
+                    axes.plot([before[0], column.left], [before[1], middle], color=BLUE, lw=1)
+                after = column.right, middle
         before = after
-        left += wide + GAP
     axes.text(
         MARGIN,
         top + height + 18,
@@ -97,11 +116,30 @@ def search_figure(result: SearchResult) -> "Figure":
     return figure
 
 
-def _column(choice: Any) -> list[tuple[str, float, str, bool]]:
-    """Texts, shares of the visits, values of a choice's candidates, and which was chosen."""
+def _draw(axes: Any, column: Column, candidate: Candidate, y: float) -> None:
+    """A candidate's text and value, and its share of the visits as a bar."""
+    left, right, bar = column.left, column.right, (y + 13, y + 18)
+    axes.fill_between([left, right], *bar, color=PALE, linewidth=0)
+    filled = left + column.width * candidate.share
+    axes.fill_between([left, filled], *bar, color=BLUE if candidate.chosen else SKY, linewidth=0)
+    text = cut(candidate.text, (column.width - VALUE + 4) / SIZE, bold=candidate.chosen)
+    axes.text(
+        left,
+        y + 10,
+        text,
+        size=SIZE,
+        weight="bold" if candidate.chosen else "normal",
+        color=INK if candidate.chosen else GREY,
+        parse_math=False,
+    )
+    axes.text(right, y + 10, candidate.value, size=6, color=GREY, ha="right", parse_math=False)
+
+
+def _candidates(choice: Any) -> list[Candidate]:
+    """The candidates of a choice that are drawn: the most visited ones and the chosen one."""
     visits = sum(child["visits"] for child in choice.children) or 1
-    rows = [
-        (
+    found = [
+        Candidate(
             label(child["text"], child["action"]),
             child["visits"] / visits,
             f"{child['value']:.2f}" if child["visits"] else "",
@@ -109,5 +147,7 @@ def _column(choice: Any) -> list[tuple[str, float, str, bool]]:
         )
         for child in choice.children
     ]
-    shown = rows[:SHOWN]
-    return shown if any(row[3] for row in shown) else [*shown[:-1], *(r for r in rows if r[3])]
+    shown = found[:SHOWN]
+    if any(candidate.chosen for candidate in shown):
+        return shown
+    return [*shown[:-1], *(candidate for candidate in found if candidate.chosen)]
