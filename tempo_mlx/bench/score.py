@@ -262,7 +262,9 @@ def bench_score(
     for work in workloads():
         second: list[tuple[float, float, int, int]] = []
 
-        def ours(work: Workload = work, second: list = second) -> tuple[float, Scores]:
+        def ours(
+            work: Workload = work, second: list[tuple[float, float, int, int]] = second
+        ) -> tuple[float, Scores]:
             # The plain ways put nothing before a context.
             scorer = ContinuationScorer(positioned, tokenizer, start=None)
             seconds, scores = _timed(scorer.score_continuations, work)

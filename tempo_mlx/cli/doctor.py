@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from math import isfinite
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -89,7 +89,7 @@ def with_progress(everything: bool) -> list[Check]:
         return list(run_checks(everything, tell))
 
 
-def to_dict(findings: Sequence[Finding], checks: Sequence[Check], checked: bool) -> dict:
+def to_dict(findings: Sequence[Finding], checks: Sequence[Check], checked: bool) -> dict[str, Any]:
     """What --json prints."""
     return {
         "schema": SCHEMA,
@@ -99,7 +99,7 @@ def to_dict(findings: Sequence[Finding], checks: Sequence[Check], checked: bool)
     }
 
 
-def check_to_dict(check: Check) -> dict:
+def check_to_dict(check: Check) -> dict[str, Any]:
     difference = check.difference
     # JSON has no NaN; the verdict and the note say what happened.
     if difference is not None and not isfinite(difference):

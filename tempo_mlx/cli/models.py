@@ -3,7 +3,7 @@
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -89,7 +89,7 @@ def fetch(
     print(prepare(known[recipe], variant or None, source=source))
 
 
-def to_dict(ours: list[RecipeModel], cached: list[HubModel]) -> dict:
+def to_dict(ours: list[RecipeModel], cached: list[HubModel]) -> dict[str, Any]:
     """What --json prints."""
     return {
         "schema": SCHEMA,

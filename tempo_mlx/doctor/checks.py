@@ -68,6 +68,10 @@ SCORE_STATES = 6
 FORMS = ("fp32", "fp16", "bf16", "4-bit")
 
 
+#: Queries, keys, values, scale, mask and output of mlx-lm's attention call, of one sequence.
+AttentionCall = tuple[mx.array, mx.array, mx.array, float, mx.array | None, mx.array]
+
+
 @dataclass(frozen=True, eq=False)
 class Subject:
     """A model to check.
@@ -397,7 +401,9 @@ def kernel_difference(subject: Subject, model: PositionedModel) -> tuple[float, 
     return float(largest), ""
 
 
-def _captured_pass(subject: Subject, model: PositionedModel) -> Iterator[tuple[np.ndarray, tuple]]:
+def _captured_pass(
+    subject: Subject, model: PositionedModel
+) -> Iterator[tuple[np.ndarray, AttentionCall]]:
     """A set's pass after the prompt: each layer's captured weights [H, T, S], and its call."""
     length = len(subject.prompt)
     cache = model.make_cache()
@@ -442,22 +448,30 @@ def _attention(queries: np.ndarray, keys: np.ndarray, scale: float, mask: np.nda
 
 
 @contextmanager
-def _listening(model: nn.Module) -> Iterator[list[tuple]]:
+def _listening(model: nn.Module) -> Iterator[list[AttentionCall]]:
     """Record what goes into the model's attention calls and what comes out."""
     name = "scaled_dot_product_attention"
     files = {type(module).__module__ for module in model.modules()}
     namespaces = [sys.modules[file].__dict__ for file in sorted(files)]
     found = [(namespace, namespace[name]) for namespace in namespaces if name in namespace]
-    calls: list[tuple] = []
+    calls: list[AttentionCall] = []
 
-    def listener(original):
-        def call(queries, keys, values, cache, scale, mask, **kwargs):
+    def listener(original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(
+            queries: mx.array,
+            keys: mx.array,
+            values: mx.array,
+            cache: Any,
+            scale: float,
+            mask: Any,
+            **kwargs: Any,
+        ) -> Any:
             output = original(queries, keys, values, cache=cache, scale=scale, mask=mask, **kwargs)
             running = getattr(cache, "forward_pass", None)
             if running is not None and running.recorder is not None:
                 # The tokens come as rows, [N, H, 1, D] and [N, 1, 1, S], of one sequence.
-                rows = [x.transpose(2, 1, 0, 3) for x in (queries, mask, output)]
-                calls.append((rows[0], keys, values, scale, *rows[1:]))
+                moved, mask, given = (x.transpose(2, 1, 0, 3) for x in (queries, mask, output))
+                calls.append((moved, keys, values, scale, mask, given))
             return output
 
         return call

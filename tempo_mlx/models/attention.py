@@ -223,11 +223,18 @@ def running() -> Any:
     return _running.get()
 
 
-def _recording(original):
+def _recording(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def scaled_dot_product_attention(
-        queries, keys, values, cache, scale, mask, sinks=None, **kwargs
-    ):
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        cache: Any,
+        scale: float,
+        mask: mx.array | str | None,
+        sinks: mx.array | None = None,
+        **kwargs: Any,
+    ) -> Any:
         # Layers that share the keys of another one may have no cache.
         now = running() if cache is None else getattr(cache, "forward_pass", None)
         if sinks is not None:

@@ -60,10 +60,10 @@ def _hooked(hook: Hook) -> Iterator[Hook]:
 def _hookable(layers_class: Any) -> type:
     """The class of a model's layers, whose output can be taken and replaced."""
 
-    class HookedLayers(layers_class):
+    class HookedLayers(layers_class):  # type: ignore[misc]
         stands_for = layers_class
 
-        def __call__(self, *args, **kwargs):
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
             hook = _hook.get()
             if hook is None or hook.layers is not self:
                 return super().__call__(*args, **kwargs)

@@ -170,16 +170,16 @@ class PositionedModel:
 
     def __call__(
         self,
-        tokens,
-        positions,
-        mask,
-        cache,
-        capture=None,
-        rows=None,
-        return_hidden=False,
-        parents=None,
-        reads=None,
-    ):
+        tokens: mx.array,
+        positions: np.ndarray,
+        mask: mx.array | str,
+        cache: SlotStore,
+        capture: Capture | None = None,
+        rows: np.ndarray | None = None,
+        return_hidden: bool = False,
+        parents: np.ndarray | None = None,
+        reads: np.ndarray | None = None,
+    ) -> Any:
         """One forward pass over T new tokens for each row, which become slots of the cache.
 
         Rows may also carry different numbers of tokens. Then all N tokens come side by side, and
@@ -258,7 +258,17 @@ class PositionedModel:
         """The layers' output [B, T, D] through the vocabulary layer: logits [B, T, V], lazy."""
         return self._backbone.logits(hidden)
 
-    def _forward(self, tokens, positions, mask, cache, recorder, rows, parents, reads):
+    def _forward(
+        self,
+        tokens: mx.array,
+        positions: np.ndarray,
+        mask: mx.array | str,
+        cache: SlotStore,
+        recorder: AttentionRecorder | None,
+        rows: TokenRows | None,
+        parents: np.ndarray | None,
+        reads: np.ndarray | None,
+    ) -> mx.array:
         cache.begin(positions, mask, recorder, rows, parents, reads)
         try:
             with attention.during(cache.running):
@@ -378,8 +388,8 @@ class _Trace(AttentionRecorder):
         self.used: list[mx.array | str | None] = []
         make = cache.mask_within
 
-        def watched(*args):
-            mask = make(*args)
+        def watched(window: int | None, return_array: bool) -> mx.array | str | None:
+            mask = make(window, return_array)
             assert cache.running is not None
             # As attention gets it, moved from tokens to their sequence.
             self.made.append(cache.running.mask_by_sequence(mask))

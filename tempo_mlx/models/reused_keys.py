@@ -6,6 +6,7 @@ the rotary modules of such layers rotate at the pass's positions; else they are 
 
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 
 from .attention import running
@@ -26,11 +27,11 @@ def install(model: nn.Module) -> None:
 
 
 def _following(rope_class: Any) -> type:
-    class FollowingRope(rope_class):
+    class FollowingRope(rope_class):  # type: ignore[misc]
         follows_pass = True
         stands_for = rope_class
 
-        def __call__(self, x, offset=0, **kwargs):
+        def __call__(self, x: mx.array, offset: Any = 0, **kwargs: Any) -> Any:
             now = running()
             return super().__call__(x, offset=offset if now is None else now.offset, **kwargs)
 

@@ -15,7 +15,8 @@ from .rule import Rule, find
 
 def mixture(w: np.ndarray) -> np.ndarray:
     """p(x) = sum_i w_i p_i(x). The order of the rows does not matter."""
-    return w / w.sum()
+    weights: np.ndarray = w / w.sum()
+    return weights
 
 
 def mean(w: np.ndarray) -> np.ndarray:
@@ -25,12 +26,14 @@ def mean(w: np.ndarray) -> np.ndarray:
 
 def product(w: np.ndarray) -> np.ndarray:
     """p(x) ~ prod_i p_i(x)^w_i: softmax of the weighted mean of log p_i."""
-    return w / w.sum()
+    weights: np.ndarray = w / w.sum()
+    return weights
 
 
 def last(w: np.ndarray) -> np.ndarray:
     """p(x) = p_N(x): what an implementation that feeds the tokens one by one would read."""
-    return np.eye(len(w))[-1]
+    weights: np.ndarray = np.eye(len(w))[-1]
+    return weights
 
 
 @dataclass(frozen=True)

@@ -382,7 +382,8 @@ class Pruning:
     def weights_of_layers(self, n: int) -> np.ndarray:
         """Weights [n] of the chosen layers, summing to 1."""
         weights = np.ones(n) if self.layer_weights == "uniform" else np.linspace(0.5, 1.0, n)
-        return weights / weights.sum()
+        weights /= weights.sum()
+        return weights
 
     def to_dict(self) -> dict[str, Any]:
         """One key for each setting; the schedule as its text."""

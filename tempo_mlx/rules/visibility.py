@@ -128,7 +128,8 @@ class Hidden(Visibility):
     full_context = monotone = hides_sets = True
 
     def allowed(self, queries: Slots, keys: Slots) -> np.ndarray:
-        return (keys.step < queries.step[:, None]) & (keys.set_size == 1)
+        seen: np.ndarray = (keys.step < queries.step[:, None]) & (keys.set_size == 1)
+        return seen
 
     def sees(self, query: Slot, key: Slot) -> bool:
         return key.step < query.step and key.set_size == 1

@@ -85,10 +85,12 @@ class BatchScorer:
         """What the vocabulary layer reads, [B, T, D], or logits where it cannot be run alone."""
         cache = make_prompt_cache(self.model)
         if self._backbone is None:
-            return self.model(tokens, cache=cache)
+            logits: mx.array = self.model(tokens, cache=cache)
+            return logits
         with self._backbone.return_hidden() as hook:
             self.model(tokens, cache=cache)
-            return hook.taken
+            hidden: mx.array = hook.taken
+        return hidden
 
     def _divides(self, backbone: Backbone) -> bool:
         with backbone.return_hidden() as hook:

@@ -133,7 +133,8 @@ class PrefixTree:
         node, back = np.nonzero(chains != NONE)
         paths[node, depth[node] - back] = chains[node, back]
         same = (paths[1:] == paths[:-1]) & (paths[1:] != NONE)
-        return np.logical_and.accumulate(same, axis=1).sum(axis=1)
+        shared: np.ndarray = np.logical_and.accumulate(same, axis=1).sum(axis=1)
+        return shared
 
     def _drop(self, n: int) -> bool:
         """Drop at least n nodes that the current part does not use; False if there are not."""

@@ -113,7 +113,7 @@ class PyctcdecodeLM:
         at = bisect_left(self._sorted, partial_token)
         if at < len(self._sorted) and self._sorted[at].startswith(partial_token):
             return 0.0
-        return self.unk_score_offset * max(1.0, len(partial_token) / PARTIAL_LENGTH)
+        return float(self.unk_score_offset * max(1.0, len(partial_token) / PARTIAL_LENGTH))
 
     def reset_params(self, **params: Any) -> None:
         """Change the parameters that are not None, as ``decoder.reset_params`` passes them.

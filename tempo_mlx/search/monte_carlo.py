@@ -58,7 +58,8 @@ def puct(siblings: Siblings, exploration: float) -> np.ndarray:
     Source: Silver et al., "Mastering the game of Go without human knowledge", Nature 2017.
     """
     bound = siblings.priors * math.sqrt(siblings.parent_visits) / (1 + siblings.visits)
-    return siblings.values + exploration * bound
+    scores: np.ndarray = siblings.values + exploration * bound
+    return scores
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,8 @@ class Tree:
     @property
     def terminal(self) -> np.ndarray:
         """[N] whether the node was expanded and has no children."""
-        return self.n_children == 0
+        terminal: np.ndarray = self.n_children == 0
+        return terminal
 
     def children(self, node: int) -> range:
         """Numbers of the node's children, none if it is terminal or unexpanded."""

@@ -175,7 +175,9 @@ def _missing_weights(folder: Path) -> list[str]:
         places = json.loads(text)["weight_map"].items()
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return []
-    there = {name for path in folder.glob(WEIGHTS) for name in cast(dict, mx.load(str(path)))}
+    there = {
+        name for path in folder.glob(WEIGHTS) for name in cast(dict[str, Any], mx.load(str(path)))
+    }
     wanted = {str(file) for name, file in places if name not in there}
     return sorted(file for file in wanted if not (folder / file).is_file())
 
