@@ -12,13 +12,14 @@ from mlx_lm.generate import generation_stream, wired_limit
 from .arguments import MOST_BYTES, check_count, shown
 from .decode.decoder import BatchDecoder
 from .decode.observation import Observer
+from .decode.paths import find_paths
 from .decode.prompt_cache import PromptCache
 from .decode.replication import RowTree
 from .decode.request import Request
 from .decode.scheduler import BATCH_SIZE, BatchStatus, Scheduler, default_budget
 from .errors import TempoError
 from .lattice.lattice import Lattice, Step
-from .lattice.result import BEAM, GenerationResult, find_paths
+from .lattice.result import BEAM, GenerationResult
 from .models import PlainModel, PositionedModel
 from .settings import Settings, given
 from .text.rendering import StepWriter, plain
@@ -84,7 +85,7 @@ def stream_generate(
     verify: bool = False,
     model_name: str | None = None,
     prompt_cache: PromptCache | None = None,
-    paths: int = 0,
+    paths: int = 1,
     prompt_progress_callback: Callable[[int, int], None] | None = None,
     settings: Settings | None = None,
     **kwargs: Any,
@@ -99,8 +100,9 @@ def stream_generate(
         model_name: what the result calls the model.
         prompt_cache: read already; a prompt that begins with its tokens goes on from there, any
             other one is appended to its text: see :meth:`PromptCache.join`.
-        paths: paths that ``result.paths`` will be asked for; they are found before the last
-            response, while the prompt is still in the cache, instead of when they are asked for.
+        paths: paths that ``result.paths`` will be asked for; where the run does not score them
+            itself, they are found before the last response, while the prompt is still in the
+            cache. With 0 not even ``result.text`` is known in that case.
         prompt_progress_callback: called with (prompt tokens read, prompt tokens).
         settings: how to generate; None makes them of ``kwargs``.
         kwargs: fields of :class:`Settings`, if ``settings`` is None.
@@ -234,9 +236,6 @@ class BatchResult:
     @property
     def texts(self) -> list[str | None]:
         """The best text of each prompt, None where it failed."""
-        finished = [each for each in self.results if isinstance(each, GenerationResult)]
-        if finished:
-            find_paths(finished)
         return [each.text if isinstance(each, GenerationResult) else None for each in self.results]
 
 
@@ -294,7 +293,7 @@ def stream_batch_generate(
     batch_size: int = BATCH_SIZE,
     max_kv_bytes: int | None = None,
     prompt_cache: PromptCache | None = None,
-    paths: int = 0,
+    paths: int = 1,
     verify: bool = False,
     model_name: str | None = None,
     observe: Callable[[int], Observer | None] | None = None,
@@ -315,8 +314,8 @@ def stream_batch_generate(
             is left.
         prompt_cache: read already; prompts that begin with its tokens go on from there, others
             are appended to its text: see :meth:`PromptCache.join`.
-        paths: if above 0, paths that are found for each result before it is yielded; where the run
-            did not score them itself, for ``batch_size`` results together.
+        paths: as in :func:`tempo_mlx.stream_generate`; they are found for ``batch_size`` results
+            together.
         verify: as in :func:`tempo_mlx.stream_generate`.
         model_name: what the results call the model.
         observe: called with the number of a prompt whenever its run begins; returns what is to see

@@ -253,6 +253,7 @@ def _ours(
         prompts,
         settings,
         batch_size=len(prompts),
+        paths=0,
         progress=lambda status: times.append(time.perf_counter()),
     )
     tokens = 0
@@ -270,7 +271,7 @@ def _one_by_one(
     each = []
     for prompt in prompts:
         begun, times, tokens = time.perf_counter(), [], 0
-        for response in stream_generate(model, tokenizer, prompt, settings=settings):
+        for response in stream_generate(model, tokenizer, prompt, settings=settings, paths=0):
             times.append(time.perf_counter())
             tokens += len(response.step.tokens)
         each.append(_taken(begun, times, tokens))
@@ -345,6 +346,7 @@ def _largest_waste(
         prompts,
         settings,
         batch_size=8,
+        paths=0,
         progress=lambda status: waste.append(status.largest_waste),
     ):
         pass

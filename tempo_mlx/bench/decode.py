@@ -80,6 +80,7 @@ def bench_decode(
             threshold=threshold,
             max_parallel=width,
             visibility=visibility,
+            paths=0,
         ):
             yield [token.id for token in response.step.tokens]
 

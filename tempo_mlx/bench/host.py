@@ -156,7 +156,7 @@ def bench_host(
                 yield [int(token)]
             return
         for response in stream_generate(
-            positioned, tokenizer, prompt, max_tokens=max_tokens, **settings
+            positioned, tokenizer, prompt, max_tokens=max_tokens, paths=0, **settings
         ):
             yield [token.id for token in response.step.tokens]
 

@@ -325,8 +325,8 @@ def generate(
         result.finish_reason = "interrupted"
 
     with notes.status("Rescoring the paths ...") if notes.is_terminal else notes.status(""):
-        best = result.text
-        ranked = result.paths(paths) if paths else []
+        ranked = result.find_paths(max(1, paths or 5 if output is not None else paths))
+        best, ranked = result.text, ranked[:paths]
         data = result.to_dict(paths or 5) if output is not None else None
     if quiet and not (out.is_terminal or out.quiet):
         print(best)

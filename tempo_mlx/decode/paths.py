@@ -6,12 +6,12 @@ separate sequential decode of its path.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
 
 from ..lattice.lattice import Lattice
+from ..lattice.result import BEAM, GenerationResult
 from ..models import PositionedModel, SlotStore
 from ..numerics import log_softmax_at
 from .sequences import Batch, SequenceState
@@ -21,28 +21,6 @@ MAX_UNUSED = 0.5
 
 #: Prompt tokens in one forward pass.
 CHUNK = 2048
-
-
-@dataclass(frozen=True)
-class Path:
-    """One text through the lattice.
-
-    Args:
-        text: the path's text, without the prompt; it ends before the first stop text.
-        tokens: its ids, those that spell a stop text included.
-        logprob: log-probability of the tokens given the prompt, in nats, at temperature 1.
-        ended: whether an end token followed, whose log-probability is included then.
-    """
-
-    text: str
-    tokens: list[int]
-    logprob: float
-    ended: bool = False
-
-
-def cut_at_stop(text: str, stops: Sequence[str]) -> str:
-    """The text before the first stop text in it; all of it where there is none."""
-    return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))]
 
 
 class _Beam:
@@ -160,6 +138,34 @@ def best_paths(
     """The best paths of several problems: (prompt, sets); see :class:`PathSearch`."""
     search = PathSearch(model, [prompt for prompt, _ in problems], beam, cache)
     return search.extend([sets for _, sets in problems], last=True)
+
+
+def find_paths(
+    results: Sequence[GenerationResult],
+    beam: int = BEAM,
+    prompts: Sequence[SlotStore | None] | None = None,
+) -> None:
+    """Find the paths of several results of one model together; see :meth:`GenerationResult.paths`.
+
+    Args:
+        results: at least one; those whose paths are known are left as they are.
+        beam: hypotheses kept at each step of each.
+        prompts: of each result the slots of its prompt but the last, so that it need not be read.
+    """
+    new = [i for i, result in enumerate(results) if not result.knows_paths(beam)]
+    if not new:
+        return
+    problems = [
+        (results[i].lattice.prompt_tokens, [[t.id for t in s] for s in results[i].lattice.sets])
+        for i in new
+    ]
+    rows = [prompts[i] for i in new] if prompts else []
+    read = [store for store in rows if store is not None]
+    store = SlotStore.merge(read) if len(read) == len(new) else None
+    model = results[new[0]].model
+    assert isinstance(model, PositionedModel)
+    for i, found in zip(new, best_paths(model, problems, beam, store), strict=True):
+        results[i].take_paths(found, beam)
 
 
 def _read_prompts(

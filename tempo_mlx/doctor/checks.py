@@ -282,6 +282,7 @@ def replay_difference(
         max_parallel=MAX_PARALLEL,
         max_tokens=STEPS,
         verify=True,
+        paths=0,
         **settings,
     )
     assert result.verification is not None

@@ -159,6 +159,7 @@ def run_batched(
         [config.settings for config in configs],
         batch_size=batch_size,
         max_kv_bytes=max_kv_bytes,
+        paths=0,
         observe=observe,
     )
     for number, found in outcomes:
@@ -184,6 +185,7 @@ def run_group(
             config.settings,
             batch_size=1,
             max_kv_bytes=max_kv_bytes,
+            paths=0,
             observe=lambda _, member=member: gathering.observe(member),  # type: ignore[misc]
         )
         gathering.take(member, found)

@@ -1,4 +1,7 @@
-"""What a run returns: its lattice, its text, its paths, and one schema for JSON."""
+"""What a run returns: its lattice, its text, its paths, and one schema for JSON.
+
+A result is data. What runs the model says so.
+"""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -6,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from ..decode.paths import Path, best_paths, cut_at_stop
+from ..arguments import check_count
 from ..decode.verification import Verification, received_attention
 from ..errors import TempoError
-from ..models import PlainModel, PositionedModel, SlotStore
+from ..models import PlainModel, PositionedModel
 from ..rules.posterior import viterbi
 from ..settings import Settings
 from ..text.vocabulary import Vocabulary
@@ -20,6 +23,28 @@ SCHEMA = 2
 
 #: Hypotheses that the search for the best paths keeps at each step, at least.
 BEAM = 8
+
+
+@dataclass(frozen=True)
+class Path:
+    """One text through the lattice.
+
+    Args:
+        text: the path's text, without the prompt; it ends before the first stop text.
+        tokens: its ids, those that spell a stop text included.
+        logprob: log-probability of the tokens given the prompt, in nats, at temperature 1.
+        ended: whether an end token followed, whose log-probability is included then.
+    """
+
+    text: str
+    tokens: list[int]
+    logprob: float
+    ended: bool = False
+
+
+def cut_at_stop(text: str, stops: Sequence[str]) -> str:
+    """The text before the first stop text in it; all of it where there is none."""
+    return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))]
 
 
 @dataclass
@@ -71,17 +96,21 @@ class GenerationResult:
     stats: Statistics = field(default_factory=Statistics)
     finish_reason: str | None = None
     verification: Verification | None = None
-    _paths: tuple[tuple[int, int], list[Path]] | None = field(default=None, repr=False)
+    #: paths that were found, by which beam, and the slots that there were then
+    _found: tuple[list[Path], int, int] | None = field(default=None, repr=False)
 
     @property
     def text(self) -> str:
-        """The best path through the lattice, rescored exactly; see :meth:`paths`.
+        """The best path through the lattice, scored exactly; see :meth:`paths`.
 
         It ends before the first stop text, and holds whole characters only: one that the last
         tokens have begun is left out.
+
+        Raises:
+            ValueError: if it is not known.
         """
         ids = self.known_best()
-        return self.paths(1)[0].text if ids is None else self._spelled(ids)
+        return self.paths(1)[0].text if ids is None else self.spelled(ids)
 
     def known_best(self) -> list[int] | None:
         """Ids of the best path where the run knows it without another search."""
@@ -95,10 +124,11 @@ class GenerationResult:
         text = self.vocabulary.decode(ids)
         return cut_at_stop(text, self.settings.stop) != text
 
-    def _spelled(self, ids: Sequence[int]) -> str:
+    def spelled(self, ids: Sequence[int]) -> str:
+        """The text of these tokens, up to the first stop text."""
         return cut_at_stop(self.vocabulary.decode(ids), self.settings.stop)
 
-    def paths(self, k: int = 1, beam: int = BEAM) -> list[Path]:
+    def paths(self, k: int = 1) -> list[Path]:
         """The k best paths through the lattice's sets, best first.
 
         A path takes one live token of each set. Its log-probability is the model's for exactly
@@ -110,23 +140,57 @@ class GenerationResult:
         already: the paths are those of the last set, and in a tree those that ended, too, with the
         end token's log-probability; under a grammar those that ended, if any did. They differ in
         length there; the best one has the highest log-probability per token, the end token counted.
+        Elsewhere they are found as the run ends, by another search, or by :meth:`find_paths`.
 
         Args:
             k: paths wanted, at least 1.
-            beam: hypotheses kept at each step; raised to k.
 
         Returns:
-            at most k paths; computed when first asked for, and kept.
+            at most k paths.
+
+        Raises:
+            ValueError: if so many are not known.
         """
-        if k < 1:
-            raise TempoError(f"k must be at least 1, got {k}")
-        if beam < 1:
-            raise TempoError(f"beam must be at least 1, got {beam}")
+        check_count("k", k)
         if self.settings.has_parents:
             return [self._own_path(end) for end in self._own_ends()[:k]]
+        if not self.knows_paths(k):
+            raise TempoError(
+                f"the best {k} paths are not known: a run finds as many as it was asked for with "
+                f"paths, before it ends; find_paths({k}) runs the model to find them"
+            )
+        assert self._found is not None
+        return self._found[0][:k]
+
+    def find_paths(self, k: int = 1, beam: int = BEAM) -> list[Path]:
+        """As :meth:`paths`; runs the model where that does not know them.
+
+        Args:
+            k: paths wanted, at least 1.
+            beam: hypotheses kept at each step, at least 1; raised to k.
+        """
+        from ..decode.paths import find_paths
+
+        check_count("k", k)
+        check_count("beam", beam)
         find_paths([self], max(k, beam))
-        assert self._paths is not None
-        return self._paths[1][:k]
+        return self.paths(k)
+
+    def knows_paths(self, k: int) -> bool:
+        """Whether the best k paths can be told without running the model."""
+        if self.settings.has_parents:
+            return True
+        if self._found is None or self._found[2] != self.lattice.n_slots:
+            return False
+        paths, beam, _ = self._found
+        return k <= beam or len(paths) < beam
+
+    def take_paths(self, found: Sequence[tuple[list[int], float]], beam: int) -> None:
+        """Take the paths that a search with this beam found: (ids, log-probability in nats)."""
+        paths = [Path(self.spelled(ids), ids, logprob) for ids, logprob in found]
+        self._found = paths, beam, self.lattice.n_slots
+        if self.finish_reason is not None and self.stops(paths[0].tokens):
+            self.finish_reason = "stop"
 
     def _own_ends(self) -> list["_End"]:
         """Where the texts that the run scored itself end, best first by log-probability per token;
@@ -153,7 +217,7 @@ class GenerationResult:
 
     def _own_path(self, end: "_End") -> Path:
         ids = [token.id for token in self.lattice.tokens_to(end.slot)]
-        return Path(self._spelled(ids), ids, end.logprob, end.ended)
+        return Path(self.spelled(ids), ids, end.logprob, end.ended)
 
     def received_attention(self) -> dict[int, np.ndarray]:
         """Attention that each step's rows paid to each slot, [S], by one more pass.
@@ -193,10 +257,17 @@ class GenerationResult:
         indices, logprob = viterbi(initial, transitions)
         pairs = zip(steps, live, indices, strict=True)
         ids = [step.tokens[tokens[i]].id for step, tokens, i in pairs]
-        return Path(self._spelled(ids), ids, logprob)
+        return Path(self.spelled(ids), ids, logprob)
 
     def to_dict(self, n_paths: int = 5) -> dict[str, Any]:
-        """The result as JSON-ready data, schema version 2; rescores ``n_paths`` paths."""
+        """The result as JSON-ready data, schema version 2.
+
+        Args:
+            n_paths: the best paths that it names; 0 for none.
+
+        Raises:
+            ValueError: if so many are not known, see :meth:`paths`.
+        """
         data: dict[str, Any] = {
             "schema": SCHEMA,
             "model": self.model_name,
@@ -223,43 +294,3 @@ class GenerationResult:
             "tokens_per_second": lattice.n_tokens / seconds,
             "peak_memory_gb": stats.peak_memory_gb,
         }
-
-
-def find_paths(
-    results: Sequence[GenerationResult],
-    beam: int = BEAM,
-    prompts: Sequence[SlotStore | None] | None = None,
-) -> None:
-    """Find the paths of several results of one model together; see :meth:`GenerationResult.paths`.
-
-    Args:
-        results: at least one; those whose paths are known are left as they are.
-        beam: hypotheses kept at each step of each.
-        prompts: of each result the slots of its prompt but the last, so that it need not be read.
-    """
-
-    def made(result: GenerationResult) -> tuple[int, int]:
-        return beam, result.lattice.n_slots
-
-    new = [
-        result
-        for result in results
-        if not result.settings.has_parents
-        and (result._paths is None or result._paths[0] != made(result))
-    ]
-    if not new:
-        return
-    problems = [
-        (r.lattice.prompt_tokens, [[token.id for token in tokens] for tokens in r.lattice.sets])
-        for r in new
-    ]
-    known = [c for r, c in zip(results, prompts or (), strict=False) if any(r is n for n in new)]
-    rows = [cache for cache in known if cache is not None]
-    cache = SlotStore.merge(rows) if len(rows) == len(new) else None
-    model = new[0].model
-    assert isinstance(model, PositionedModel)
-    for result, found in zip(new, best_paths(model, problems, beam, cache), strict=True):
-        paths = [Path(result._spelled(ids), ids, logprob) for ids, logprob in found]
-        result._paths = made(result), paths
-        if result.finish_reason is not None and result.stops(paths[0].tokens):
-            result.finish_reason = "stop"

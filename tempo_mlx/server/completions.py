@@ -171,7 +171,7 @@ async def _generated(engine: Engine, job: Job, settings: Settings) -> list[Choic
                 result = event
     if not alone:
         ids = [step.tokens[0].id for step in result.lattice.steps if step.tokens]
-        choice = Choice(0, await _text(engine, result), ids, reason=finish_reason(result))
+        choice = Choice(0, result.text, ids, reason=finish_reason(result))
         choice.scores = None if top is None else scores
         choice.logprob = sum(score.logprob or 0.0 for score in scores)
         return [choice]
@@ -179,14 +179,16 @@ async def _generated(engine: Engine, job: Job, settings: Settings) -> list[Choic
 
 
 async def _text(engine: Engine, result: GenerationResult) -> str:
-    """The result's text; the model may be asked for it."""
-    return await asyncio.wrap_future(engine.call(lambda: result.text))
+    """The result's text; the model is asked for it where sets were merged."""
+    if result.known_best() is None:
+        await asyncio.wrap_future(engine.call(result.find_paths))
+    return result.text
 
 
 async def _of_lattice(
     engine: Engine, job: Job, result: GenerationResult, top: int | None
 ) -> list[Choice]:
-    paths = await asyncio.wrap_future(engine.call(lambda: result.paths(job.wants)))
+    paths = await asyncio.wrap_future(engine.call(lambda: result.find_paths(job.wants)))
     found = []
     for path in paths:
         length = len(path.tokens) + path.ended
@@ -200,7 +202,7 @@ async def _of_lattice(
             choice.scores = await scores_of(engine, [*job.ids, *path.tokens], top, len(job.ids))
         found.append(choice)
     if job.wants_lattice:
-        found[0].lattice = await asyncio.wrap_future(engine.call(result.to_dict))
+        found[0].lattice = result.to_dict()
     return found
 
 

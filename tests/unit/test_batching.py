@@ -238,9 +238,9 @@ def test_paths_of_a_batch_are_those_of_each_result_alone():
         given_ = {f.name: getattr(setting, f.name) for f in dataclasses.fields(setting)}
         # The prompt is still in the cache there.
         at_once = generate(MODEL, tokenizer, prompt, paths=3, **given_)
-        assert at_once._paths is not None
+        assert at_once.knows_paths(3)
         assert [p.tokens for p in at_once.paths(3)] == [p.tokens for p in expected]
-        assert results[i]._paths is not None
+        assert results[i].knows_paths(3)
         assert [p.tokens for p in results[i].paths(3)] == [p.tokens for p in expected]
         np.testing.assert_allclose(
             [p.logprob for p in results[i].paths(3)], [p.logprob for p in expected], atol=1e-4

@@ -73,7 +73,7 @@ def test_text_is_the_best_path_and_paths_are_kept(model):
 def test_greedy_text_needs_no_rescoring(model, monkeypatch):
     tokenizer = TinyTokenizer(200, end_tokens=())
     result = generate(model, tokenizer, PROMPT, threshold=1.0, max_tokens=6)
-    monkeypatch.setattr("tempo_mlx.lattice.result.best_paths", None)
+    monkeypatch.setattr("tempo_mlx.decode.paths.best_paths", None)
     ids = [step.tokens[0].id for step in result.lattice.steps]
     assert result.text == tokenizer.decode(ids)
 
@@ -97,9 +97,33 @@ def test_chain_follows_the_transitions_of_the_run(model):
     assert chain.text == tokenizer.decode(chain.tokens)
 
 
+@pytest.mark.parametrize("paths", [0, 2])
+def test_reading_a_result_never_runs_the_model(monkeypatch, paths):
+    model = tiny_model("llama")
+    tokenizer = TinyTokenizer(200, end_tokens=())
+    one = {"threshold": 0.05, "max_tokens": 4, "max_parallel": 3, "visibility": "isolated"}
+    result = generate(model, tokenizer, PROMPT, paths=paths, **one)
+    assert len(result.lattice.sets[0]) > 1
+    expected = best_paths(
+        PositionedModel.of(model), [(PROMPT, [[t.id for t in s] for s in result.lattice.sets])], 8
+    )[0]
+    with monkeypatch.context() as patch:
+        patch.setattr(PositionedModel, "__call__", None)
+        if paths:
+            assert result.text == result.to_dict()["text"] == tokenizer.decode(expected[0][0])
+        else:
+            for read in (lambda: result.text, result.to_dict, result.paths):
+                with pytest.raises(ValueError, match=r"find_paths\(.\) runs the model"):
+                    read()
+        with pytest.raises(ValueError, match=r"find_paths\(9\) runs the model"):
+            result.paths(9)
+    assert [path.tokens for path in result.find_paths(9)[:2]] == [ids for ids, _ in expected[:2]]
+    assert result.paths(9) == result.find_paths(9) and result.text == result.paths(9)[0].text
+
+
 @pytest.mark.parametrize("arguments", [{"k": 0}, {"beam": 0}])
 def test_bad_arguments_are_refused(arguments):
     model = tiny_model("llama")
     result = generate(model, TinyTokenizer(200, ()), PROMPT, max_tokens=1)
     with pytest.raises(ValueError, match="at least 1"):
-        result.paths(**arguments)
+        result.find_paths(**arguments)

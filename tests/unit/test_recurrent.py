@@ -147,14 +147,14 @@ def test_with_one_token_a_step_every_visibility_is_plain_decoding(model, given_,
     result = results[-1]
     assert result.verification.max_logit_difference < 1e-3
     assert all(len(tokens) == 1 for tokens in result.lattice.sets)
-    [path] = result.paths(2)
+    [path] = result.find_paths(2)
     assert path.tokens == [tokens[0].id for tokens in result.lattice.sets]
     if not path.ended:
         assert path.logprob == pytest.approx(logprob(model, PROMPTS[0], path.tokens), abs=1e-3)
     [alone] = batch_generate(
         model, TOKENIZER, PROMPTS[:1], max_tokens=8, verify=True, paths=paths, **given_
     ).results
-    assert alone.paths(2)[0].tokens == path.tokens
+    assert alone.find_paths(2)[0].tokens == path.tokens
 
 
 def test_models_without_attention_say_that_they_have_none():
