@@ -11,7 +11,13 @@ from .models import PlainModel, PositionedModel
 from .needs import NEEDS, told, unmet
 from .old_names import first_names, renamed, renames
 from .rules.combining import COMBINE, CombiningRule, combining_rule
-from .rules.grammar import compiled
+from .rules.grammar import (
+    GRAMMARS,
+    compiled,
+    json_schema_setting,
+    lark_setting,
+    regex_setting,
+)
 from .rules.processors import LogitsProcessor, Sampler
 from .rules.pruning import COMPACT_ABOVE, Pruning
 from .rules.rule import Named, source_of, stored
@@ -24,14 +30,11 @@ from .rules.table import (
     Function,
     Functions,
     Inner,
-    JsonObject,
-    LongText,
     Number,
     RuleChoice,
     ScheduleText,
     Seed,
     Temperature,
-    Text,
     Texts,
     check_all,
     documented,
@@ -55,7 +58,6 @@ BRANCHING = ("shared", "replicate")
 
 _TREES = "Trees"
 _MLX = "As in mlx-lm"
-_GRAMMAR = "Grammars"
 
 #: Largest penalty on a logit.
 MOST_PENALTY = 1e6
@@ -239,21 +241,9 @@ class Settings:
         "threshold 1.",
         option=False,
     )
-    json_schema: Mapping[str, Any] | None = setting(
-        None,
-        JsonObject(),
-        "A JSON schema that every text follows.",
-        panel=_GRAMMAR,
-    )
-    regex: str | None = setting(
-        None, Text(), "A regular expression that every text matches as a whole.", panel=_GRAMMAR
-    )
-    grammar: str | None = setting(
-        None,
-        LongText(),
-        "A grammar that every text follows, in llguidance's Lark-like language, with a rule start.",
-        panel=_GRAMMAR,
-    )
+    json_schema: Mapping[str, Any] | None = json_schema_setting()
+    regex: str | None = regex_setting()
+    grammar: str | None = lark_setting()
     prefill_step_size: int = setting(
         2048, Count(), "Prompt tokens in one forward pass; smaller needs less memory. At least 1."
     )
@@ -477,7 +467,7 @@ class Settings:
         settings = first_names(self.to_dict(), Settings)
         for name, entry in table(Settings).items():
             # Settings that earlier versions did not have.
-            later = entry.panel in (_MLX, _GRAMMAR) or entry.kind.python_only
+            later = entry.panel in (_MLX, GRAMMARS) or entry.kind.python_only
             if later and getattr(self, name) == getattr(Settings, name):
                 del settings[name]
         if self.pruning is not None:

@@ -15,9 +15,34 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import TempoError
+from .table import JsonObject, LongText, Text, setting
 
 #: Matchers of texts that are kept, so that a branch goes on from its parent's.
 KEPT = 1024
+
+
+#: Panel of these settings in the command line's help.
+GRAMMARS = "Grammars"
+
+
+def json_schema_setting() -> Any:
+    """The setting ``json_schema``."""
+    help = "A JSON schema that every text follows."
+    return setting(None, JsonObject(), help, panel=GRAMMARS)
+
+
+def regex_setting() -> Any:
+    """The setting ``regex``."""
+    help = "A regular expression that every text matches as a whole."
+    return setting(None, Text(), help, panel=GRAMMARS)
+
+
+def lark_setting() -> Any:
+    """The setting ``grammar``."""
+    help = (
+        "A grammar that every text follows, in llguidance's Lark-like language, with a rule start."
+    )
+    return setting(None, LongText(), help, panel=GRAMMARS)
 
 
 class MissingGrammarError(TempoError):

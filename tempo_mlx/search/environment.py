@@ -16,6 +16,7 @@ from ..decode.sequences import Batch, SequenceState
 from ..lattice.lattice import Lattice
 from ..models import PositionedModel
 from ..numerics import softmax, tempered
+from ..rules.grammar import Grammar, compiled
 from ..rules.selection import most_probable, noise_key, require_finite
 from ..text.vocabulary import Vocabulary
 from .settings import SearchSettings, evaluation_rule
@@ -70,6 +71,9 @@ class TextEnvironment:
         self._lattice = Lattice(prompt)
         self._sequence = SequenceState(self._lattice, "tree")
         self._batch = Batch(model, [self._sequence])
+        grammar = compiled(settings.json_schema, settings.regex, settings.grammar)
+        #: leaves the tokens that a text may go on with, if a grammar says which
+        self._grammar = grammar and Grammar(grammar, vocabulary.tokenizer, 0)
         # Any node may be continued.
         self._batch.cache.keeps_states = True
         room = (model.context_length or len(prompt) + settings.max_tokens) - len(prompt)
@@ -129,16 +133,29 @@ class TextEnvironment:
         families = {}
         if going:
             with mx.stream(generation_stream):
-                p = softmax(mx.stack([self._logits[n] for n in going]).astype(mx.float32))
-                ids = most_probable(p, self.settings.max_parallel)
-                chances = mx.take_along_axis(p, ids, axis=1)
-                mx.eval(ids, chances, self._batch.cache.state)
-            for node, own, chance in zip(going, np.array(ids), np.array(chances), strict=True):
+                logits = mx.stack([self._logits[n] for n in going]).astype(mx.float32)
+                left = softmax(self._allowed(logits, [self.tokens(n) for n in going]))
+                ids = most_probable(left, self.settings.max_parallel)
+                compared = mx.take_along_axis(left, ids, axis=1)
+                p = mx.take_along_axis(softmax(logits), ids, axis=1) if self._grammar else compared
+                mx.eval(ids, compared, p, self._batch.cache.state)
+            rows = zip(going, np.array(ids), np.array(compared), np.array(p), strict=True)
+            for node, own, chance, prior in rows:
                 require_finite(chance.sum())
                 n = max(1, int((chance >= self.settings.threshold).sum()))
-                families[node] = own[:n].astype(np.int64), chance[:n].astype(float)
+                families[node] = own[:n].astype(np.int64), prior[:n].astype(float)
         none = np.zeros(0, np.int64), np.zeros(0)
         return [families.get(node, none) for node in nodes]
+
+    def _allowed(self, logits: mx.array, texts: Sequence[Sequence[int]]) -> mx.array:
+        """Logits [n, V] with -inf for tokens that the grammar does not allow after the texts."""
+        if not self._grammar:
+            return logits
+        rows = [
+            self._grammar(mx.array(list(text), mx.int32), logits[i : i + 1])
+            for i, text in enumerate(texts)
+        ]
+        return mx.concatenate(rows)
 
     def evaluate(self, nodes: list[int]) -> Iterable[float]:
         """The value of each node's text, in [0, 1]."""
@@ -232,11 +249,12 @@ class TextEnvironment:
             self._logits |= dict(zip(missing, self._pass(missing), strict=True))
         before = self._sequence.held, self._sequence.at, int(self._batch.cache.counts[0])
         chains = [self._chains[node] for node in going]
+        texts = [self.tokens(node) for node in going]
         logits = mx.stack([self._logits[node] for node in going]) if going else None
         for step in range(self.settings.depth):
             if logits is None:
                 break
-            ids, chances = self._draw(logits)
+            ids, chances = self._draw(self._allowed(logits, texts), logits)
             mx.eval(ids, chances, self._batch.cache.state)
             picked, p = np.array(ids), np.array(chances)
             require_finite(p.sum())
@@ -250,6 +268,7 @@ class TextEnvironment:
             if not on or step + 1 == self.settings.depth:
                 break
             going = [going[i] for i in on]
+            texts = [[*texts[i], int(picked[i])] for i in on]
             depths = np.array([len(found[node]) - 1 for node in going])
             behind = [chains[i] for i in on]
             logits, chains = self._append(ids[mx.array(on)], depths, behind)
@@ -257,15 +276,15 @@ class TextEnvironment:
         self._batch.cache.truncate(count)
         return [found[node] for node in nodes]
 
-    def _draw(self, logits: mx.array) -> tuple[mx.array, mx.array]:
-        """The next token of each row of logits [n, V], and its probability."""
+    def _draw(self, allowed: mx.array, logits: mx.array) -> tuple[mx.array, mx.array]:
+        """The next token of each row of allowed logits [n, V], and the model's probability."""
         with mx.stream(generation_stream):
-            logits = logits.astype(mx.float32)
-            p = softmax(logits)
+            p = softmax(logits.astype(mx.float32))
+            allowed = allowed.astype(mx.float32)
             if self.settings.rollout_temp == 0:
-                ids = mx.argmax(logits, axis=-1)
+                ids = mx.argmax(allowed, axis=-1)
             else:
                 self._draws += 1
                 key = mx.array(noise_key(self.settings.seed, self._draws))
-                ids = mx.random.categorical(tempered(logits, self.settings.rollout_temp), key=key)
+                ids = mx.random.categorical(tempered(allowed, self.settings.rollout_temp), key=key)
             return ids, mx.take_along_axis(p, ids[:, None], axis=1)[:, 0]

@@ -1,12 +1,13 @@
 """Settings of a search over texts."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from ..needs import Need, Needs, told, unmet
+from ..rules.grammar import compiled, json_schema_setting, lark_setting, regex_setting
 from ..rules.rule import Rule, find
 from ..rules.table import (
     Bytes,
@@ -152,12 +153,16 @@ class SearchSettings:
     max_kv_bytes: int | None = setting(
         None, Bytes(), "Memory for keys, values and states, such as 800MB or 2GiB."
     )
+    json_schema: Mapping[str, Any] | None = json_schema_setting()
+    regex: str | None = regex_setting()
+    grammar: str | None = lark_setting()
     prefill_step_size: int = setting(
         2048, Count(), "Prompt tokens in one forward pass, at least 1.", option=False
     )
 
     def __post_init__(self) -> None:
         check_all(self)
+        compiled(self.json_schema, self.regex, self.grammar)
 
     @property
     def uses_rng(self) -> bool:

@@ -2,7 +2,7 @@
 
 import json
 
-from tempo_mlx import Settings, batch_generate, generate
+from tempo_mlx import Settings, batch_generate, generate, search
 from tempo_mlx.rules.grammar import Grammar, compiled
 
 import mlx.core as mx
@@ -98,3 +98,20 @@ def test_rows_of_a_batch_follow_grammars_of_their_own(embedded):
         assert [[t.id for t in s.tokens] for s in found.lattice.steps] == [
             [t.id for t in s.tokens] for s in alone.lattice.steps
         ]
+
+
+def test_every_text_of_a_search_follows_the_grammar_and_is_scored_by_the_model(embedded):
+    model, tokenizer = embedded
+    found = search(
+        model, tokenizer, "The years were", regex=YEAR, max_tokens=20, simulations=8,
+        evaluation="rollout", rollout_temp=0.8,
+    )  # fmt: skip
+    assert is_year(found.text)
+    prompt = tokenizer.encode("The years were")
+    ids = [choice.id for choice in found.choices]
+    logits = np.array(model(mx.array([*prompt, *ids])[None])[0].astype(mx.float32), np.float64)
+    logits -= logits.max(axis=-1, keepdims=True)
+    p = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
+    for place, choice in enumerate(found.choices, len(prompt) - 1):
+        assert choice.probability == pytest.approx(p[place][choice.id], rel=1e-3)
+    assert max(len(choice.children) for choice in found.choices) > 1
