@@ -100,7 +100,9 @@ def without_times(data):
 
 
 def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """The records of a file, in the order of its rows."""
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    return sorted(found, key=lambda record: record["row"])
 
 
 def write_rows(path, rows):
