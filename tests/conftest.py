@@ -68,6 +68,7 @@ def pytest_collection_finish(session):
     gc.freeze()
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config):
     """One for each processor this process may use, and for each 2 GB of memory that are free."""
     processors = len(getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0))

@@ -216,5 +216,6 @@ def serve(index: FakeIndex) -> ThreadingHTTPServer:
 
     server = Server(("127.0.0.1", 0), Handler)
     index.url = f"http://127.0.0.1:{server.server_port}/simple"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    # It looks this often, in seconds, whether it is to end.
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     return server

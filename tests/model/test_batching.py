@@ -2,6 +2,7 @@
 
 from tempo_mlx import Settings, batch_generate, generate
 from tempo_mlx.rules.pruning import Pruning
+from tests.sweeps import mostly_slow
 
 import mlx.core as mx
 import numpy as np
@@ -18,9 +19,9 @@ PROMPTS = [
 
 EACH = [
     Settings(threshold=0.1, max_tokens=8),
-    Settings(threshold=0.05, max_tokens=12, visibility="visible", max_parallel=6),
+    Settings(threshold=0.05, max_tokens=8, visibility="visible", max_parallel=6),
     Settings(threshold=1.0, max_tokens=5),
-    Settings(threshold=0.08, max_tokens=10, visibility="hidden", combine="product"),
+    Settings(threshold=0.08, max_tokens=7, visibility="hidden", combine="product"),
     Settings(threshold=0.05, max_tokens=9, pruning=Pruning(rule="attention", layers=4)),
 ]
 
@@ -41,7 +42,7 @@ def each_alone(embedded):
 
 
 @pytest.mark.xdist_group("each alone")
-@pytest.mark.parametrize("batch_size", [2, 5])
+@pytest.mark.parametrize("batch_size", mostly_slow([2, 5], [2]))
 def test_every_prompt_is_what_it_gives_alone(embedded, each_alone, batch_size):
     model, tokenizer = embedded
     batch = batch_generate(model, tokenizer, PROMPTS, EACH, batch_size=batch_size, verify=True)
@@ -59,8 +60,9 @@ def test_every_prompt_is_what_it_gives_alone(embedded, each_alone, batch_size):
 
 def test_threshold_one_is_greedy_decoding_by_mlx_lm(embedded):
     model, tokenizer = embedded
-    batch = batch_generate(model, tokenizer, PROMPTS, threshold=1.0, max_tokens=8)
-    for result, prompt in zip(batch.results, PROMPTS, strict=True):
+    prompts = PROMPTS[1:4]
+    batch = batch_generate(model, tokenizer, prompts, threshold=1.0, max_tokens=8)
+    for result, prompt in zip(batch.results, prompts, strict=True):
         ids = mx.array(tokenizer.encode(prompt))
         stock = [int(token) for token, _ in generate_step(ids, model, max_tokens=8)]
         ours = [ids[0] for ids in sets_of(result) if ids]

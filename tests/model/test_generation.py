@@ -1,9 +1,12 @@
 """Generation on the embedded model: greedy text, the oracle in every mode, isolation."""
 
+import itertools
+
 from tempo_mlx import PositionedModel, generate
 from tempo_mlx.lattice.lattice import Lattice
 from tempo_mlx.models import Capture
 from tempo_mlx.rules.combining import COMBINE
+from tests.sweeps import mostly_slow
 
 import mlx.core as mx
 import numpy as np
@@ -14,6 +17,8 @@ from ..one_sequence import SETS_VISIBILITY, OneSequence
 
 PROMPTS = [
     "Once upon a time",
+    "def fibonacci(n):",
+    "\n\n# Introduction\n",
     "The hero embarked on",
     "The scientist discovered",
     "According to the research",
@@ -23,7 +28,6 @@ PROMPTS = [
     "He couldn't believe",
     "The ancient civilization",
     "The magnificent landscape",
-    "def fibonacci(n):",
     "import numpy as np",
     "2 + 2 =",
     "In 1969,",
@@ -32,7 +36,13 @@ PROMPTS = [
     "Dear Sir or Madam,",
     "The capital of France is",
     "To be, or not to be",
-    "\n\n# Introduction\n",
+]
+#: Each visibility and each combining rule once.
+FEW_MODES = [
+    ("isolated", "mixture"),
+    ("visible", "product"),
+    ("hidden", "mean"),
+    ("isolated", "last"),
 ]
 
 
@@ -43,7 +53,7 @@ def test_greedy_text_is_the_known_one(embedded):
     assert result.text.startswith(" small town nestled in the heart of a bustling city.")
 
 
-@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize("prompt", mostly_slow(PROMPTS, PROMPTS[:3]))
 def test_threshold_one_is_greedy_decoding_token_for_token(embedded, prompt):
     model, tokenizer = embedded
     result = generate(model, tokenizer, prompt, threshold=1.0, max_tokens=12)
@@ -56,8 +66,9 @@ def test_threshold_one_is_greedy_decoding_token_for_token(embedded, prompt):
     assert len(ours) == 12 or after in tokenizer.eos_token_ids
 
 
-@pytest.mark.parametrize("combine", COMBINE)
-@pytest.mark.parametrize("visibility", SETS_VISIBILITY)
+@pytest.mark.parametrize(
+    ("visibility", "combine"), mostly_slow(itertools.product(SETS_VISIBILITY, COMBINE), FEW_MODES)
+)
 def test_verify_in_every_mode(embedded, visibility, combine):
     model, tokenizer = embedded
     result = generate(

@@ -4,6 +4,7 @@ The folder is mlx-lm's own work, and so are the expected numbers: every text is 
 model that tempo-mlx never wrapped.
 """
 
+import itertools
 import json
 import re
 import shutil
@@ -14,6 +15,7 @@ from tests.brute_scorer import BruteScorer
 from tests.comparison import assert_close
 from tests.hybrid_folder import save_hybrid_model
 from tests.suites import save_suite
+from tests.sweeps import mostly_slow
 
 import huggingface_hub
 import mlx.core as mx
@@ -110,16 +112,23 @@ def write_rows(path, rows):
     return path
 
 
+OPTIONS = [
+    [],
+    ["--visibility", "tree", "--beam-width", 4],
+    ["--visibility", "tree", "--beam-width", 3, "--threshold", 1e-9],
+    ["--sampling", "gumbel", "--seed", 3],
+    ["--prefill-step-size", 1],
+    ["--prefill-step-size", 5],
+]
+
+
 @pytest.mark.parametrize(
-    "options",
-    [
-        [],
-        ["--visibility", "tree", "--beam-width", 4],
-        ["--visibility", "tree", "--beam-width", 3, "--threshold", 1e-9],
-        ["--sampling", "gumbel", "--seed", 3],
-        ["--prefill-step-size", 1],
-        ["--prefill-step-size", 5],
-    ],
+    ("hybrid", "options"),
+    mostly_slow(
+        itertools.product([None, 4], OPTIONS),
+        [(None, options) for options in OPTIONS[2:5]] + [(4, options) for options in OPTIONS[:2]],
+    ),
+    indirect=["hybrid"],
 )
 def test_every_text_of_a_run_is_a_decode_of_its_own(made, stock, options):
     data, err = made("generate", PROMPT, *SETS, *options, "--verify", "--paths", 4)
@@ -167,6 +176,7 @@ def test_a_text_ends_before_a_stop(made, options):
     assert len(data["steps"]) < len(free["steps"])
 
 
+@pytest.mark.parametrize("hybrid", mostly_slow([None, 4], [None]), indirect=True)
 def test_a_batch_gives_each_row_what_it_gives_alone(run, hybrid, made, stock, tmp_path):
     rows = [
         {"prompt": "The cat", "threshold": 0.05, "max_tokens": 5},
@@ -205,18 +215,18 @@ def test_a_batch_gives_each_row_what_it_gives_alone(run, hybrid, made, stock, tm
     assert code == 1 and all("max_kv_bytes" in r["error"] for r in lines(tight)[:2])
 
 
+RESUMED = [
+    ("The old keeper climbed", PROMPT, PROMPT),
+    (PROMPT, PROMPT, PROMPT),
+    ("The old keeper", " saw it", "The old keeper saw it"),
+    (PROMPT, PROMPT[:22], PROMPT + PROMPT[:22]),
+    ("a", "a", "a"),
+    ("a", "a lamp", "a lamp"),
+]
+
+
 @fp32_only
-@pytest.mark.parametrize(
-    ("cached", "prompt", "joined"),
-    [
-        ("The old keeper climbed", PROMPT, PROMPT),
-        (PROMPT, PROMPT, PROMPT),
-        ("The old keeper", " saw it", "The old keeper saw it"),
-        (PROMPT, PROMPT[:22], PROMPT + PROMPT[:22]),
-        ("a", "a", "a"),
-        ("a", "a lamp", "a lamp"),
-    ],
-)
+@pytest.mark.parametrize(("cached", "prompt", "joined"), mostly_slow(RESUMED, RESUMED[1:3]))
 def test_a_prompt_cache_resumes_what_was_read(run, hybrid, made, tmp_path, cached, prompt, joined):
     cache = tmp_path / "cache.safetensors"
     code, _, err = run("generate", cached, "--model", hybrid, *SETS, "--prompt-cache", cache)
@@ -228,13 +238,17 @@ def test_a_prompt_cache_resumes_what_was_read(run, hybrid, made, tmp_path, cache
     assert resumed["verification"]["max_logit_difference"] < CLOSE
 
 
+SEARCHES = [
+    [],
+    ["--leaves-per-batch", 4, "--selection", "puct"],
+    ["--evaluation", "rollout", "--depth", 3, "--leaves-per-batch", 4],
+]
+
+
 @pytest.mark.parametrize(
-    "options",
-    [
-        [],
-        ["--leaves-per-batch", 4, "--selection", "puct"],
-        ["--evaluation", "rollout", "--depth", 3, "--leaves-per-batch", 4],
-    ],
+    ("hybrid", "options"),
+    mostly_slow(itertools.product([None, 4], SEARCHES), [(None, SEARCHES[2]), (4, SEARCHES[1])]),
+    indirect=["hybrid"],
 )
 def test_a_search_knows_what_each_text_alone_says(made, stock, options):
     common = ["--threshold", 0.02, "-m", 5, "-s", 12, *options]
@@ -253,6 +267,7 @@ def test_a_search_knows_what_each_text_alone_says(made, stock, options):
     assert bounded["tokens"] == data["tokens"]
 
 
+@pytest.mark.parametrize("hybrid", mostly_slow([None, 4], [4]), indirect=True)
 def test_scores_are_those_of_every_text_alone(run, hybrid, stock, tmp_path):
     rows = [
         {"context": "he is also", "candidates": ["happy", "sad", ["sea", "see"], "lamplighters"]},

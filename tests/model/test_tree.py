@@ -68,7 +68,7 @@ def test_paths_are_scored_as_sequential_decodes(embedded, stock, visibility):
         visibility=visibility,
         threshold=0.05,
         beam_width=6,
-        max_tokens=14,
+        max_tokens=10,
         verify=True,
     )
     assert result.verification.max_logit_difference < 1e-3

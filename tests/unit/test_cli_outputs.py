@@ -1,5 +1,6 @@
 """Output files of all commands: what is refused, what is replaced, what is written through."""
 
+import itertools
 import json
 import os
 import shlex
@@ -9,6 +10,7 @@ import sys
 import threading
 
 from tests.commands import ROOT
+from tests.sweeps import mostly_slow
 
 import pytest
 
@@ -32,6 +34,9 @@ COMMANDS = {
     "schema": "experiment schema -o",
     "bench": "bench decode --model {model} -m 4 -n 1 -p 4 --siblings 1 -o",
 }
+
+#: A bench runs for a second, and writes as the others do.
+FEW = [name for name in COMMANDS if name != "bench"]
 
 #: Names that outputs have; elsewhere they may have any.
 ENDINGS = {"score": ".jsonl", "score as text": ".tsv"}
@@ -114,7 +119,7 @@ def test_a_file_of_someone_else_is_kept_unless_it_may_be_overwritten(run, words,
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", output.name]
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", mostly_slow(COMMANDS, FEW))
 def test_an_empty_file_holds_nothing_to_lose(run, words, tmp_path, name):
     output = tmp_path / f"empty{ending(name)}"
     output.touch()
@@ -155,16 +160,16 @@ def test_an_input_is_no_output(run, inputs, folder, name, way):
     assert path.read_bytes() == before
 
 
-def test_standard_input_is_an_input(inputs, folder):
-    for command in (
-        f"tempo-mlx generate - --model {folder} -o prompt.txt < prompt.txt",
-        f"tempo-mlx search - --model {folder} -o prompt.txt < prompt.txt",
-        f"tempo-mlx score - --model {folder} -o rows.jsonl < rows.jsonl",
-    ):
-        before = {path: path.read_bytes() for path in inputs.iterdir()}
-        found = shell(command + " --overwrite", inputs)
-        refused((found.returncode, found.stdout, found.stderr), "is the same file as")
-        assert {path: path.read_bytes() for path in inputs.iterdir()} == before
+READERS = ["generate - -o prompt.txt", "search - -o prompt.txt", "score - -o rows.jsonl"]
+
+
+@pytest.mark.parametrize("command", mostly_slow(READERS, READERS[2:]))
+def test_standard_input_is_an_input(inputs, folder, command):
+    before = {path: path.read_bytes() for path in inputs.iterdir()}
+    line = f"tempo-mlx {command} --model {folder} --overwrite < {command.split()[-1]}"
+    found = shell(line, inputs)
+    refused((found.returncode, found.stdout, found.stderr), "is the same file as")
+    assert {path: path.read_bytes() for path in inputs.iterdir()} == before
 
 
 @pytest.mark.parametrize(
@@ -188,7 +193,7 @@ def test_two_outputs_are_two_files(run, folder, tmp_path, outputs):
     assert list(where.iterdir()) == []
 
 
-@pytest.mark.parametrize("stream", ["> x", "2> x"])
+@pytest.mark.parametrize("stream", mostly_slow(["> x", "2> x"], ["> x"]))
 def test_a_standard_stream_is_no_output(folder, tmp_path, stream):
     found = shell(f"tempo-mlx generate hi -m 3 --model {folder} -o x {stream}", tmp_path)
     assert found.returncode == 2
@@ -196,7 +201,7 @@ def test_a_standard_stream_is_no_output(folder, tmp_path, stream):
     assert "is the same file as standard" in said and said.count("\n") == 1
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", mostly_slow(COMMANDS, FEW))
 def test_links_stay_and_modes_stay(run, words, tmp_path, name):
     target, link = tmp_path / f"target{ending(name)}", tmp_path / f"link{ending(name)}"
     target.touch()
@@ -222,7 +227,7 @@ def test_a_link_to_results_goes_on_with_them(run, words, tmp_path):
         assert code == 0 and "are done already" in err and output.read_bytes() == before
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", mostly_slow(COMMANDS, FEW))
 def test_a_pipe_is_written_through(run, words, tmp_path, name):
     fifo, plain = tmp_path / f"fifo{ending(name)}", tmp_path / f"plain{ending(name)}"
     os.mkfifo(fifo)
@@ -238,8 +243,17 @@ def test_a_pipe_is_written_through(run, words, tmp_path, name):
     assert received[0].count(b"\n") == plain.read_bytes().count(b"\n") or "picture" in name
 
 
-@pytest.mark.parametrize("path", ["-", "-q -", "/dev/stdout", "/dev/fd/1"])
-@pytest.mark.parametrize("name", [name for name in COMMANDS if ending(name) != ".svg"])
+PRINTED = [name for name in COMMANDS if ending(name) != ".svg"]
+WAYS = ["-", "-q -", "/dev/stdout", "/dev/fd/1"]
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    mostly_slow(
+        itertools.product(PRINTED, WAYS),
+        [each for each in itertools.product(PRINTED, WAYS) if each[0] in FEW or each[1] == "-q -"],
+    ),
+)
 def test_standard_output_has_the_output_and_nothing_else(run, words, tmp_path, name, path):
     plain = tmp_path / f"plain{ending(name)}"
     command = words(COMMANDS[name])
@@ -295,24 +309,32 @@ def test_numbers_that_json_does_not_have_stay_out_of_the_output(run, inputs, fol
             assert code == 1 and "error" in first and "error" not in second
 
 
-def test_process_substitutions_get_the_output(folder, tmp_path, inputs):
-    generate = f"tempo-mlx generate hi -q -m 3 --model {folder}"
-    (tmp_path / "run.sh").write_text(
-        f"{generate} -o plain.json 2>&1 || exit\n"
-        f"{generate} -o >(cat > piped.json) || exit\n"
-        f"tempo-mlx score in/rows.jsonl --model {folder} -o >(cat > piped.jsonl) || exit\n"
-        f"tempo-mlx generate --prompts-file in/prompts.jsonl -m 3 --model {folder}"
-        " -o >(cat > rows.jsonl) || exit\n"
-        # The reader takes one character and leaves.
-        f"{generate} -o >(head -c1 > one) || exit\n"
-        "wait\n"
-    )
+GENERATE = "generate hi -q -m 3"
+#: Commands, the readers of what they write, and what it begins with.
+SUBSTITUTED = [
+    (GENERATE, "cat", '{"'),
+    (GENERATE, "head -c1", "{"),
+    ("score in/rows.jsonl", "cat", '{"row": 0'),
+    ("generate --prompts-file in/prompts.jsonl -m 3", "cat", '{"row": 0'),
+]
+
+
+@pytest.mark.parametrize(
+    ("command", "reader", "beginning"), mostly_slow(SUBSTITUTED, SUBSTITUTED[1:3])
+)
+def test_process_substitutions_get_the_output(folder, tmp_path, inputs, command, reader, beginning):
+    line = f"tempo-mlx {command} --model {folder} -o >({reader} > found) || exit\nwait\n"
+    (tmp_path / "run.sh").write_text(line)
     found = shell("source ./run.sh", tmp_path)
     assert found.returncode == 0 and "rror" not in found.stderr, found.stderr
-    assert (tmp_path / "one").read_text() == "{"
-    assert len(json.loads((tmp_path / "piped.json").read_text())["steps"]) == 3
-    assert json.loads((tmp_path / "piped.jsonl").read_text())["row"] == 0
-    assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 2
+    text = (tmp_path / "found").read_text()
+    assert text.startswith(beginning)
+    if reader != "cat":
+        assert text == beginning
+    elif command == GENERATE:
+        assert len(json.loads(text)["steps"]) == 3
+    else:
+        assert len(text.splitlines()) == (1 if "score" in command else 2)
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device of Linux")
@@ -334,18 +356,25 @@ def test_a_full_device_is_named_and_nothing_else_is_lost(run, words, tmp_path):
     assert stat.S_ISCHR(os.stat("/dev/full").st_mode)
 
 
+PRINTING = ["generate hi -q -m 3 --model {model}", "experiment schema", "--help"]
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device of Linux")
-def test_a_full_standard_output_is_named(folder, tmp_path):
-    for command in (f"generate hi -q -m 3 --model {folder}", "experiment schema", "--help"):
-        found = shell(f"tempo-mlx {command} > /dev/full", tmp_path)
-        assert found.returncode == 2
-        assert found.stderr == "tempo-mlx: error: standard output: No space left on device\n"
+@pytest.mark.parametrize("command", mostly_slow(PRINTING, PRINTING[:1]))
+def test_a_full_standard_output_is_named(folder, tmp_path, command):
+    found = shell(f"tempo-mlx {command.format(model=folder)} > /dev/full", tmp_path)
+    assert found.returncode == 2
+    assert found.stderr == "tempo-mlx: error: standard output: No space left on device\n"
 
 
-def test_a_reader_of_standard_output_may_leave(folder, tmp_path):
-    for command in (f"generate hi -q -m 3 --model {folder} -o -", "experiment schema"):
-        found = shell(f"tempo-mlx {command} | head -c1; echo ${{PIPESTATUS[0]}}", tmp_path)
-        assert (found.stdout, found.stderr) == ("{0\n", "")
+PIPED = ["generate hi -q -m 3 --model {model} -o -", "experiment schema"]
+
+
+@pytest.mark.parametrize("command", mostly_slow(PIPED, PIPED[1:]))
+def test_a_reader_of_standard_output_may_leave(folder, tmp_path, command):
+    line = f"tempo-mlx {command.format(model=folder)} | head -c1; echo ${{PIPESTATUS[0]}}"
+    found = shell(line, tmp_path)
+    assert (found.stdout, found.stderr) == ("{0\n", "")
 
 
 def test_overwrite_needs_an_output(run, words):

@@ -14,6 +14,7 @@ from tempo_mlx.models import PositionedModel, attention, forward_pass
 from tempo_mlx.models.states import BranchStates
 from tempo_mlx.rules.visibility import VISIBILITY
 from tempo_mlx.weights.recipes import HOME_VARIABLE
+from tests.sweeps import mostly_slow
 from tests.tiny_folder import save_tiny_model
 from tests.tiny_models import tiny_config, tiny_model
 
@@ -129,7 +130,7 @@ def test_siblings_that_see_each_other_fail(monkeypatch):
     assert "visible: cached = replay" not in found
 
 
-@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+@pytest.mark.parametrize("dtype", mostly_slow([mx.float16, mx.bfloat16], [mx.bfloat16]))
 def test_tolerances_of_few_bits_still_notice_visible_siblings(monkeypatch, dtype):
     model = random_model("llama")
     model.set_dtype(dtype)

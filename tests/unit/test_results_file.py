@@ -191,9 +191,9 @@ with module.ResultsFile(Path(sys.argv[2]), [str(row) for row in range(n)]) as re
 
 
 def worker(path, n):
-    file = os.path.dirname(importlib.util.find_spec("tempo_mlx").origin)
+    package = os.path.dirname(importlib.util.find_spec("tempo_mlx").origin)
     return subprocess.Popen(
-        [sys.executable, "-c", WORKER, file, str(path), str(n)],
+        [sys.executable, "-c", WORKER, str(package), str(path), str(n)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

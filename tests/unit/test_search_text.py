@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
 
+from ..sweeps import mostly_slow
 from ..tiny_models import tiny_model
 from ..tiny_tokenizer import TinyTokenizer
 
@@ -22,7 +23,10 @@ ENDS = (7, 30)
 PROMPT = [3, 17, 41, 5, 22, 9]
 
 
-@pytest.fixture(scope="module", params=["llama", "gemma3_text", "qwen3_moe", "qwen3_next"])
+NAMES = ["llama", "gemma3_text", "qwen3_moe", "qwen3_next"]
+
+
+@pytest.fixture(scope="module", params=NAMES)
 def model(request):
     return tiny_model(request.param, seed=1)
 
@@ -54,7 +58,14 @@ def assert_exact(model, tree, threshold):
     return checked
 
 
-@pytest.mark.parametrize("evaluation", ["mean_logprob", "rollout"])
+@pytest.mark.parametrize(
+    ("model", "evaluation"),
+    mostly_slow(
+        itertools.product(NAMES, ["mean_logprob", "rollout"]),
+        [("llama", "rollout"), ("gemma3_text", "mean_logprob"), ("qwen3_next", "rollout")],
+    ),
+    indirect=["model"],
+)
 def test_every_probability_is_that_of_a_sequential_decode(model, tokenizer, evaluation):
     """With subtrees kept, other branches dropped, and windows crossed (gemma3's are short)."""
     checked, sizes = 0, []

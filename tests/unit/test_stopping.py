@@ -113,7 +113,8 @@ class SplitTokenizer(TinyTokenizer):
 def test_a_stop_that_tokens_split_is_found(visibility, threshold):
     settings = {"threshold": threshold, "max_parallel": 2, "visibility": visibility}
     stopped = 0
-    for seed in range(20):
+    # The text of the 19th is the first that holds the character whatever the settings are.
+    for seed in range(19, 39):
         model = tiny_model("llama", seed=seed)
         tokenizer = SplitTokenizer(model.args.vocab_size, ())
         stop = tokenizer.character

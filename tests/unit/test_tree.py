@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.models.cache import make_prompt_cache
 
+from ..sweeps import mostly_slow
 from ..tiny_models import tiny_model
 from ..tiny_tokenizer import TinyTokenizer
 
@@ -27,9 +28,11 @@ NAMES = [
     "mamba2",
     "falcon_h1",
 ]
+#: Attention, its windows, a state beside it and a state alone.
+FEW = ["llama", "gemma3_text", "qwen3_next", "mamba2"]
 
 
-@pytest.fixture(scope="module", params=NAMES)
+@pytest.fixture(scope="module", params=mostly_slow(NAMES, FEW))
 def model(request):
     return tiny_model(request.param, seed=1)
 
@@ -191,7 +194,7 @@ def test_rows_of_a_batch_with_different_trees_do_not_mix():
         assert result.verification.max_logit_difference < 1e-4
 
 
-@pytest.mark.parametrize("name", [*NAMES, "rwkv7"])
+@pytest.mark.parametrize("name", mostly_slow([*NAMES, "rwkv7"], ["gpt_oss", "lfm2", "rwkv7"]))
 def test_branches_in_rows_of_their_own_make_the_same_tree(name):
     model = tiny_model(name, seed=1)
     tokenizer = TinyTokenizer(60, end_tokens=ENDS)
