@@ -141,8 +141,8 @@ class Store:
             )
         if (self.folder / SUITE).exists() and not done_runs(self.folder) <= self.runs.keys():
             raise TempoError(
-                f"{self.folder} holds runs that another version of tempo-mlx made of this suite; "
-                "choose another --output"
+                f"{self.folder} holds runs that another version of tempo-mlx, or of a rule of "
+                "yours, made of this suite; choose another --output"
             )
 
     def _remove_leftovers(self) -> None:

@@ -56,7 +56,10 @@ def _rule(kind: RuleChoice) -> Any:
 def _keys(owner: type, inner: type | None = None) -> dict[str, Any]:
     """Name -> type of the fields of a settings class; a seed comes from the suite's list."""
     return {
-        name: Annotated[_written(entry, inner), Field(description=entry.help.replace("`", ""))]
+        name: Annotated[
+            _written(entry, inner),
+            Field(description=entry.help.replace("`", ""), json_schema_extra=entry.kind.bounds),
+        ]
         for name, entry in table(owner).items()
         if name != "seed" and not entry.kind.python_only
     }

@@ -58,6 +58,11 @@ class Kind:
         """The value as the settings keep it; TempoError names what is wrong with it."""
         return value
 
+    @property
+    def bounds(self) -> dict[str, Any]:
+        """What a JSON Schema says of the range."""
+        return {}
+
     def from_json(self, value: Any) -> Any:
         """What a value that JSON, YAML or an option has means; NotImplemented for another type.
 
@@ -87,6 +92,10 @@ class Count(Kind):
     def check(self, name: str, value: Any) -> Any:
         check_count(name, value, self.least)
         return value
+
+    @property
+    def bounds(self) -> dict[str, Any]:
+        return {"minimum": self.least}
 
     def from_json(self, value: Any) -> Any:
         # Not by isinstance, for which true is an integer.
@@ -118,6 +127,11 @@ class Number(Kind):
     def check(self, name: str, value: Any) -> Any:
         check_range(name, value, self.low, self.high, self.low_open, self.said)
         return value
+
+    @property
+    def bounds(self) -> dict[str, Any]:
+        least = "exclusiveMinimum" if self.low_open else "minimum"
+        return {least: self.low, "maximum": self.high}
 
     def from_json(self, value: Any) -> Any:
         if type(value) is int:

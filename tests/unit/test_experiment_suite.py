@@ -291,6 +291,9 @@ def test_the_schema_knows_every_setting_and_every_choice():
     grid = schema["$defs"]["Grid"]["properties"]
     assert grid["threshold"]["type"] == "array" and grid["threshold"]["items"]["type"] == "number"
     assert schema["required"] == ["name", "prompts"]
+    threshold, width = settings["properties"]["threshold"], settings["properties"]["beam_width"]
+    assert (threshold["exclusiveMinimum"], threshold["maximum"]) == (0, 1)
+    assert width["minimum"] == 1 and "branches at most" in width["description"]
     json.dumps(schema)
 
 

@@ -349,6 +349,9 @@ def test_rules_of_a_file_beside_a_suite(run, folder, rules, tmp_path, runner):
     assert code == 0 and "4 of 4 runs are done, 4 now" in out, err
     code, out, _ = run(*command)
     assert code == 0 and "4 of 4 runs are done, 0 now" in out
+    rules.write_text(RULES + "\n# changed\n")
+    code, _, err = run(*command)
+    assert code == 2 and "a rule of yours" in err and "Traceback" not in err
 
 
 @pytest.mark.parametrize(
