@@ -38,7 +38,7 @@ class BlasInfo:
     origin: str
     #: One line: why mlx's own is in use; empty where another was loaded.
     reason: str = ""
-    #: What brings a faster one, mostly a command; or empty.
+    #: How to get a faster one, mostly a command; or empty.
     remedy: str = ""
 
 
@@ -59,7 +59,7 @@ def preload() -> BlasInfo:
 
 
 def info() -> BlasInfo:
-    """What `preload` did."""
+    """The result of :func:`preload`."""
     return preload()
 
 
@@ -89,7 +89,7 @@ def _preload() -> BlasInfo:
         return BlasInfo(
             None,
             "mlx",
-            "mlx.core was imported before tempo_mlx, so its BLAS could not be replaced any more",
+            "mlx.core was imported before tempo_mlx, so its BLAS can no longer be replaced",
             "import tempo_mlx before mlx and mlx_lm",
         )
     if wanted:

@@ -23,7 +23,7 @@ from ..text.printable import visible
 COMMANDS = {
     "generate": "Generate text with parallel token sets.",
     "search": "Search for a text by Monte Carlo tree search over one shared cache.",
-    "score": "Score words that may go on from contexts, and rank them.",
+    "score": "Score words that may follow contexts, and rank them.",
     "serve": "Serve a model over HTTP, as OpenAI's interface has it, with exact scores and sets.",
     "experiment": "Run suites of prompts, settings and seeds from one file; stop and resume them, "
     "analyse and report what came out.",
@@ -130,7 +130,7 @@ def main() -> None:
         if message := error.format_message():
             fail(message)
     except BrokenPipeError:
-        # The reader of our output is gone (`| head`); there is nobody to tell.
+        # The reader of our output has left (`| head`), which is not an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except (TempoError, OSError) as error:

@@ -1,4 +1,4 @@
-"""What a run looks like in a terminal: its steps, its verdicts, its figures."""
+"""What a run looks like in a terminal: steps, pruning decisions, statistics."""
 
 from collections.abc import Iterable
 
@@ -15,7 +15,7 @@ from ..text.rendering import plain as plain_text
 
 
 def verdicts(result: GenerationResult) -> Table:
-    """Every verdict on a set as a table: after which step, scores, threshold, what fell."""
+    """Every pruning decision as a table: after which step, scores, threshold, what was pruned."""
     table = Table("after step", "set", "token", "probability", "score", "threshold", "verdict")
     tokens = {t.slot: t for step in result.lattice.steps for t in step.tokens}
     for decision in result.lattice.pruning_decisions:
@@ -46,7 +46,7 @@ def coloured(spans: Iterable[Span]) -> Text:
 
 
 def pruned_steps(result: GenerationResult, plain: bool) -> Text:
-    """All steps as they stand; pruned tokens between tildes where there are no colours."""
+    """All steps; pruned tokens between tildes where there are no colours."""
     writer = StepWriter()
     spans = [span for step in result.lattice.steps for span in writer.write(step)]
     spans += writer.finish()

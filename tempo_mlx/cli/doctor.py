@@ -46,15 +46,15 @@ def doctor(
         bool,
         typer.Option(
             "--all",
-            help="With --check: also models that need too long on this device for a minute.",
+            help="With --check: also the models that are slow on this device.",
         ),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Say what is installed, on what device, how fast, and what is missing.
 
-    Where something is missing, the command that mends it stands below the table. With --check,
-    runs are compared with an uncached replay, with stock mlx-lm and with NumPy.
+    Below the table it says how to fix what is missing. With --check, runs are compared with an
+    uncached replay, with stock mlx-lm and with NumPy.
     """
     require_effect(context, {"everything": (Need("check"),)})
     if check:
@@ -80,7 +80,7 @@ def with_progress(everything: bool) -> list[Check]:
     with Progress(
         *columns, console=console, transient=True, disable=not console.is_terminal
     ) as progress:
-        # Which models this device is fast enough for turns out on the way.
+        # How many checks there are depends on the device, and is not known before.
         task = progress.add_task("", total=None)
 
         def tell(what: str) -> None:

@@ -36,9 +36,9 @@ def list_models(
 ) -> None:
     """List the models that run by name and those in the Hub's cache.
 
-    A recipe's model is fetched and converted when it is first used, or by `models fetch`. Of the
-    Hub's models the configuration alone is read: one that is listed as supported has an
-    architecture that can hold parallel tokens exactly.
+    A recipe's model is fetched and converted when it is first used, or by `models fetch`. Only the
+    configuration of the Hub's models is read: a supported model has an architecture that can hold
+    parallel tokens exactly.
     """
     if context.invoked_subcommand is not None:
         if as_json:

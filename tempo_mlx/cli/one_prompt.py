@@ -7,9 +7,7 @@ from ..errors import TempoError
 from ..io.inputs import HYPHEN, read_text
 
 #: What the help says of files and standard input.
-AS_IN_AN_EDITOR = (
-    "A byte order mark and one final newline, as editors write them, are no part of the prompt."
-)
+AS_IN_AN_EDITOR = "A byte order mark and one final newline, as editors write them, are left out."
 
 
 def read_prompt(prompt: str | None, option: str | None, file: Path | None) -> str:
@@ -21,7 +19,7 @@ def read_prompt(prompt: str | None, option: str | None, file: Path | None) -> st
         file: what --prompt-file says.
 
     Raises:
-        TempoError: if there is none or more than one, it cannot be read, or is no Unicode text.
+        TempoError: if there is none or more than one, it cannot be read, or is not Unicode text.
     """
     given = [each for each in (prompt, option, file) if each is not None]
     if len(given) != 1:

@@ -91,7 +91,7 @@ def is_standard_output(path: Path | None) -> bool:
 
 
 def json_where(test: Callable[[dict[str, Any]], bool]) -> Callable[[Path], bool]:
-    """Recognises files that hold one JSON object, of which the test is true."""
+    """Recognises files that hold one JSON object that passes the test."""
 
     def ours(path: Path) -> bool:
         with path.open("rb") as file:
@@ -107,7 +107,7 @@ def json_where(test: Callable[[dict[str, Any]], bool]) -> Callable[[Path], bool]
 
 
 def beginning(*starts: bytes) -> Callable[[Path], bool]:
-    """Recognises files by their first bytes, of which a kill may have left fewer."""
+    """Recognises files by their first bytes, or fewer if a kill cut them short."""
 
     def ours(path: Path) -> bool:
         with path.open("rb") as file:
@@ -128,7 +128,7 @@ def picture(*kinds: str) -> Callable[[Path], bool]:
 
 
 class Written:
-    """Writes the outputs of a command, each whatever becomes of the others, and says so.
+    """Writes the outputs of a command, each even if others fail, and says so.
 
     Args:
         notes: where it is said.

@@ -18,7 +18,7 @@ from .effects import require_effect
 from .options import Overwrite
 from .outputs import Output, check_outputs, picture, say_written
 
-#: Rows of the curve in the terminal, an odd number: half the base has a row of its own.
+#: Rows of the curve in the terminal, an odd number, so that one row is half the base.
 ROWS = 13
 
 #: Steps whose thresholds are worth a line each.
@@ -62,7 +62,7 @@ def schedule(
     ] = None,
     overwrite: Overwrite = False,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print the values as JSON and nothing else.")
+        bool, typer.Option("--json", help="Print only the values, as JSON.")
     ] = False,
 ) -> None:
     """Show how a schedule moves a threshold over a run.

@@ -57,8 +57,8 @@ def score(
         typer.Argument(
             metavar="INPUT",
             help='.jsonl, lines such as {"context": "He is", "candidates": ["happy", "sad"]}; or '
-            ".tsv or .txt, lines of context, tab, word, of which those of one context are ranked "
-            "together, wherever they stand. A first line 'context', tab, 'word' is skipped. '-' "
+            ".tsv or .txt, lines of context, tab, word; the words of one context are ranked "
+            "together, wherever they are. A first line 'context', tab, 'word' is skipped. '-' "
             "reads standard input.",
         ),
     ],
@@ -70,7 +70,7 @@ def score(
             metavar="FILE",
             parser=output_file,
             help="Write the results here, in the format of the input; text gives JSON where this "
-            "ends in .jsonl. A run that was interrupted goes on where it was. '-' is standard "
+            "ends in .jsonl. Rerun the same command to resume an interrupted run. '-' is standard "
             "output.",
         ),
     ] = None,
@@ -88,7 +88,7 @@ def score(
         float, typer.Option(help="Factor on the log-probability of a word, in nats.")
     ] = 1.0,
     word_insertion_bonus: Annotated[
-        float, typer.Option(help="Added to the score of each word, whatever the weight.")
+        float, typer.Option(help="Added to the score of each word; not multiplied by the weight.")
     ] = 0.0,
     truecase: Annotated[
         str | None,
@@ -114,7 +114,7 @@ def score(
         str,
         typer.Option(
             metavar="|".join(AGGREGATES),
-            help="What log-probabilities make one where a candidate is a list of spellings.",
+            help="How to combine the log-probabilities of the spellings of one candidate.",
         ),
     ] = "max",
     max_kv_bytes: Annotated[
@@ -140,7 +140,7 @@ def score(
         bool, typer.Option("--stats", help="Say what it took: passes, tokens, memory.")
     ] = False,
 ) -> None:
-    """Score words that may go on from contexts, and rank them.
+    """Score words that may follow contexts, and rank them.
 
     score = weight x log-probability of the word given its context + word insertion bonus
 

@@ -73,7 +73,7 @@ def search(
     value: Annotated[
         str | None,
         typer.Option(
-            help="A function of your own instead: FILE.py:NAME, taking (token ids, text) and "
+            help="Your own function instead: FILE.py:NAME, taking (token ids, text) and "
             "returning a number in [0, 1]."
         ),
     ] = None,
@@ -104,14 +104,12 @@ def search(
         ),
     ] = None,
     overwrite: Overwrite = False,
-    quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="Print the text and nothing else.")
-    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only the text.")] = False,
 ) -> None:
     """Search for a text by Monte Carlo tree search over one shared cache.
 
-    For each token, texts that may follow are tried and judged; the token that was visited most is
-    kept, with all that is known below it.
+    For each token, possible continuations are tried and evaluated; the most visited token is kept,
+    and the search continues in its subtree.
     """
     require_effect(context, OPTIONS)
     function = load_object(value, "--value") if value is not None else None
@@ -189,7 +187,7 @@ def search(
         )
         if result.finish_reason == "budget" and not result.choices:
             notes.print(
-                "note: the budget was spent before anything was known of the first token; raise "
+                "note: the budget ran out before the first token was chosen; raise "
                 "--max-forward-tokens or --max-seconds",
                 style="yellow",
             )

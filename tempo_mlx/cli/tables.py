@@ -21,7 +21,7 @@ def parse_widths(text: str, argument: str = "--siblings", least: int = 1) -> lis
     """Widths from "1,2,4"; each once, in the order given.
 
     Raises:
-        ValueError: if one is no integer of at least ``least``.
+        TempoError: if one is not an integer of at least ``least``.
     """
     try:
         widths = list(dict.fromkeys(int(part) for part in text.split(",")))

@@ -101,8 +101,8 @@ class Check:
         form: one of :data:`FORMS`.
         oracle: what it was compared with.
         difference: the largest one found; None where nothing was run.
-        tolerance: what it may be; None where the number is given for comparison only.
-        note: what to know about it.
+        tolerance: the largest allowed; None where the difference is given for comparison only.
+        note: a remark.
     """
 
     model: str
@@ -116,7 +116,7 @@ class Check:
     def failed(self) -> bool:
         if self.difference is None or self.tolerance is None:
             return False
-        # A NaN is no difference within any tolerance.
+        # NaN is within no tolerance.
         return not self.difference <= self.tolerance
 
     @property
@@ -149,7 +149,7 @@ def run_checks(
     """All oracles on random models and on the embedded one, in every precision.
 
     Args:
-        everything: run what is too slow on this device for a quick look as well.
+        everything: also run what is slow on this device.
         progress: called with what is checked next.
     """
     tell = progress or (lambda what: None)
@@ -172,8 +172,8 @@ def run_checks(
 def random_subjects() -> Iterator[Subject]:
     """Tiny random models; those with experts in fp32 only.
 
-    Where a router is undecided, rounding to fewer bits sends a token to another expert, and no
-    tolerance tells that from an error.
+    Near a tie, rounding to fewer bits sends a token to another expert, and no tolerance can tell
+    that from an error.
     """
     prompt = np.random.default_rng(0).integers(0, VOCABULARY, RANDOM_PROMPT).tolist()
     for name in CONFIGS:
@@ -204,7 +204,7 @@ def embedded_subjects(model: nn.Module, tokenizer: Any) -> Iterator[Subject]:
 
 
 def _in_half_precision(subject: Subject) -> Iterator[Subject]:
-    """The same model, cast in place: the one before is gone when the next one comes."""
+    """The same model cast in place, so that only one precision exists at a time."""
     for form, dtype in (("fp16", mx.float16), ("bf16", mx.bfloat16)):
         subject.model.set_dtype(dtype)
         mx.eval(subject.model.parameters())
@@ -247,7 +247,7 @@ def stock_logits(model: nn.Module, ids: list[int], cached: int = 0) -> np.ndarra
 
     Args:
         ids: the text.
-        cached: how many of them are read first, in a pass of their own; the rest one by one.
+        cached: how many of them are read first, in one pass; the rest follow one by one.
             0 reads all in one pass.
     """
     cache = make_prompt_cache(model)
@@ -266,7 +266,7 @@ def stock_difference(subject: Subject, model: PositionedModel) -> tuple[float, s
     half = len(subject.prompt) // 2
     whole = stock_logits(subject.model, subject.prompt)
     one_by_one = stock_logits(subject.model, subject.prompt, half)
-    note = "what the precision itself costs"
+    note = "rounding alone"
     return float(np.abs(whole - one_by_one).max()) / logit_spread(subject), note
 
 
@@ -292,7 +292,7 @@ def replay_difference(
 
 
 def retroactive_pruning_difference(subject: Subject, model: PositionedModel) -> tuple[float, str]:
-    """The same for a run that prunes half of its tokens and weighs keys, where the model can."""
+    """The same for a run that prunes half of its tokens and, where possible, weighs keys."""
     rule = "attention" if model.captures_attention else "posterior"
     return replay_difference(
         subject,
@@ -323,9 +323,9 @@ def sibling_difference(
 def greedy_difference(subject: Subject, model: PositionedModel) -> tuple[float, str]:
     """Compare threshold 1 with mlx-lm's greedy decoding, token for token.
 
-    Where the two take different tokens, the difference is the gap between the two tokens' logits
-    in mlx-lm's run, and the comparison goes on from mlx-lm's text: rounding may decide between
-    two tokens that are nearly as probable, and an error shows as a gap beyond rounding.
+    Where the two choose different tokens, the difference is the gap between the two tokens' logits
+    in mlx-lm's run, and the comparison continues from mlx-lm's text: rounding may decide a near
+    tie, while an error shows as a larger gap.
 
     Returns:
         the largest gap, 0 for the same text; and how many tokens differed, if any.
@@ -499,7 +499,7 @@ class Oracle:
         compare: (subject, its positioned model) -> the largest difference, and a note.
         limit: which tolerance bounds it: "logits", "kernel", "attention" or "none".
         captures: whether it needs a model whose attention can be captured.
-        merges: whether it needs one whose tokens can see sets whole.
+        merges: whether it needs a model whose tokens can see whole sets.
     """
 
     compare: Callable[[Subject, PositionedModel], tuple[float, str]]

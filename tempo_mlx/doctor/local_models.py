@@ -111,7 +111,7 @@ def examined(folder: Path) -> PositionedModel | str:
             return "GGUF files, which mlx-lm does not load"
         return "no config.json"
     except (ValueError, KeyError, TypeError, RecursionError):
-        return "config.json is damaged or names no model_type"
+        return "config.json is damaged or has no model_type"
     if not any(folder.glob("*.safetensors")):
         return "no weights (*.safetensors) in the cache"
     try:
@@ -165,7 +165,7 @@ def folder_bytes(path: Path) -> int:
 
 
 def size(n_bytes: int) -> str:
-    """Bytes for people: "98.4 MB"."""
+    """Bytes in a readable unit: "98.4 MB"."""
     if n_bytes >= 1e9:
         return f"{n_bytes / 1e9:.2f} GB"
     return f"{n_bytes / 1e6:.1f} MB" if n_bytes >= 1e6 else f"{n_bytes / 1e3:.1f} kB"

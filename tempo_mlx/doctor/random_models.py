@@ -16,7 +16,7 @@ VARIATION = 0.1
 VOCABULARY = 128
 CONTEXT = 512
 
-# Heads of 64 values, as real models have them: for much smaller ones mlx has no fused kernel.
+# Heads of 64 values, as in real models: mlx has no fused kernel for much smaller ones.
 _BASE: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 128,

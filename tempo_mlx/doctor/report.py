@@ -31,10 +31,10 @@ class Finding:
 
     Args:
         topic: what.
-        value: what was found, for people.
-        missing: whether something is to be mended.
-        remedy: the command or step that mends it.
-        data: the numbers behind the value, for programs.
+        value: what was found, for the reader.
+        missing: whether something should be fixed.
+        remedy: how to fix it: a command or a step.
+        data: the value in numbers, for programs.
     """
 
     topic: str
@@ -148,7 +148,7 @@ def _blas() -> Finding:
 
 
 def _tf32() -> Finding:
-    """How fp32 products are rounded, which only devices with matrix units let one choose."""
+    """How fp32 products are rounded; a choice on devices with matrix units only."""
     if os.environ.get(TF32_VARIABLE) == "0":
         return Finding("fp32 products", f"in full precision ({TF32_VARIABLE}=0)")
     return Finding(

@@ -28,7 +28,7 @@ _DESCRIPTORS = Path("/dev/fd")
 #: Symbolic links that are followed in a row; the system's own limit is about the same.
 _MOST_LINKS = 40
 
-#: The bits of a mode that let somebody write.
+#: The bits of a mode that allow writing.
 _WRITABLE = stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH
 
 #: Characters of a file's name in its temporary name, which must not become too long.
@@ -48,7 +48,7 @@ def check_writable(argument: str, path: Path) -> None:
             if fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
                 raise TempoError(f"{argument} {path} is open for reading only")
         elif replaceable(path):
-            # It could be replaced nevertheless, which is not what its mode asks for.
+            # Replacing it would work, but its mode asks not to.
             if path.exists() and not path.stat().st_mode & _WRITABLE:
                 raise TempoError(
                     f"{argument} {path} is read-only; make it writable or name another"
@@ -74,7 +74,7 @@ def writing(path: Path) -> Iterator[BinaryIO]:
     """A binary file to write; what it holds appears at path when the block ends without an error.
 
     A symbolic link stays, and its target is written. A file that was there passes on its mode and
-    its owner. What is no regular file (a pipe, a device, an open descriptor such as /dev/fd/63) is
+    its owner. Anything but a regular file (a pipe, a device, a descriptor such as /dev/fd/63) is
     written through; its reader may leave before the end.
 
     Raises:
@@ -104,7 +104,7 @@ def through(path: Path) -> Iterator[BinaryIO]:
     """A pipe, a device or an open descriptor, to be written; what was written to it stays."""
     number = descriptor(path)
     if number == 1:
-        # What Python holds back for it comes first.
+        # What Python has buffered for it comes first.
         sys.stdout.flush()
         yield sys.stdout.buffer
         sys.stdout.buffer.flush()
@@ -116,7 +116,7 @@ def through(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Let errors of the system say which path they are about."""
+    """Add the path to OSErrors raised in the block."""
     try:
         yield
     except OSError as error:
@@ -126,7 +126,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 class Stream:
-    """Text into a pipe or a device, written as soon as it is there; safe to read on a terminal.
+    """Text into a pipe or a device, written at once; safe to read on a terminal.
 
     Args:
         path: None for standard output.
@@ -145,7 +145,7 @@ class Stream:
             OSError: naming the path.
         """
         with naming(self._path):
-            # What is data to a program would command a terminal.
+            # Control characters are data to a program, but commands to a terminal.
             self._file.write((running(text) if self._file.isatty() else text).encode())
             self._file.flush()
 
@@ -166,7 +166,7 @@ def replaceable(path: Path) -> bool:
     """Whether path is a regular file, or will be one: it is written by replacing it.
 
     Raises:
-        OSError: if that cannot be told, for example because a folder may not be searched.
+        OSError: if that is unknown, for example because a folder may not be searched.
     """
     if descriptor(path) is not None:
         return False
@@ -191,7 +191,7 @@ def descriptor(path: Path) -> int | None:
 
 
 def same_file(a: Path, b: Path) -> bool:
-    """Whether two paths lead to one file, as links of both kinds do; or would, if it was there."""
+    """Whether two paths lead to one file, through links of either kind, even one not yet there."""
     try:
         return os.path.samefile(a, b)
     except OSError:
@@ -204,7 +204,7 @@ def _target(path: Path) -> Path:
 
 
 def _new_file(target: Path) -> Path:
-    """A new, empty file beside the target; the system takes the umask from its mode."""
+    """A new, empty file beside the target, with the mode that the umask allows."""
     path = target.with_name(f".{target.name[:_NAME]}.{secrets.token_hex(8)}.tmp")
     os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
     return path

@@ -9,7 +9,7 @@ from typing import Any
 from ..arguments import shown
 from ..errors import TempoError
 
-#: Bytes of one prompt, and of a file of many rows. What is longer may never end.
+#: Most bytes of one prompt, and of a file of many rows: an endless input must not be read on.
 PROMPT_BYTES = 16 * 2**20
 ROWS_BYTES = 256 * 2**20
 
@@ -23,7 +23,7 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 def name_of(file: str | Path) -> str:
-    """What messages call a file."""
+    """The name of a file in messages."""
     return "standard input" if file == HYPHEN else str(file)
 
 
@@ -49,9 +49,9 @@ def read_bytes(file: str | Path, most: int, option: str = "") -> bytes:
 
 
 def read_text(file: str | Path, option: str = "") -> str:
-    """The text of a file or of standard input, as it stands in an editor.
+    """The text of a file or of standard input, as an editor shows it.
 
-    One byte order mark and one final newline are no part of it.
+    A byte order mark and one final newline are left out.
 
     Raises:
         TempoError: if it cannot be read, is too long or not UTF-8.
@@ -76,7 +76,7 @@ def read_lines(file: str | Path) -> list[tuple[int, bytes]]:
 
 
 def text_of(data: bytes) -> str:
-    """The text that bytes are; TempoError for bytes that are no UTF-8."""
+    """Bytes decoded as UTF-8; TempoError if they are not."""
     try:
         return data.decode()
     except UnicodeDecodeError as error:
@@ -105,10 +105,10 @@ def object_of(line: bytes, example: str) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise TempoError(f"not JSON: {error.msg} at column {error.colno}") from error
     except UnicodeEncodeError as error:
-        raise TempoError(r"half a surrogate pair (\ud800 to \udfff), which is no text") from error
+        raise TempoError(r"half a surrogate pair (\ud800 to \udfff), which is not text") from error
     except TempoError:
         raise
-    except (ValueError, RecursionError) as error:  # integers of too many digits, lists in lists
+    except (ValueError, RecursionError) as error:  # integers of too many digits, lists too deep
         raise TempoError(f"not JSON that can be read: {error}") from error
     return given
 
@@ -117,7 +117,11 @@ def shown_json(value: Any, most: int = 80) -> str:
     """A value of a user's file in a message, as JSON and no longer than a line."""
     try:
         text = json.dumps(value, ensure_ascii=False, default=str)
-    except (ValueError, TypeError, RecursionError):  # lists in themselves, keys that are no texts
+    except (
+        ValueError,
+        TypeError,
+        RecursionError,
+    ):  # lists in themselves, keys that are not strings
         return shown(value)
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
@@ -130,20 +134,20 @@ def _file(path: Path, most: int) -> bytes:
 def _standard_input(most: int) -> bytes:
     if sys.stdin is None or sys.stdin.closed:
         raise TempoError("standard input is closed; give the text as an argument or a file")
-    # Not as text, whose encoding depends on the place. What is no real file may have text alone.
+    # As bytes, because the encoding of text depends on the locale; a stand-in may have text only.
     data = getattr(sys.stdin, "buffer", sys.stdin).read(most)
     return data.encode() if isinstance(data, str) else data
 
 
 def _require_shallow(value: Any) -> None:
-    """Raise TempoError for lists in lists so deep that writing them might fail."""
+    """Raise TempoError for nesting so deep that writing it might fail."""
     level = [value]
     for _ in range(LEVELS):
         inside = [each.values() if isinstance(each, dict) else each for each in level]
         level = [one for each in inside for one in each if isinstance(one, (dict, list))]
         if not level:
             return
-    raise TempoError(f"lists and objects in each other, more than {LEVELS} levels of them")
+    raise TempoError(f"lists and objects nested more than {LEVELS} levels deep")
 
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -151,7 +155,7 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise TempoError(f"the key {shown_json(twice)} stands there twice")
+        raise TempoError(f"the key {shown_json(twice)} occurs twice")
     return found
 
 
@@ -163,4 +167,4 @@ def _finite(text: str) -> float:
 
 
 def _no_number(text: str) -> float:
-    raise TempoError(f"{text} is no number in JSON")
+    raise TempoError(f"{text} is not a number in JSON")

@@ -30,8 +30,8 @@ DPI = 200
 #: Longest side of a PNG, in pixels; longer pictures get fewer dots per inch.
 MAX_PIXELS = 20_000
 
-#: Who made a picture, as its metadata say it; and for SVG, PNG and PDF what a file begins with, and
-#: what stands before and after the maker.
+#: The creator of a picture in its metadata; and for SVG, PNG and PDF the first bytes of a file, and
+#: the bytes before and after the creator.
 CREATOR = "tempo-mlx {}"
 MARKS = (
     (b"<?xml", b"<dc:title>", b"</dc:title>"),
@@ -69,7 +69,7 @@ def _import() -> Any:
 
 @contextmanager
 def look() -> Iterator[None]:
-    """Matplotlib's own defaults and ours, whatever the user's are, while a picture is made."""
+    """Matplotlib's defaults and ours in place of the user's, while a picture is made."""
     matplotlib = _import()
     with matplotlib.rc_context(), _quiet("matplotlib.font_manager"):
         matplotlib.rcdefaults()
@@ -96,7 +96,7 @@ def look() -> Iterator[None]:
 
 @contextmanager
 def _quiet(name: str) -> Iterator[None]:
-    """Without a logger's warnings; here, that a family has no bold letters and is drawn plain."""
+    """Silence a logger's warnings; here, that a family has no bold letters and is drawn plain."""
     logger = logging.getLogger(name)
     level = logger.level
     logger.setLevel(logging.ERROR)

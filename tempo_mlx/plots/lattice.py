@@ -78,8 +78,8 @@ def plot_lattice(
             to tokens of earlier sets of several, the strongest :data:`ARCS` of each step.
 
     Raises:
-        ValueError: for a path that cannot be written or has another ending, a ``best`` that is no
-            path of this lattice, or attention of a step that it has not got.
+        TempoError: for a path that cannot be written or has another ending, a ``best`` that is not
+            a path of this lattice, or attention of a step that it does not have.
         ImportError: if Matplotlib is missing.
     """
     check_plot(path)

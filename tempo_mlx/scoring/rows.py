@@ -13,7 +13,7 @@ SCHEMA = 1
 #: What a result adds to its row.
 RESULTS = ("scores", "ranks", "best", "details", ERROR)
 
-#: What the first line of a text may be called, in place of a context and a word.
+#: First lines that name the columns.
 HEADERS = (("context", "word"), ("context", "candidate"))
 
 EXAMPLE = '{"context": "He is", "candidates": ["happy"]}'
@@ -60,7 +60,7 @@ def read_rows(file: str, kind: str) -> list[Row]:
     Args:
         file: its name.
         kind: "jsonl", an object a line; or "tsv", context, tab and word a line. The lines of one
-            context are one row, wherever they stand; a first line that names the columns is
+            context are one row, wherever they are; a first line that names the columns is
             skipped.
 
     Returns:

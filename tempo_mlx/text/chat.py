@@ -16,7 +16,7 @@ def encode_chat(tokenizer: Any, messages: Sequence[Any]) -> list[int]:
             "text": ...} is joined to one text. A message with "tool_calls" needs no content.
 
     Raises:
-        TempoError: naming the message, if it is no such message; if the tokenizer has no template,
+        TempoError: naming the message, if it is malformed; if the tokenizer has no template,
             or the template raises or leaves a message out.
     """
     if not getattr(tokenizer, "has_chat_template", True):

@@ -25,7 +25,7 @@ _UNSAFE_RUNNING = re.compile(
 _BYTES = re.compile("[\udc80-\udcff]+")
 _UNSAFE_JSON = re.compile(f"[\x7f-\x9f{_BIDIRECTIONAL}{_SEPARATORS}{_SURROGATES}]")
 
-#: What stands for the characters that people meet every day.
+#: Symbols of the most common control characters.
 _SYMBOLS = {"\n": "⏎", "\t": "⇥", "\r": "␍", "\x7f": "␡"}
 
 

@@ -77,5 +77,5 @@ class StepWriter:
 
 
 def plain(spans: Iterable[Span]) -> str:
-    """Spans as text without colours; pruned tokens stand between tildes."""
+    """Spans as text without colours; pruned tokens are between tildes."""
     return "".join(f"~{span.text}~" if span.pruned else span.text for span in spans)

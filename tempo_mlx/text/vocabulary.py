@@ -140,7 +140,7 @@ def add_end_token(tokenizer: Any, token: str) -> None:
 
 
 def without_end(tokenizer: Any) -> Any:
-    """The tokenizer, with no token that ends a text."""
+    """The tokenizer without tokens that end a text."""
     endless = copy.copy(tokenizer)
     endless.eos_token_ids = set()
     return endless
@@ -213,7 +213,7 @@ def _begins_with_message(items: list[Any]) -> bool:
 
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:
-    """Ids of a text. What the tokenizer puts before every text stands there once, typed or not."""
+    """Ids of a text. What the tokenizer puts before every text comes once, typed or not."""
     before = begin_tokens(tokenizer)
     bare = list(tokenizer.encode(text, add_special_tokens=False)) if before else []
     return bare if before and bare[: len(before)] == before else list(tokenizer.encode(text))
@@ -227,7 +227,7 @@ def begin_tokens(tokenizer: Any) -> list[int]:
 
 
 def _items(prompt: Any) -> list[Any]:
-    """What a prompt that is no text consists of."""
+    """What a prompt that is not text consists of."""
     if hasattr(prompt, "tolist"):  # arrays of numpy and mlx
         prompt = prompt.tolist()
     if isinstance(prompt, Mapping):

@@ -24,7 +24,7 @@ _NOT_COUNTED = object()
 
 
 def identify(model: nn.Module, tokenizer: Any) -> str:
-    """32 hexadecimal digits of all that decides what a model makes of a text.
+    """32 hexadecimal digits of everything that decides a model's output.
 
     The same for a model that was loaded from another place; another one if its configuration, its
     weights, its tokenizer or the tokens that end a text differ.
@@ -77,7 +77,7 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 
 
 def _vocabulary(tokenizer: Any) -> Any:
-    """The ids and rules of a tokenizer, in whatever form it can tell them."""
+    """The ids and rules of a tokenizer, in the form that it offers."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         return _rules(backend.to_str())
@@ -109,7 +109,7 @@ def _digest_of_file(path: Path) -> str:
 
 
 def _class_name(module: nn.Module) -> str:
-    # PositionedModel puts classes of its own in the place of some.
+    # PositionedModel replaces some classes.
     kind = getattr(module, "stands_for", type(module))
     return f"{kind.__module__}.{kind.__qualname__}"
 

@@ -42,7 +42,7 @@ MOST_LAYERS = 1000
 
 
 class ModelLoadError(TempoError):
-    """A model that cannot be loaded; one line that says why, and what to do."""
+    """A model cannot be loaded; one line says why and what to do."""
 
 
 def load(
@@ -69,9 +69,9 @@ def load(
         mlx-lm's model and tokenizer wrapper, as `mlx_lm.load` returns them.
 
     Raises:
-        ModelLoadError: nothing goes by that name, or what is there is damaged, incomplete, of an
-            architecture that mlx-lm does not have, in need of code of its own, or out of reach.
-        RecipeError: the recipe's model cannot be made ready.
+        ModelLoadError: there is no model of that name, or it is damaged, incomplete, of an
+            architecture that mlx-lm does not have, in need of custom code, or out of reach.
+        RecipeError: the recipe's model cannot be prepared.
     """
     folder = locate(path_or_hf_repo, revision)
     _check_folder(folder)
@@ -79,7 +79,7 @@ def load(
         raise ModelLoadError(f"adapter_path {adapter_path} has no adapters.safetensors")
     config = _read_config(folder)
     if (own := config.get("model_file")) is not None:
-        raise ModelLoadError(f"{folder} needs code of its own ({own}), which is not run")
+        raise ModelLoadError(f"{folder} needs custom code ({own}), which is not run")
     check_layers(folder, config)
     model = _load_model(folder, config["model_type"], lazy)
     if adapter_path is not None:
@@ -106,7 +106,7 @@ def locate(path_or_hf_repo: str | Path, revision: str | None = None) -> Path:
     path = Path(name).expanduser()
     is_recipe = recipe in known and (variant in ("", *VARIANTS) or not path.exists())
     if revision is not None and (is_recipe or path.exists()):
-        raise ModelLoadError(f"revision {revision!r} is for Hub ids, and {name} is none")
+        raise ModelLoadError(f"revision {revision!r} is for Hub ids, and {name} is not one")
     if is_recipe:
         return prepare(known[recipe], variant or None)
     if path.suffix == ".gguf":
@@ -120,14 +120,14 @@ def locate(path_or_hf_repo: str | Path, revision: str | None = None) -> Path:
         raise ModelLoadError(f"{name} is a file; name the folder that has config.json")
     if HUB_ID.fullmatch(name) is None:
         raise ModelLoadError(
-            f"{name!r} is no recipe ({', '.join(known)}), no folder, and no Hub id (owner/name)"
+            f"{name!r} is not a recipe ({', '.join(known)}), a folder or a Hub id (owner/name)"
         )
     return _download(name, revision)
 
 
 def _download(name: str, revision: str | None) -> Path:
     """A snapshot of a repository on the Hub; from the cache where it is there already."""
-    nowhere = f"{name} is no folder here, and"
+    nowhere = f"{name} is not a folder here, and"
     try:
         return Path(
             mlx_lm.utils.snapshot_download(
@@ -141,7 +141,7 @@ def _download(name: str, revision: str | None) -> Path:
         elif any(isinstance(cause, GatedRepoError) for cause in causes):
             message = f"{name} is gated: accept its terms on the Hub, then run `hf auth login`"
         elif any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
-            message = f"{nowhere} the Hub has none of that name that you may read"
+            message = f"{nowhere} the Hub has no repository of that name that you may read"
         elif any(isinstance(cause, OfflineModeIsEnabled) for cause in causes):
             message = f"{nowhere} the Hub is switched off (HF_HUB_OFFLINE) and not in the cache"
         elif isinstance(error, LocalEntryNotFoundError):
@@ -157,8 +157,8 @@ def _check_folder(folder: Path) -> None:
         ggufs = sorted(folder.glob("*.gguf"))
         raise ModelLoadError(
             f"{folder} has no config.json"
-            + (f", only {ggufs[0].name}, and mlx-lm loads no GGUF" if ggufs else "")
-            + "; a folder as mlx_lm.convert writes it is needed"
+            + (f", only {ggufs[0].name}, and mlx-lm does not load GGUF" if ggufs else "")
+            + "; it must be a folder as mlx_lm.convert writes it"
         )
     if not any(folder.glob(WEIGHTS)):
         missing = _missing_weights(folder) or [WEIGHTS]
@@ -166,7 +166,7 @@ def _check_folder(folder: Path) -> None:
 
 
 def _missing_weights(folder: Path) -> list[str]:
-    """Files that the index names and that are not there, of tensors that no other file has.
+    """Missing files that the index names, whose tensors are in no other file.
 
     An index may be older than the files: it says nothing where the weights are complete.
     """
@@ -222,7 +222,7 @@ def _load_model(folder: Path, model_type: str, lazy: bool) -> nn.Module:
     except Exception as error:
         if str(error).startswith("Model type"):
             version = mlx_lm.__version__
-            message = f"mlx-lm {version} has no architecture {model_type!r}, which {folder} is of"
+            message = f"mlx-lm {version} has no architecture {model_type!r}, which {folder} needs"
         elif missing := _missing_weights(folder):
             message = f"weights are missing from {folder}: {', '.join(missing)}"
         else:
@@ -249,7 +249,7 @@ def _load_adapters(model: nn.Module, adapter_path: Path) -> nn.Module:
 def _load_tokenizer(
     folder: Path, config: dict[str, Any], tokenizer_config: dict[str, Any] | None
 ) -> TokenizerWrapper:
-    # Unless it is told, transformers asks on standard output and runs the code where one says yes.
+    # By default transformers asks on standard output, and runs the code if the user says yes.
     given = {"trust_remote_code": False, **(tokenizer_config or {})}
     try:
         tokenizer = mlx_lm.utils.load_tokenizer(
@@ -258,7 +258,7 @@ def _load_tokenizer(
     except Exception as error:  # the tokenizers library raises bare Exceptions
         if "trust_remote_code" in str(error):
             raise ModelLoadError(
-                f"the tokenizer in {folder} needs code of its own, which is not run"
+                f"the tokenizer in {folder} needs custom code, which is not run"
             ) from error
         has_words = (folder / "vocab.txt").is_file()
         missing = _missing_vocabulary(folder, WORDS if has_words else BYTE_PAIRS)
@@ -273,11 +273,11 @@ def _load_tokenizer(
 
 
 def _missing_vocabulary(folder: Path, names: Iterable[str]) -> list[str]:
-    """Files of a tokenizer that are not there, where nothing stands in for them.
+    """Files of a tokenizer that are missing and that no other file replaces.
 
     Args:
         folder: of the model.
-        names: of the files that may be there in place of tokenizer.json, all of them.
+        names: of all files that may replace tokenizer.json.
     """
     if any((folder / name).is_file() for name in WHOLE_TOKENIZERS):
         return []
@@ -287,7 +287,7 @@ def _missing_vocabulary(folder: Path, names: Iterable[str]) -> list[str]:
     absent = sorted(name for name in parts if not (folder / name).is_file())
     if parts and not absent:
         return []
-    # What is there in part tells which of the forms it was.
+    # The files that are there tell which of the forms it was.
     return absent if len(absent) < len(parts) else [WHOLE_TOKENIZERS[0]]
 
 

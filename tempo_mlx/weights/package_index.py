@@ -150,7 +150,7 @@ def _open(url: str) -> Any:
         token = base64.b64encode(pair.encode()).decode()
         # A redirect may lead to another host, which must not see them.
         request.add_unredirected_header("Authorization", f"Basic {token}")
-    # The system's certificates: python.org's Python for macOS comes without any of its own.
+    # The system's certificates: python.org's Python for macOS has none.
     context = truststore.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     if certificates := os.environ.get("PIP_CERT") or os.environ.get("SSL_CERT_FILE"):
         context.load_verify_locations(certificates)

@@ -1,7 +1,7 @@
-"""Models that are ready to run: fetched and converted once, found on the disk from then on.
+"""Models that run by name: fetched and converted once, then found on the disk.
 
-A recipe is a TOML file that says where the weights come from and what they must turn out to be. The
-folders of a model appear whole or not at all: they are built under another name and renamed.
+A recipe is a TOML file with the source of the weights, their checksums and architecture. A model's
+folder appears whole or not at all: it is built under another name and renamed.
 """
 
 import fcntl
@@ -41,7 +41,7 @@ CHUNK_BYTES = 1 << 20
 
 
 class RecipeError(TempoError):
-    """A model of a recipe that cannot be made ready, in one line."""
+    """The model of a recipe cannot be prepared; one line says why."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Recipe:
         return root() / self.name / variant
 
     def is_ready(self, variant: str) -> bool:
-        """Whether the variant needs no more fetching or converting."""
+        """Whether the variant has been fetched and converted."""
         return (self.folder(variant) / gguf.CONFIG).is_file()
 
 
@@ -89,7 +89,7 @@ def recipes() -> dict[str, Recipe]:
     """The recipes, by name.
 
     Raises:
-        RecipeError: a recipe's file is not as it should be.
+        RecipeError: a recipe's file is invalid.
     """
     found = {}
     for path in sorted(_recipe_folder().glob("*.toml")):
@@ -122,7 +122,7 @@ def prepare(
     source: Path | None = None,
     progress: ProgressCallback | None = None,
 ) -> Path:
-    """Make a model ready to be loaded, and return its folder in mlx-lm's layout.
+    """Prepare a model for loading, and return its folder in mlx-lm's layout.
 
     Where it is ready already, nothing is written and no network is needed. Several processes may
     ask for the same model: one works, the others wait.
@@ -131,7 +131,7 @@ def prepare(
         recipe: one of `recipes()`.
         variant: one of `VARIANTS`; None for the one that suits the device.
         source: the wheel or the GGUF file, if it was fetched by other means.
-        progress: told what goes on; None for a bar on the terminal, if standard error is one.
+        progress: called as work goes on; None draws a bar if standard error is a terminal.
 
     Raises:
         RecipeError: the file cannot be fetched, is not the right one, or there is no room or no
@@ -146,10 +146,10 @@ def prepare(
     if recipe.is_ready(variant):
         return folder
     if source is not None and not source.is_file():
-        raise RecipeError(f"there is no file {source}")
+        raise RecipeError(f"{source} does not exist")
     try:
         root().mkdir(parents=True, exist_ok=True)
-        with _alone(recipe) as work, _told(progress) as tell:
+        with _alone(recipe) as work, _reporting(progress) as tell:
             if not recipe.is_ready(QUANTISED):
                 _check_space(recipe, work, QUANTISED)
                 _write_quantised(recipe, work, source, tell)
@@ -162,7 +162,7 @@ def prepare(
         ) from error
     except package_index.NotOnIndexError as error:
         raise RecipeError(
-            f"{error}, which {recipe.name} is made from. {_by_hand(recipe)}"
+            f"{error}, from which {recipe.name} is made. {_by_hand(recipe)}"
         ) from error
     except gguf.GgufError as error:
         raise RecipeError(f"{recipe.name} cannot be converted: {error}") from error
@@ -228,7 +228,7 @@ def _fetch(recipe: Recipe, path: Path, tell: ProgressCallback) -> None:
 
 @contextmanager
 def _opened(recipe: Recipe, source: Path) -> Iterator[IO[bytes]]:
-    """The GGUF file inside a wheel, or the file itself if it is no archive."""
+    """The GGUF file inside a wheel, or the file itself if it is not an archive."""
     if not zipfile.is_zipfile(source):
         with open(source, "rb") as file:
             yield file
@@ -237,7 +237,9 @@ def _opened(recipe: Recipe, source: Path) -> Iterator[IO[bytes]]:
         with zipfile.ZipFile(source) as archive, archive.open(recipe.source.file) as file:
             yield file
     except (KeyError, zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise RecipeError(f"{source.name} gives no {recipe.source.file}: {error}") from error
+        raise RecipeError(
+            f"{recipe.source.file} cannot be read from {source.name}: {error}"
+        ) from error
 
 
 def _copy(source: IO[bytes], destination: IO[bytes]) -> str:
@@ -259,7 +261,7 @@ def _check_architecture(recipe: Recipe, folder: Path) -> None:
 
 
 def _check_space(recipe: Recipe, work: Path, variant: str) -> None:
-    """RecipeError unless the disk has room for what one variant writes meanwhile."""
+    """RecipeError unless the disk has room for everything that preparing a variant writes."""
     fetched = recipe.source.wheel_bytes + 2 * recipe.source.file_bytes
     needed = fetched if variant == QUANTISED else 4 * recipe.parameters
     free = shutil.disk_usage(work).free
@@ -275,7 +277,7 @@ def _alone(recipe: Recipe) -> Iterator[Path]:
     """An empty work folder beside the model's, while no other process works on the same model."""
     work = root() / f".{recipe.name}.partial"
     with open(root() / f".{recipe.name}.lock", "w") as lock:
-        # The system lets go of it when the process ends, however it ends.
+        # The system releases the lock when the process ends, however it ends.
         fcntl.flock(lock, fcntl.LOCK_EX)
         if work.exists():
             shutil.rmtree(work)  # of a process that was killed
@@ -292,7 +294,7 @@ def _publish(built: Path, folder: Path) -> None:
         _flush(path)
     folder.parent.mkdir(exist_ok=True)
     if folder.exists():
-        shutil.rmtree(folder)  # without its config.json it is not one of ours, or damaged
+        shutil.rmtree(folder)  # without a config.json it is damaged, or not ours
     built.rename(folder)
     _flush(folder.parent)
 
@@ -306,7 +308,7 @@ def _flush(path: Path) -> None:
 
 
 @contextmanager
-def _told(progress: ProgressCallback | None) -> Iterator[ProgressCallback]:
+def _reporting(progress: ProgressCallback | None) -> Iterator[ProgressCallback]:
     """The given callback, or one that draws a bar for each thing that is done."""
     if progress is not None:
         yield progress
@@ -359,4 +361,4 @@ def _read(path: Path) -> Recipe:
         source, eos = Source(**content.pop("source")), tuple(content.pop("eos"))
         return Recipe(source=source, eos=eos, **content)
     except (tomllib.TOMLDecodeError, KeyError, TypeError) as error:
-        raise RecipeError(f"recipe {path} is not as it should be: {error}") from error
+        raise RecipeError(f"recipe {path} is invalid: {error}") from error

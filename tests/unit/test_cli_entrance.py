@@ -33,7 +33,8 @@ def strict(tmp_path_factory):
 
 
 def lines(text):
-    return [json.loads(line) for line in text.splitlines()]
+    """The records of a file in the order of their rows."""
+    return sorted(map(json.loads, text.splitlines()), key=lambda record: record["row"])
 
 
 def refused(result, *words):

@@ -112,11 +112,11 @@ def test_an_object_is_what_json_says():
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ('{"a": 1, "a": 1}', 'key "a" stands there twice'),
-        ('{"a": 1, "\\u0061": 2}', 'key "a" stands there twice'),
-        ('{"x": [{"a": 1, "b": 2, "a": 3}]}', 'key "a" stands there twice'),
-        ('{"a": NaN}', "NaN is no number in JSON"),
-        ('{"a": [Infinity]}', "Infinity is no number in JSON"),
+        ('{"a": 1, "a": 1}', 'key "a" occurs twice'),
+        ('{"a": 1, "\\u0061": 2}', 'key "a" occurs twice'),
+        ('{"x": [{"a": 1, "b": 2, "a": 3}]}', 'key "a" occurs twice'),
+        ('{"a": NaN}', "NaN is not a number in JSON"),
+        ('{"a": [Infinity]}', "Infinity is not a number in JSON"),
         ('{"a": -1e309}', "-1e309 is too large"),
         ('{"a": "\\ud800"}', "half a surrogate pair"),
         ('{"\\udfff": 1}', "half a surrogate pair"),

