@@ -470,6 +470,11 @@ def setting(
     return field(default=default, metadata={"entry": entry})
 
 
+def same(owner: type, name: str, default: Any) -> Any:
+    """A field as another settings class has it, with a default of its own."""
+    return field(default=default, metadata={"entry": table(owner)[name]})
+
+
 def table(owner: type) -> dict[str, Entry]:
     """The settings of a class by name."""
     return {each.name: each.metadata["entry"] for each in fields(owner)}

@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ..arguments import check_count, check_range, shown
+from ..arguments import check_count, shown
 from ..errors import TempoError, raised_here
-from ..rules.rule import Rule, find, stored
+from ..rules.rule import Rule, find
+from ..rules.table import Count, Number, RuleChoice, check_all, documented, setting
 from .tree import ROOT, UNEXPANDED, Tree
 
 
@@ -136,34 +137,38 @@ def backup_rule(given: Any) -> BackupRule:
 MOST_EXPLORATION = 1e9
 
 
+@documented
 @dataclass(frozen=True)
 class TreePolicy:
     """How a tree is searched.
-
-    Args:
-        selection: which child comes next: a name in :data:`SELECTIONS`, a function or a
-            :class:`ChildRule`.
-        exploration: the constant c of the selection rule, [0, 1e9].
-        backup: what a node makes of the values below it: a name in :data:`BACKUPS`, a function or
-            a :class:`BackupRule`.
-        leaves_per_batch: leaves that are expanded and evaluated together, at least 1.
 
     Raises:
         ValueError: naming the argument, its value and the allowed range.
     """
 
-    selection: str | ChildRule = "uct"
-    exploration: float = math.sqrt(2)
-    backup: str | BackupRule = "mean"
-    leaves_per_batch: int = 1
+    selection: str | ChildRule = setting(
+        "uct",
+        RuleChoice(SELECTIONS, ChildRule),
+        "Which child comes next. uct: value + c sqrt(ln N / n). puct: value + c p sqrt(N) / "
+        "(1 + n), with the prior p, the model's probability. Or a rule of your own.",
+    )
+    exploration: float = setting(
+        math.sqrt(2),
+        Number(0, MOST_EXPLORATION, said="finite and at least 0, "),
+        "The constant c, in [0, 1e9].",
+        short="-c",
+    )
+    backup: str | BackupRule = setting(
+        "mean",
+        RuleChoice(BACKUPS, BackupRule),
+        "What a node makes of the values below it. Or a rule of your own.",
+    )
+    leaves_per_batch: int = setting(
+        1, Count(), "Leaves that are expanded and evaluated in one forward pass, at least 1."
+    )
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "selection", stored(child_rule(self.selection), SELECTIONS))
-        object.__setattr__(self, "backup", stored(backup_rule(self.backup), BACKUPS))
-        check_range(
-            "exploration", self.exploration, 0.0, MOST_EXPLORATION, words="finite and at least 0, "
-        )
-        check_count("leaves_per_batch", self.leaves_per_batch)
+        check_all(self)
 
 
 class SearchError(TempoError):

@@ -18,16 +18,10 @@ from ..rules.table import (
     Temperature,
     check_all,
     documented,
+    same,
     setting,
 )
-from .monte_carlo import (
-    BACKUPS,
-    MOST_EXPLORATION,
-    SELECTIONS,
-    BackupRule,
-    ChildRule,
-    TreePolicy,
-)
+from .monte_carlo import BackupRule, ChildRule, TreePolicy
 
 #: The longest time that may be set, in seconds: more than 30 years.
 MOST_SECONDS = 1e9
@@ -107,24 +101,10 @@ class SearchSettings:
         "is.",
     )
     max_parallel: int = setting(8, Count(), "Tokens tried after each text at most, at least 1.")
-    selection: str | ChildRule = setting(
-        "puct",
-        RuleChoice(SELECTIONS, ChildRule),
-        "Which child comes next. uct: value + c sqrt(ln N / n). puct: value + c p sqrt(N) / "
-        "(1 + n), with the model's probability p. Or a rule of your own.",
-    )
-    exploration: float = setting(
-        1.0,
-        Number(0, MOST_EXPLORATION, said="finite and at least 0, "),
-        "The constant c, in [0, 1e9].",
-        short="-c",
-    )
-    backup: str | BackupRule = setting(
-        "mean",
-        RuleChoice(BACKUPS, BackupRule),
-        "What a node makes of the values below it. Or a rule of your own.",
-    )
-    leaves_per_batch: int = setting(8, Count(), "Leaves in one forward pass, at least 1.")
+    selection: str | ChildRule = same(TreePolicy, "selection", "puct")
+    exploration: float = same(TreePolicy, "exploration", 1.0)
+    backup: str | BackupRule = same(TreePolicy, "backup", "mean")
+    leaves_per_batch: int = same(TreePolicy, "leaves_per_batch", 8)
     evaluation: str | EvaluationRule = setting(
         "mean_logprob",
         RuleChoice(EVALUATIONS, EvaluationRule),

@@ -1,6 +1,6 @@
 """Visibility rules against the definitions, slot by slot."""
 
-from tempo_mlx.lattice.lattice import Lattice, Step, Token
+from tempo_mlx.lattice.lattice import Lattice, Slot, Step, Token
 from tempo_mlx.rules.visibility import VISIBILITY, WITH_PARENTS, may_attend, weighted_rows
 
 import numpy as np
@@ -62,6 +62,19 @@ def test_rule_is_its_definition(rule, lattice):
         [by_definition(rule, lattice, q, k) for k in range(len(slots))] for q in range(len(slots))
     ]
     np.testing.assert_array_equal(mask, expected)
+
+
+@pytest.mark.parametrize("rule", VISIBILITY)
+@given(lattices())
+def test_what_one_pair_says_is_the_definition_too(rule, lattice):
+    chains = lattice.with_chains(lattice.slots).chains
+    rows = zip(lattice.slots.step.tolist(), lattice.slots.set_size.tolist(), chains, strict=True)
+    slots = [Slot(i, step, size, frozenset(c.tolist())) for i, (step, size, c) in enumerate(rows)]
+    for query in slots[len(lattice.prompt_tokens) :]:
+        for key in slots[: query.index]:
+            if lattice.slots.pruned_at[key.index] >= query.step:
+                sees = VISIBILITY[rule].sees(query, key)
+                assert sees == by_definition(rule, lattice, query.index, key.index)
 
 
 @pytest.mark.parametrize("rule", VISIBILITY)
