@@ -91,12 +91,6 @@ def hub_models(cache: Path | None = None) -> Iterator[HubModel]:
         yield HubModel(repo.repo_id, path, repo.size_on_disk, why, states)
 
 
-def problem(folder: Path) -> str | None:
-    """Why the model in a folder cannot hold parallel tokens, or None; loads no weights."""
-    found = examined(folder)
-    return found if isinstance(found, str) else None
-
-
 def examined(folder: Path) -> PositionedModel | str:
     """The model in a folder without its weights, or why it cannot hold parallel tokens.
 

@@ -1,12 +1,12 @@
 """Tiny random models of a few kinds of attention and one hybrid, for checks without a download."""
 
-import importlib
 import math
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map_with_path
+from mlx_lm.utils import _get_classes
 
 #: Standard deviation of a matrix product whose input has standard deviation 1.
 GAIN = 1.2
@@ -96,8 +96,8 @@ def random_model(name: str, seed: int = 0, **changed: Any) -> nn.Module:
         changed: fields of the configuration that differ from the ones in :data:`CONFIGS`.
     """
     config = CONFIGS[name] | changed
-    module = importlib.import_module(f"mlx_lm.models.{config['model_type']}")
-    model = module.Model(module.ModelArgs.from_dict(config))
+    model_class, args_class = _get_classes(config)
+    model: nn.Module = model_class(args_class.from_dict(config))
     key = mx.random.key(seed)
 
     def draw(path: str, initial: mx.array) -> mx.array:

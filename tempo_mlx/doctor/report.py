@@ -8,7 +8,6 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,8 @@ from .local_models import recipe_models, size
 
 DEFAULT_MODEL = "smollm2-135m"
 
-#: Extra -> the packages that it brings, as they are imported.
-EXTRAS = {"plots": ("matplotlib",)}
+#: The extra of the project's developers, which users do not miss.
+DEVELOPMENT = "dev"
 
 
 @dataclass(frozen=True)
@@ -184,9 +183,32 @@ def _default_model() -> list[Finding]:
 
 def _extras() -> list[Finding]:
     findings = []
-    for extra, packages in EXTRAS.items():
-        absent = [package for package in packages if find_spec(package) is None]
+    for extra, packages in packages_of_extras().items():
+        absent = [package for package in packages if not _is_installed(package)]
         value = f"missing: {', '.join(absent)}" if absent else "present"
         remedy = f"{sys.executable} -m pip install {' '.join(absent)}" if absent else ""
         findings.append(Finding(f"extra {extra}", value, bool(absent), remedy))
     return findings
+
+
+def packages_of_extras() -> dict[str, list[str]]:
+    """Extra -> the packages that it installs, as the metadata of the installed project say."""
+    found: dict[str, list[str]] = {}
+    try:
+        requirements = metadata.requires("tempo-mlx") or []
+    except metadata.PackageNotFoundError:
+        return found
+    for requirement in requirements:
+        name = re.match(r"[\w.-]+", requirement)
+        extra = re.search(r"extra == ['\"]([\w.-]+)['\"]", requirement)
+        if name and extra and extra[1] != DEVELOPMENT:
+            found.setdefault(extra[1], []).append(name[0])
+    return found
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return False
+    return True

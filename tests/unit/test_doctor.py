@@ -1,15 +1,19 @@
 """The doctor's oracles accept what is right and reject what is broken; its tables hold facts."""
 
+import io
 import json
 import sys
 
 from tempo_mlx import cli
+from tempo_mlx.cli.doctor import print_checks, print_findings
 from tempo_mlx.doctor import checks
 from tempo_mlx.doctor import local_models as inventory
 from tempo_mlx.doctor import report as doctor
 from tempo_mlx.doctor.checks import FORMS, ORACLES, TOLERANCE, Check, Subject, check
 from tempo_mlx.doctor.random_models import CONFIGS, VOCABULARY, Letters, random_model
+from tempo_mlx.doctor.report import Finding
 from tempo_mlx.errors import TempoError
+from tempo_mlx.io.console import Console
 from tempo_mlx.models import PositionedModel, attention, forward_pass
 from tempo_mlx.models.states import BranchStates
 from tempo_mlx.rules.visibility import VISIBILITY
@@ -336,7 +340,34 @@ def test_a_branch_costs_what_it_does_in_the_precision_of_the_weights(name, bits,
 
 
 def test_problem_of_a_folder_that_loads_is_none(tmp_path):
-    assert inventory.problem(save_tiny_model(tmp_path / "tiny")) is None
+    assert isinstance(inventory.examined(save_tiny_model(tmp_path / "tiny")), PositionedModel)
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_checks_and_findings_are_whole_on_narrow_terminals(width):
+    found = [
+        Check("random llama", form, oracle, 1.2e-6, 1e-3) for form in FORMS for oracle in ORACLES
+    ]
+    file = io.StringIO()
+    console = Console(file=file, width=width, force_terminal=True, color_system=None)
+    print_checks(found, console)
+    path = "/home/somebody/.cache/tempo-mlx/smollm2-135m/fp32"
+    print_findings([Finding("smollm2-135m/fp32", f"ready, 538.1 MB in {path}")], console)
+    text = file.getvalue()
+    assert max(map(len, text.splitlines())) <= width and "…" not in text
+    assert text.count("1.2e-06 ok") == len(found)
+    for oracle in ORACLES:
+        assert all(word in text for word in oracle.split())
+    assert path in "".join(line.split("│")[-2].strip() for line in text.splitlines() if "│" in line)
+
+
+def test_every_extra_but_the_developers_is_looked_for(monkeypatch):
+    requirements = ["mlx", "a-b<2; extra == 'plots'", 'mlx ; extra == "x"', "ruff; extra == 'dev'"]
+    monkeypatch.setattr(doctor.metadata, "requires", lambda name: requirements)
+    assert doctor.packages_of_extras() == {"plots": ["a-b"], "x": ["mlx"]}
+    first, second = doctor._extras()
+    assert (first.topic, first.value, first.missing) == ("extra plots", "missing: a-b", True)
+    assert first.remedy.endswith("-m pip install a-b") and second.value == "present"
 
 
 def test_checked_model_is_unchanged():

@@ -203,7 +203,7 @@ def test_layers_without_end_are_not_made(folder, monkeypatch, value):
     ):
         change_config(folder, **change)
         assert f"it says {value} layers" in fail(folder)
-        assert f"it says {value} layers" in inventory.problem(folder)
+        assert f"it says {value} layers" in str(inventory.examined(folder))
 
 
 def test_an_architecture_whose_package_is_missing_is_named(folder, monkeypatch):
