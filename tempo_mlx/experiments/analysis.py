@@ -1,4 +1,4 @@
-"""The analysis of a suite: all that is computed from its tables, and the files it fills."""
+"""The analysis of a suite: computed from its tables, saved as files."""
 
 import json
 from dataclasses import asdict, dataclass, replace
@@ -36,32 +36,32 @@ from .tables import Tables
 #: Version of the files.
 SCHEMA = 2
 
-#: Where the files are, in the folder of a suite's run.
+#: Where the files are in a suite's folder.
 FOLDER, INFO = "analysis", "analysis.json"
 CSV, PARQUET = ".csv", ".parquet"
-#: The tables, each with what it holds; in a cell, no set size or layer means all of them.
+#: The tables and their contents. An empty set size or layer stands for all.
 CONTENTS = {
     "runs": "the runs that were analysed",
-    "matches": "how many siblings and sets found controls, by condition and category",
-    "balance": "how alike siblings and controls are, before and after matching",
-    "effects": "siblings minus controls by category, set size and layer, the naive number beside",
+    "matches": "how many siblings and sets have controls, by condition and category",
+    "balance": "how similar siblings and controls are, before and after matching",
+    "effects": "siblings minus controls, and the naive difference, by category, set size and layer",
     "contrasts": "the same, one condition minus another, prompt by prompt",
-    "prompts": "the values of each prompt that these are computed from",
-    "intervals": "the effect in each prompt, with an interval of its own",
+    "prompts": "the values of each prompt behind these tables",
+    "intervals": "the effect in each prompt, with its interval",
     "heads": "siblings and controls by layer and head",
-    "distances": "attention of matched siblings and controls by distance",
+    "distances": "attention to matched siblings and controls by distance",
     "influence": "outliers and leave-one-out influence of the prompts",
-    "sensitivity": "the effect under other rules of matching",
+    "sensitivity": "the effect under other matching rules",
     "seeds": "how much the effect varies between seeds and between prompts",
     "models": "mixed models of the same questions",
-    "kl": "divergence of the conditions' next distributions by step",
+    "kl": "divergence between the conditions' next distributions by step",
     "entropy": "entropy of attention by condition and layer",
-    "first_token": "attention of the prompt's first token by condition and layer",
+    "first_token": "attention to the prompt's first token by condition and layer",
 }
-#: In Parquet and CSV only.
+#: Tables in Parquet and CSV only.
 NOT_IN_JSON = ("prompts",)
 
-#: Other rules, beside those chosen.
+#: Rules of matching for the table of sensitivity.
 OTHER_RULES = (
     Rules(0.25, 3),
     Rules(0.5, 1),
@@ -75,20 +75,20 @@ OTHER_RULES = (
     Rules(None, None, "none"),
 )
 
-#: Bootstrap samples, and their seed.
+#: Default number of bootstrap samples, and their seed.
 RESAMPLES, SEED = 9999, 0
 
-#: Bootstrap samples at most.
+#: Most bootstrap samples.
 MOST_RESAMPLES = 1_000_000
 
 
 @dataclass(frozen=True)
 class Analysis:
-    """What was found.
+    """The results of an analysis.
 
     Args:
-        info: schema, suite, manifest, how it was analysed (rules, confidence, families, ...), and
-            notes: what to know about these data.
+        info: schema, suite, manifest, settings of the analysis (rules, confidence, families, ...)
+            and notes on the data.
         tables: by the names in :data:`CONTENTS`.
     """
 
@@ -99,7 +99,7 @@ class Analysis:
         return self.tables[name]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready: ``info``, and rows of the tables with None where there is no number."""
+        """JSON-ready: ``info`` and the rows of the tables; missing numbers are None."""
         kept = {name: table for name, table in self.tables.items() if name not in NOT_IN_JSON}
         return {**self.info, "tables": {name: _records(table) for name, table in kept.items()}}
 
@@ -107,17 +107,17 @@ class Analysis:
 def analyze(
     tables: Tables, rules: Rules | None = None, resamples: int = RESAMPLES, seed: int = SEED
 ) -> Analysis:
-    """Analyse a suite; the prompt is the unit of replication throughout.
+    """Analyse a suite. Only prompts are replicates.
 
     Args:
-        tables: of the runs that are done.
+        tables: of the done runs.
         rules: of matching.
         resamples: of each bootstrap, at least 1.
         seed: of the bootstraps, at least 0.
 
     Raises:
-        ValueError: if a number is not finite, a column is missing, or no run has siblings that a
-            later step could see.
+        TempoError: if a number is not finite, a column is missing, or no run has siblings that a
+            later step can see.
     """
     rules = rules or Rules()
     check_count("resamples", resamples, most=MOST_RESAMPLES)
@@ -126,8 +126,8 @@ def analyze(
     keys = keys_of(tables)
     if not (keys["kind"] == "sibling").any():
         raise TempoError(
-            "no run has a set of two or more tokens that a later step could see: nothing to "
-            "compare; a lower threshold or more steps give some"
+            "no run has a set of two or more tokens that a later step can see, so there is nothing "
+            "to compare; lower the threshold or run more steps"
         )
     found = measure(tables, rules, keys)
     runs = tables.runs
@@ -189,10 +189,10 @@ def analyze(
 
 
 def prompt_intervals(found: Measurements, runs: DataFrame) -> DataFrame:
-    """The effect in each prompt, with an interval over what varies inside the prompt.
+    """The effect in each prompt, with an interval over what varies within the prompt.
 
-    Over its runs, where there are at least three (seeds); else over its parallel sets. The interval
-    describes the prompt, not the model: what holds beyond the prompt has its interval over prompts.
+    That is its runs, if there are at least three (seeds), else its parallel sets. The interval
+    describes the prompt. Only intervals over prompts say what holds beyond them.
 
     Returns:
         measure, category, prompt_id, prompt, condition, effect, low, high, n (runs or sets that the
@@ -206,7 +206,7 @@ def prompt_intervals(found: Measurements, runs: DataFrame) -> DataFrame:
             category, prompt, condition = map(str, labels)
             several = mine["run_id"].nunique() >= MIN_PROMPTS
             clusters = ["run_id"] if several else ["run_id", "key_step"]
-            # Every run counts the same, as everywhere.
+            # Every run counts equally.
             weights = 1 / mine.groupby("run_id")["siblings"].transform("size")
             effect, low, high, n = clustered_mean(
                 (mine["siblings"] - mine["controls"]).to_numpy(),
@@ -222,7 +222,7 @@ def prompt_intervals(found: Measurements, runs: DataFrame) -> DataFrame:
 
 
 def distances(measured: Measured) -> DataFrame:
-    """Attention of matched units and their controls by distance: means over prompts."""
+    """Attention to matched units and their controls by distance: means over prompts."""
     matched = measured.units[measured.units["controls"].notna()]
     by = ["condition", "distance"]
     found = over_prompts(matched, by, ["siblings", "controls"])
@@ -233,14 +233,14 @@ def distances(measured: Measured) -> DataFrame:
 def sensitivity(
     tables: Tables, keys: DataFrame, rules: Rules, pairs: list[tuple[str, str]]
 ) -> DataFrame:
-    """The effect by token and by set, over everything, under other rules of matching.
+    """The overall effect by token and by set under other matching rules.
 
     Returns:
         caliper, window (empty: any), adjustment, chosen (the rules of this analysis), measure,
         condition (or "second - first" of a pair), n, effect, effect_low, effect_high, without
         (share of a condition's units that found no control).
     """
-    # These measures are linear: the mean over layers and heads may be taken first.
+    # These measures are linear, so the mean over layers and heads can be taken first.
     mean = tables.received.mean(axis=(1, 2), dtype=np.float64)
     flat = replace(tables, received=mean[:, None, None])
     by = ["measure", "condition"]
@@ -287,7 +287,7 @@ def seed_sensitivity(found: Measurements, tables: Tables) -> DataFrame:
             row |= {"prompts": mine["prompt_id"].nunique(), "runs": len(mine)}
             row |= {"distinct": distinct, "sd_seeds": None, "sd_prompts": None, "icc": None}
             if len(mine) == row["prompts"]:
-                note = "one run for each prompt: nothing varies but the prompt"
+                note = "one run for each prompt: only the prompt varies"
                 rows.append(row | {"converged": None, "note": note})
                 continue
             model = seed_model(mine[["prompt_id", "effect"]])
@@ -322,12 +322,12 @@ def models(seen: DataFrame, pairs: list[tuple[str, str]]) -> DataFrame:
 
 
 def notes(found: Measurements, tables: Tables, seeds: DataFrame, rules: Rules) -> list[str]:
-    """What a reader of these results has to know about these data."""
+    """Notes for the reader of the results."""
     said = []
     runs = tables.runs
     if runs["seed"].isna().all():
         said.append(
-            "Selection was deterministic: a seed changes nothing, each configuration ran once."
+            "Selection was deterministic, so seeds have no effect: each configuration ran once."
         )
     of_tokens = seeds[seeds["measure"] == "token"]
     for row in each(of_tokens):
@@ -344,7 +344,7 @@ def notes(found: Measurements, tables: Tables, seeds: DataFrame, rules: Rules) -
         with_units = set(here["prompt_id"])
         with_controls = set(here.loc[here["matched"] > 0, "prompt_id"])
         for what, missing in (
-            ("no set of several tokens that a later step could see", prompts - with_units),
+            ("no set of several tokens that a later step can see", prompts - with_units),
             ("siblings, but none with a matched control", with_units - with_controls),
         ):
             if missing:
@@ -360,7 +360,7 @@ def notes(found: Measurements, tables: Tables, seeds: DataFrame, rules: Rules) -
             )
         if rules.adjustment != "none" and condition not in found.adjusted:
             said.append(
-                f"{condition}: too few single tokens for slopes; controls are not adjusted."
+                f"{condition}: too few single tokens to fit slopes; controls are not adjusted."
             )
     everyone = set(runs["prompt_id"])
     for condition, mine in runs.groupby("condition", sort=False):
@@ -393,23 +393,26 @@ def save(analysis: Analysis, folder: Path) -> Path:
 
 
 def files_of(folder: Path) -> list[Path]:
-    """The files that :func:`save` writes; the last one is whole when all are."""
+    """The files that :func:`save` writes, in this order."""
     tables = [folder / FOLDER / f"{name}{end}" for name in CONTENTS for end in (CSV, PARQUET)]
     return [*tables, folder / FOLDER / INFO]
 
 
 def load_analysis(folder: Path) -> Analysis:
-    """What :func:`save` wrote.
+    """The analysis that :func:`save` wrote.
 
     Raises:
-        ValueError: if there is none, not of this version, or if runs have been done since.
+        TempoError: if there is none, it is of another version, or runs have finished since.
     """
     path = folder / FOLDER / INFO
     if not path.is_file():
         raise TempoError(f"{folder} has no analysis; run: tempo-mlx experiment analyze {folder}")
     info = json.loads(path.read_text(encoding="utf-8"))
     if info.get("schema") != SCHEMA:
-        raise TempoError(f"{path} is of version {info.get('schema')}, this program reads {SCHEMA}")
+        raise TempoError(
+            f"{path} has version {info.get('schema')}, this version of tempo-mlx reads {SCHEMA}; "
+            f"run again: tempo-mlx experiment analyze {folder}"
+        )
     del info["tables"]
     tables = {name: pd.read_parquet(path.with_name(f"{name}{PARQUET}")) for name in CONTENTS}
     done = done_runs(folder)

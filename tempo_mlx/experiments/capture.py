@@ -1,7 +1,7 @@
-"""What is kept of a run: reductions of its attention, and how its distributions differ from others.
+"""Captures of a run: reductions of its attention, and divergences from other runs.
 
-A :class:`Recorder` observes one run. The runs of a group differ in visibility only; their
-distributions at each step are compared by one :class:`Divergence`.
+A :class:`Recorder` observes one run. The runs of a group differ in visibility only; one
+:class:`Divergence` compares their distributions at each step.
 """
 
 from dataclasses import dataclass
@@ -11,13 +11,13 @@ import numpy as np
 
 from ..decode.observation import Observation, StepAttention
 
-#: Most probable tokens that are kept of each distribution.
+#: How many of the most probable tokens of each distribution are kept.
 TOP = 20
 
-#: What the logarithm of a probability takes in place of what fp32 rounds to 0.
+#: Smallest probability whose logarithm is taken; fp32 rounds smaller ones to 0.
 LEAST = float(np.finfo(np.float32).tiny)
 
-#: Axes of the arrays that are kept of each run, outermost first.
+#: Axes of the arrays of a run, outermost first.
 AXES = {
     "received": ("entry", "layer", "head"),
     "query_step": ("entry",),
@@ -29,17 +29,17 @@ AXES = {
     "next_probabilities": ("step", "rank"),
 }
 
-#: Axes of an attention matrix; there is one for each query step.
+#: Axes of an attention matrix; each query step has one.
 MATRIX_AXES = ("layer", "head", "query", "key")
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Divergences of the distributions of two runs of a group, at the same step.
+    """Divergences between two runs of a group, at the same steps.
 
     Args:
-        a, b: numbers of the runs in their group.
-        steps: at which both had a distribution.
+        a, b: positions of the runs in their group.
+        steps: at which both have a distribution.
         ab, ba: KL(a||b) and KL(b||a), nats, one for each step.
     """
 
@@ -53,10 +53,10 @@ class Pair:
 class Divergence:
     """KL divergences between the runs of one group, step by step.
 
-    A distribution is kept only until all runs of the group have shown theirs of the same step.
+    A distribution is dropped once all runs of the group have added theirs of the same step.
 
     Args:
-        members: runs of the group.
+        members: number of runs in the group.
     """
 
     def __init__(self, members: int):
@@ -69,16 +69,16 @@ class Divergence:
         self._complete: set[int] = set()
 
     def add(self, member: int, step: int, p: np.ndarray) -> None:
-        """Take the distribution [V] that a run's step was selected from."""
+        """Add the distribution [V] that a run's step was selected from."""
         if step in self._complete:
-            return  # of a run that had to start again
+            return  # the run started again
         logs = np.log(np.maximum(p, np.float32(LEAST)))
         waiting = self._waiting.setdefault(step, {})
         for other, (q, other_logs) in waiting.items():
             if other == member:
                 continue
             difference = logs - other_logs
-            # No BLAS: its threads would take the cores from the model's.
+            # Not by BLAS, whose threads would compete with the model's.
             ours = 0.0 + float((p * difference).sum(dtype=np.float64))
             theirs = 0.0 - float((q * difference).sum(dtype=np.float64))
             pair = (member, other) if member < other else (other, member)
@@ -89,7 +89,7 @@ class Divergence:
             self._complete.add(step)
 
     def pairs(self) -> list[Pair]:
-        """What was found, for each pair of runs."""
+        """The divergences of each pair of runs."""
         pairs = []
         for (a, b), found in self._found.items():
             steps = sorted(found)
@@ -99,12 +99,12 @@ class Divergence:
 
 
 class Recorder:
-    """Collects what is kept of one run; an :class:`~tempo_mlx.decode.observation.Observer`.
+    """Collects the captures of one run; an :class:`~tempo_mlx.decode.observation.Observer`.
 
     Args:
-        matrices: keep the attention matrices, too.
-        divergence: of the run's group; None where it is the only run.
-        member: number of the run in the group.
+        matrices: keep the attention matrices too.
+        divergence: of the run's group; None for the only run of a group.
+        member: position of the run in the group.
     """
 
     def __init__(self, matrices: bool, divergence: Divergence | None, member: int):
@@ -123,7 +123,7 @@ class Recorder:
             self._divergence.add(self._member, seen.step, seen.distribution)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """The reductions, by the names of :data:`AXES`; nothing of attention after one step."""
+        """The reductions, named as in :data:`AXES`; a run of one step has none of attention."""
         steps = self._attention
         arrays = {
             "next_ids": np.stack([ids for ids, _ in self._next]).astype(np.int32),

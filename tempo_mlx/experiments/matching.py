@@ -1,7 +1,7 @@
-"""Who is compared with whom: tokens of parallel sets, and single tokens as like them as can be.
+"""Matching: which single tokens are the controls of the tokens of parallel sets.
 
-Attention pools in the first token and decays with distance, so a token of a set is compared only
-with single tokens at the same distance from their query, never with the prompt.
+Attention pools in the first token and decays with distance. So a token of a set is compared only
+with single tokens at the same distance from their query, and never with the prompt.
 """
 
 from dataclasses import dataclass
@@ -16,45 +16,44 @@ from statsmodels.stats.weightstats import DescrStatsW  # type: ignore[import-unt
 from ..arguments import check_choice, check_count, check_range
 from .tables import Tables
 
-#: Where controls are looked for, in this order; the columns that unit and control share. Never in
-#: other prompts: these are the units of replication, and sharing controls would tie them together.
+#: Where controls are searched, in this order, and the columns that unit and control share there.
+#: Never in other prompts: they are the replicates, and shared controls would make them dependent.
 SCOPES = {"run": ["run_id"], "prompt": ["prompt_id", "condition"]}
 
-#: Probabilities nearer to 0 or 1 than this count as this near: 1 has no logit.
+#: Probabilities are clipped to this distance from 0 and 1, whose logits are infinite.
 NEAREST = 1e-6
 
-#: Candidate pairs that are held at once.
+#: Candidate pairs in memory at once.
 PAIRS_AT_ONCE = 4_000_000
 
-#: What matching leaves different, and adjustment evens out.
+#: Covariates that matching may leave different, and that adjustment corrects for.
 ADJUSTED = ["logit", "query_step", "n_keys"]
 COVARIATES = ("distance", *ADJUSTED)
 
 #: Largest caliper; no two logits in fp32 differ by more.
 MOST_LOGITS = 1e39
 
-#: How the rest of the difference is evened out.
+#: How remaining differences are adjusted for.
 ADJUSTMENTS = ("linear", "none")
-#: Single tokens for each coefficient of the adjustment; with fewer there is none.
+#: Fewest single tokens for each coefficient of the adjustment.
 ROWS_EACH = 10
 
 
 @dataclass(frozen=True)
 class Rules:
-    """How alike a control is.
+    """How similar a control must be. Its distance is always the same.
 
-    Its distance is always the same. All single tokens that qualify are controls, with equal
-    weights and for as many units as they fit (radius matching with replacement, Dehejia and Wahba
-    2002).
+    All single tokens that qualify are controls with equal weights, each for any number of units
+    (radius matching with replacement, Dehejia and Wahba 2002).
 
     Args:
-        caliper: largest difference of the logits of the two probabilities, above 0; 0.5 lets the
-            odds differ by a factor of 1.65; None for any.
-        window: largest difference of the two query steps, at least 0: attention is shared by more
-            keys at later steps; 0 finds controls in other runs of the prompt alone; None for any.
-        adjustment: "linear": what controls draw is moved to the unit's logit, query step and number
-            of keys along slopes fitted to all single tokens of the condition (matching with bias
-            correction, Abadie and Imbens 2011); "none": as they are.
+        caliper: largest difference between the logits of the two probabilities, above 0. With 0.5
+            the odds differ by a factor of up to 1.65. None for any.
+        window: largest difference between the two query steps, at least 0. More keys share the
+            attention at later steps. 0 finds controls in other runs only. None for any.
+        adjustment: "linear" moves the attention of controls to the unit's logit, query step and
+            number of keys, along slopes fitted to all single tokens of the condition (matching
+            with bias correction, Abadie and Imbens 2011). "none" leaves it.
     """
 
     caliper: float | None = 0.5
@@ -70,19 +69,19 @@ class Rules:
 
 
 def keys_of(tables: Tables) -> DataFrame:
-    """Every key that a query of a later step could see.
+    """Every key that a query of a later step can see.
 
     Returns:
-        One row for each such entry: row (of ``tables.received``), unit (a number from 0), run_id,
-        prompt_id, category, condition, query_step, key_step, distance, set_size, probability,
-        logit, is_first, n_keys (keys that the query could see, without those of its own step) and
-        kind: "prompt", "single" (generated, alone in its set) or "sibling" (generated, not alone).
+        One row for each key and query: row (of ``tables.received``), run_id, prompt_id,
+        category, condition, query_step, key_step, distance, set_size, probability, logit, is_first,
+        n_keys (keys that the query can see, without those of its own step) and kind:
+        "prompt", "single" (generated, alone in its set) or "sibling" (generated, not alone).
     """
     entries = tables.entries.assign(row=np.arange(len(tables.entries)))
     entries = entries[entries["key_step"] < entries["query_step"]]
     tokens = tables.tokens[["run_id", "slot", "pruned_at"]]
     entries = entries.merge(tokens, on=["run_id", "slot"], how="left", validate="many_to_one")
-    # Rows of steps after this one do not see a pruned token.
+    # Later steps do not see a pruned token.
     pruned_at = entries["pruned_at"].astype("Float64").to_numpy(float, na_value=np.inf)
     entries = entries[pruned_at >= entries["query_step"]].drop(columns="pruned_at")
     runs = tables.runs[["run_id", "prompt_id", "category", "condition"]]
@@ -99,7 +98,7 @@ def _logit(probability: pd.Series) -> np.ndarray:
 
 
 def sibling_tokens(keys: DataFrame) -> DataFrame:
-    """The units of comparisons by token: siblings that a later query could see, numbered."""
+    """The units of comparisons by token: siblings that a later query can see, numbered."""
     siblings = keys[keys["kind"] == "sibling"].reset_index(drop=True)
     return siblings.assign(unit=np.arange(len(siblings)))
 
@@ -112,18 +111,18 @@ def sibling_sets(keys: DataFrame) -> DataFrame:
     sets = siblings.groupby(columns, sort=False, as_index=False).agg(
         {**dict.fromkeys(shared, "first"), "probability": "sum"}
     )
-    # Rounding, and visibilities where each branch has a distribution of its own.
+    # Rounding, and visibilities in which each branch has its own distribution.
     sets["probability"] = sets["probability"].clip(upper=1.0)
     return sets.assign(logit=_logit(sets["probability"]), unit=np.arange(len(sets)))
 
 
 def match(units: DataFrame, keys: DataFrame, rules: Rules) -> DataFrame:
-    """All controls of each unit: in its run, or if there is none in other runs of its prompt.
+    """All controls of each unit: in its run, or if it has none there, in its prompt's other runs.
 
     Args:
         units: of :func:`sibling_tokens` or :func:`sibling_sets`.
         keys: of :func:`keys_of`; its single tokens are the candidates.
-        rules: how alike they must be.
+        rules: of matching.
 
     Returns:
         One row for each pair: unit, row (of ``received``, the control's), scope ("run" or
@@ -140,8 +139,8 @@ def match(units: DataFrame, keys: DataFrame, rules: Rules) -> DataFrame:
 
 
 def _pairs(units: DataFrame, singles: DataFrame, columns: list[str], rules: Rules) -> DataFrame:
-    """Units and single tokens that agree in the columns and are alike."""
-    # One number for each combination of the columns, the same on both sides.
+    """Units and single tokens that agree in the columns and satisfy the rules."""
+    # The same number on both sides for each combination of the columns.
     both = pd.concat([units[columns], singles[columns]])
     group = both.groupby(columns, sort=False).ngroup().to_numpy()
     compared = ["group", "logit", "query_step"]
@@ -164,7 +163,7 @@ def _pairs(units: DataFrame, singles: DataFrame, columns: list[str], rules: Rule
 
 
 def count_matches(units: DataFrame, pairs: DataFrame) -> DataFrame:
-    """How many units found a control, and where, by condition and category."""
+    """How many units have a control, and from where, by condition and category."""
     scopes = pairs.drop_duplicates("unit").set_index("unit")["scope"]
     counted = units.assign(
         units=1,
@@ -181,13 +180,13 @@ def count_matches(units: DataFrame, pairs: DataFrame) -> DataFrame:
 
 
 def balance(units: DataFrame, pairs: DataFrame, keys: DataFrame) -> DataFrame:
-    """How alike units and controls are, before and after matching, by condition.
+    """How similar units and controls are, before and after matching, by condition.
 
     Returns:
         condition, covariate, sd, and for "before" (all units, all single tokens) and "after" (units
         with controls, their controls) the two means and their difference in units of sd: the
         standardised difference of Austin (2009), sd^2 being the mean of the two variances before
-        matching. He takes differences below 0.1 for negligible.
+        matching. Austin calls differences below 0.1 negligible.
     """
     singles = keys[keys["kind"] == "single"].set_index("row")
     matched = pairs.merge(units[["unit", "condition"]], on="unit")
@@ -212,17 +211,18 @@ def balance(units: DataFrame, pairs: DataFrame, keys: DataFrame) -> DataFrame:
 
 
 def _moments(values: pd.Series, weights: np.ndarray | None = None) -> DescrStatsW:
-    """Mean and variance, NaN of nothing."""
+    """Mean and variance; NaN without values."""
     if not len(values):
         return DescrStatsW(np.array([np.nan]))
     return DescrStatsW(values.to_numpy(float), weights=weights)
 
 
 def remaining_difference(units: DataFrame, pairs: DataFrame, keys: DataFrame) -> np.ndarray:
-    """What matching left: covariates of each unit minus the mean of its controls', [units, 3].
+    """What matching left different.
 
     Returns:
-        Columns as in :data:`ADJUSTED`; 0 for units without a control.
+        [units, 3]: the :data:`ADJUSTED` covariates of each unit minus the mean of its controls'; 0
+        for units without a control.
     """
     covariates = keys.set_index("row")[ADJUSTED].loc[pairs["row"]].to_numpy(float)
     weighted = DataFrame(covariates * pairs[["weight"]].to_numpy(), columns=ADJUSTED)
@@ -234,7 +234,7 @@ def remaining_difference(units: DataFrame, pairs: DataFrame, keys: DataFrame) ->
 
 
 def slopes(singles: DataFrame) -> np.ndarray | None:
-    """What turns the attention of single tokens into its slopes along the covariates, [3, N].
+    """The matrix that maps the attention of single tokens to slopes along the covariates.
 
     Least squares with a level for each distance.
 
@@ -242,7 +242,7 @@ def slopes(singles: DataFrame) -> np.ndarray | None:
         singles: single tokens of one condition, [N] rows of :func:`keys_of`.
 
     Returns:
-        None where there are fewer than :data:`ROWS_EACH` rows for each coefficient.
+        [3, N]; None with fewer than :data:`ROWS_EACH` rows for each coefficient.
     """
     levels = pd.get_dummies(singles["distance"]).to_numpy(float)
     centred = singles[ADJUSTED] - singles[ADJUSTED].mean()

@@ -1,7 +1,7 @@
-"""What is measured: attention of siblings and of their controls, by run, layer and head.
+"""Measures of the attention to siblings and to their controls, by run, layer and head.
 
-A query's attention sums to one, and n siblings stand where a single token stands alone. So there
-are three measures, each with a question of its own (:data:`MEASURES`).
+A query's attention sums to one, and n siblings share the place of a single token. So there are
+three measures, which answer different questions (:data:`MEASURES`).
 """
 
 from collections.abc import Callable
@@ -26,29 +26,29 @@ from .matching import (
 )
 from .tables import Tables
 
-#: Measures, each with the question that it answers.
+#: Measures, and the question that each answers.
 MEASURES = {
     "token": (
-        "attention per sibling token: does a token of a set draw as much as a token that stands "
-        "alone? Siblings share a row that sums to one, so n siblings that together draw what one "
-        "token draws get 1/n each"
+        "attention per sibling: does a token of a set get as much attention as a token that is "
+        "alone? If n siblings together get what one token gets, each gets 1/n of it"
     ),
     "set": (
-        "attention of the whole set: does a position held by a set draw as much as a position held "
-        "by one token? n siblings that each draw what one token draws get n times as much together"
+        "attention of the whole set: does a position with a set get as much attention as a "
+        "position with one token? If each of n siblings gets what one token gets, the set gets n "
+        "times as much"
     ),
     "alone": (
-        "attention per sibling token with its siblings taken out of the row: a / (1 - what the "
-        "siblings got), which for one query is what softmax gives without their keys (where a "
-        "query set has several tokens, of their mean). Does a token of a set differ from a "
-        "single token by more than having to share?"
+        "attention per sibling as if its siblings were not there: a / (1 - attention of the "
+        "siblings). For one query that is the softmax without their keys; for a query set of "
+        "several tokens it is computed from their mean. Does a token of a set differ from a single "
+        "token in more than having to share?"
     ),
 }
 
-#: What the matching of each measure is about.
+#: Units that each measure matches.
 UNITS = {"token": "tokens", "set": "sets", "alone": "tokens"}
 
-#: In place of a set size: all sizes together.
+#: In place of a set size: all sizes.
 ALL = 0
 
 
@@ -58,12 +58,12 @@ class Measured:
 
     Args:
         cells: run_id, prompt_id, category, condition, set_size (0: all), units, matched.
-        units: what the cells average over: run_id, prompt_id, category, condition, query_step,
+        units: that the cells average over: run_id, prompt_id, category, condition, query_step,
             key_step, distance, set_size, and siblings and controls (means over layers and heads;
             NaN without a control).
-        siblings, controls: [C, L, H], means over the matched units; NaN where there are none.
+        siblings, controls: [C, L, H], means over the matched units; NaN if there are none.
         naive: [C, L, H], mean over all units minus mean over all other keys that the same queries
-            could see, the prompt and its first token among them.
+            can see, including the prompt and its first token.
     """
 
     cells: DataFrame
@@ -84,8 +84,8 @@ class Measurements:
 
     Args:
         measured: by name of the measure.
-        matches: how many units found controls: of ("tokens" or "sets"), condition, category, ...
-        balance: how alike they are: of, condition, covariate, ...
+        matches: how many units have controls: of ("tokens" or "sets"), condition, category, ...
+        balance: how similar they are: of, condition, covariate, ...
         first: condition, run_id, layer, attention: of the prompt's first token, mean over heads and
             query steps.
         adjusted: conditions whose controls were adjusted.
@@ -100,13 +100,13 @@ class Measurements:
 
 @dataclass(frozen=True, eq=False)
 class Adjustment:
-    """How much more a condition's units would draw than their controls if they were single tokens.
+    """How much more attention a condition's units would get than their controls as single tokens.
 
     Args:
         units: numbers of the condition's units, [U].
         left: covariates of units minus those of controls, [U, 3].
         singles: rows of ``received``, [N].
-        slopes: what turns their attention into slopes, [3, N].
+        slopes: maps their attention to slopes, [3, N].
     """
 
     units: np.ndarray
@@ -121,7 +121,7 @@ def measure(tables: Tables, rules: Rules, keys: DataFrame | None = None) -> Meas
     Args:
         tables: of the runs.
         rules: of matching.
-        keys: :func:`~.matching.keys_of` the tables, where they are at hand.
+        keys: :func:`~.matching.keys_of` the tables, if already computed.
     """
     keys = keys_of(tables) if keys is None else keys
     units = {"tokens": sibling_tokens(keys), "sets": sibling_sets(keys)}
@@ -136,7 +136,7 @@ def measure(tables: Tables, rules: Rules, keys: DataFrame | None = None) -> Meas
     def alone(received: np.ndarray) -> np.ndarray:
         own = members["tokens"] @ received
         siblings = whole @ received - own
-        # In units whose siblings got everything nothing is left; rounding may leave less.
+        # Nothing is left if the siblings got everything; rounding may make it negative.
         left = 1 - siblings
         return own / np.where(left > 0, left, np.nan)
 
@@ -170,7 +170,7 @@ def measure(tables: Tables, rules: Rules, keys: DataFrame | None = None) -> Meas
 
 
 def _fit(keys: DataFrame) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Rows of the single tokens of each condition, and what turns their attention into slopes."""
+    """Rows of the single tokens of each condition, and the map of their attention to slopes."""
     fitted = {}
     for condition, singles in keys[keys["kind"] == "single"].groupby("condition", sort=False):
         found = slopes(singles)
@@ -194,7 +194,7 @@ def _adjustments(
 
 
 def _matrix(rows: Any, columns: Any, n_columns: int, weights: Any = None) -> csr_array:
-    """Sparse [rows, n_columns] with a weight, 1 where none is given, for each pair."""
+    """Sparse [rows, n_columns] with the weight, by default 1, of each pair."""
     rows, columns = np.asarray(rows, int), np.asarray(columns, int)
     weights = np.ones(len(rows)) if weights is None else np.asarray(weights, float)
     return csr_array((weights, (rows, columns)), shape=(rows.max(initial=-1) + 1, n_columns))
@@ -242,7 +242,7 @@ def _measure(
         (pairs["weight"].to_numpy(), (pairs["unit"].to_numpy(), pairs["row"].to_numpy())),
         shape=(n_units, n_entries),
     )
-    # All keys that are no siblings, for each run; the queries are those that saw siblings.
+    # For each run all keys but siblings, of the queries that saw siblings.
     seen = units[["run_id", "query_step"]].drop_duplicates()
     others = keys[keys["kind"] != "sibling"].merge(seen, on=["run_id", "query_step"])
     runs = pd.Index(cells["run_id"].unique())
@@ -277,7 +277,7 @@ def _measure(
 
 
 def _first_token(keys: DataFrame, received: np.ndarray) -> DataFrame:
-    """What the prompt's first token draws, by run and layer."""
+    """Attention to the prompt's first token, by run and layer."""
     first = keys[keys["is_first"].astype(bool)]
     per_head = received[first["row"].to_numpy()]
     attention = DataFrame(per_head.mean(axis=2, dtype=np.float64))

@@ -1,4 +1,4 @@
-"""Mixed models: the same questions asked by regression instead of matching, as a check."""
+"""Mixed models: regressions that check the results of matching."""
 
 import warnings
 from typing import Any
@@ -13,11 +13,11 @@ from .statistics import CONFIDENCE, MIN_PROMPTS, TOO_SMALL
 
 SIBLING_MODEL = "attention ~ sibling + C(distance) + logit + query_step + n_keys"
 CONDITION_MODEL = "attention ~ sibling * second + C(distance) + logit + query_step + n_keys"
-#: Random effects of both: each prompt has its own level, and its own effect of siblings.
+#: Random effects of both: each prompt has its own level and its own effect of siblings.
 RANDOM = "~ sibling"
 SEED_MODEL = "effect ~ 1"
 
-#: What is said of a fit, see :func:`_fit`.
+#: Columns of a fit, see :func:`_fit`.
 FIT = ["formula", "term", "n_prompts", "n_rows", "estimate", "low", "high", "p", "var_prompt"]
 FIT += ["var_sibling", "var_residual", "converged", "note"]
 
@@ -42,7 +42,7 @@ def observations(keys: DataFrame, received: np.ndarray) -> DataFrame:
 
 
 def sibling_model(seen: DataFrame) -> dict[str, Any]:
-    """Attention of siblings over that of single tokens, in one condition.
+    """Attention to siblings minus attention to single tokens, in one condition.
 
     Args:
         seen: rows of :func:`observations`.
@@ -51,19 +51,19 @@ def sibling_model(seen: DataFrame) -> dict[str, Any]:
 
 
 def condition_model(first: DataFrame, second: DataFrame) -> dict[str, Any]:
-    """How much larger that is in the second condition than in the first."""
+    """That difference in the second condition minus the same in the first."""
     both = pd.concat([first.assign(second=0.0), second.assign(second=1.0)])
     return _fit(CONDITION_MODEL, both, "attention", "sibling:second", RANDOM)
 
 
 def seed_model(effects: DataFrame) -> dict[str, Any]:
-    """Effects of runs that differ in their seed: how much prompts and seeds vary.
+    """Effects of runs that differ in their seed: variance between prompts and between seeds.
 
     Args:
         effects: prompt_id, effect; one row a run.
 
     Returns:
-        As the others; its ``var_residual`` is the variance between seeds.
+        A fit, see :func:`_fit`; ``var_residual`` is the variance between seeds.
     """
     return _fit(SEED_MODEL, effects, "effect", "Intercept", None)
 
@@ -76,8 +76,8 @@ def _fit(
     Returns:
         formula, term, n_prompts, n_rows, estimate, low, high, p (Wald; of the term), var_prompt,
         var_sibling (between prompts, of level and of siblings' effect), var_residual, converged,
-        note: what statsmodels warned of, or why there is no model. Estimates of a fit that did not
-        converge are given as they are.
+        note: warnings of statsmodels, or why there is no model. A fit that did not converge keeps
+        its estimates.
     """
     found: dict[str, Any] = {
         "formula": formula,
@@ -90,7 +90,7 @@ def _fit(
         return found | {"note": TOO_SMALL}
     if random is not None and rows["sibling"].nunique() < 2:
         return found | {"note": "no siblings or no single tokens"}
-    # Optimisers look for steps near 1, and attention is near 0.01.
+    # Optimisers expect values near 1, and attention is near 0.01.
     scale = float(rows[response].std())
     if not scale > 0:
         return found | {"note": "no variance"}

@@ -1,4 +1,4 @@
-"""Pictures of a suite's analysis: by layer and head, prompt, category, distance and step."""
+"""Plots of an analysis: by layer and head, prompt, category, distance and step."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -29,41 +29,40 @@ if TYPE_CHECKING:
 
     from .analysis import Analysis
 
-#: What these pictures are called in their metadata.
+#: Kind of picture, in the metadata of the files.
 KIND = "experiment"
 
-#: A colour and a mark for each condition, repeated beyond that.
+#: Colours and markers of the conditions; they repeat after the last.
 COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY, GREY)
 MARKS = "osD^vP"
 #: Opacity of bands and of single prompts.
 FAINT = 0.18
-#: Panels beside each other.
+#: Panels in a row.
 COLUMNS = 2
 #: Width of a picture, in inches.
 WIDTH = 7.6
-#: Room for a prompt's text, in multiples of the font size.
+#: Longest text of a prompt, in font sizes.
 PROMPT_ROOM = 22.0
-#: Prompts with a row of their own in the picture by prompt; beyond that, those in the middle of
-#: the order by effect are left out.
+#: Most rows of the picture by prompt; of more prompts, those with middling effects are left out.
 MOST_ROWS = 60
-#: What is drawn of each measure.
+#: Label of each measure's axis.
 DIFFERENCE = {
     "token": "attention per sibling − matched controls",
     "set": "attention of the set − matched controls",
     "alone": "attention per sibling, siblings left out − matched controls",
 }
-#: Room for the title of one of two panels, and for a condition in a key, in font sizes.
+#: Longest title of a panel, and longest name of a condition in a legend, in font sizes.
 TITLE_ROOM, CONDITION_ROOM = 23.0, 12.0
 
 
 def plot_experiment(
     analysis: "Analysis", folder: Path, measure: str = "token", ending: str = ".svg"
 ) -> list[Path]:
-    """Draw every picture that the analysis has data for.
+    """Draw the pictures that the analysis has data for.
 
     Args:
-        analysis: what :func:`tempo_mlx.experiments.analysis.analyze` found.
-        folder: made if it is not there.
+        analysis: to draw.
+        folder: created if it does not exist.
         measure: a key of :data:`tempo_mlx.experiments.measures.MEASURES`.
         ending: .svg, .png or .pdf.
 
@@ -71,8 +70,8 @@ def plot_experiment(
         The files, in the order of :data:`PICTURES`.
 
     Raises:
-        ValueError: for another measure or ending.
-        ImportError: if Matplotlib is missing.
+        TempoError: for another measure or ending.
+        MissingExtraError: if Matplotlib is missing.
     """
     if measure not in analysis.info["measures"]:
         known = ", ".join(analysis.info["measures"])
@@ -95,7 +94,7 @@ def files_of(folder: Path, ending: str = ".svg") -> list[Path]:
 
 
 def heads_figure(analysis: "Analysis", measure: str) -> "Figure | None":
-    """Siblings minus controls by layer and head, a panel for each condition; one scale for all."""
+    """Siblings minus controls by layer and head: a panel for each condition, one scale."""
     heads = _of(analysis["heads"], measure)
     if not len(heads):
         return None
@@ -123,7 +122,7 @@ def heads_figure(analysis: "Analysis", measure: str) -> "Figure | None":
 
 
 def prompts_figure(analysis: "Analysis", measure: str) -> "Figure | None":
-    """The effect in each prompt, with its interval, and at the bottom the means over prompts."""
+    """The effect in each prompt with its interval, and in the last row the means over prompts."""
     found = _of(analysis["intervals"], measure)
     if not len(found):
         return None
@@ -182,7 +181,7 @@ def prompts_figure(analysis: "Analysis", measure: str) -> "Figure | None":
 
 
 def categories_figure(analysis: "Analysis", measure: str) -> "Figure | None":
-    """Every prompt's effect by category, with the mean and, from three prompts on, its interval."""
+    """Each prompt's effect by category, with the mean and, from three prompts on, its interval."""
     found = _of(analysis["intervals"], measure)
     if not len(found):
         return None
@@ -223,16 +222,16 @@ def categories_figure(analysis: "Analysis", measure: str) -> "Figure | None":
     axes.tick_params(axis="x", length=0, labelcolor=INK)
     axes.set_ylabel(DIFFERENCE[measure])
     few = analysis.info["fewest_prompts"]["interval"]
-    _title(axes, f"points: prompts; lines: means, with 95% t-intervals from {few} prompts on")
+    _title(axes, f"points: prompts; lines: means, with 95% t-intervals from {few} prompts")
     _open(axes, "y")
     _key(figure, len(conditions))
     return figure
 
 
 def distances_figure(analysis: "Analysis", measure: str) -> "Figure | None":
-    """Attention of matched siblings and of their controls by distance, a panel for each condition.
+    """Attention to matched siblings and their controls by distance, a panel for each condition.
 
-    Always by token, whatever the measure.
+    It is always by token.
     """
     found = analysis["distances"]
     if not len(found):
@@ -248,7 +247,7 @@ def distances_figure(analysis: "Analysis", measure: str) -> "Figure | None":
         axes.set_xlabel("distance from the query, in steps")
         _whole(axes.xaxis)
         _open(axes, "both")
-    # Once all are drawn, since the panels share it. There is no attention below 0.
+    # Set after drawing, since the panels share the axis. Attention is never below 0.
     panels[0].set_ylim(bottom=0)
     panels[0].set_ylabel("attention of one token; bands: 95% t-intervals", size=7)
     _key(figure, 2, panels[0])
@@ -275,13 +274,13 @@ def kl_figure(analysis: "Analysis", measure: str) -> "Figure | None":
         axes.legend(frameon=False, loc="upper left", labelcolor=INK)
         _whole(axes.xaxis)
         _open(axes, "both")
-    # There is no divergence below 0; room for the marks on it.
+    # Divergences are never below 0; this leaves room for markers at 0.
     panels[0].set_ylim(bottom=-0.02 * panels[0].get_ylim()[1])
     panels[0].set_ylabel("nats; bands: 95% t-intervals over prompts", size=7)
     return figure
 
 
-#: Names of files, and what draws them.
+#: Names of files, and the functions that draw them.
 PICTURES: dict[str, Callable[["Analysis", str], "Figure | None"]] = {
     "heads": heads_figure,
     "prompts": prompts_figure,
@@ -316,7 +315,7 @@ def _style(i: int) -> dict[str, Any]:
 
 
 def _panels(count: int, height: float, share: bool = False) -> tuple["Figure", list[Any]]:
-    """A figure with so many panels, and these."""
+    """A figure and its panels."""
     from matplotlib.figure import Figure
 
     columns = min(COLUMNS, count)
@@ -337,7 +336,7 @@ def _intervals(
     label: str | None = None,
     size: float = 4.5,
 ) -> None:
-    """Effects as marks, with lines from low to high where there is an interval."""
+    """Draw effects as markers, with lines for intervals."""
     axes.hlines(heights, rows["low"], rows["high"], color=style["color"], linewidth=1.2)
     axes.plot(rows["effect"], heights, style["marker"], ms=size, color=style["color"], label=label)
 
@@ -351,7 +350,7 @@ def _bar(axes: Any, x: float, cell: Any, colour: str, half: float) -> None:
 def _band(
     axes: Any, x: Any, rows: "DataFrame", name: str, style: dict[str, Any], label: str
 ) -> None:
-    """Means as a line, their intervals as a band."""
+    """Draw means as a line and their intervals as a band."""
     axes.plot(x, rows[name], "-", ms=3.5, linewidth=1.4, label=label, **style)
     low, high = rows[f"{name}_low"], rows[f"{name}_high"]
     axes.fill_between(x, low, high, color=style["color"], alpha=FAINT, linewidth=0)
@@ -362,7 +361,7 @@ def _title(axes: Any, text: str) -> None:
 
 
 def _key(figure: "Figure", columns: int, axes: Any = None) -> None:
-    """One key for all panels, below them."""
+    """Draw one legend for all panels, below them."""
     handles, labels = (axes or figure.axes[0]).get_legend_handles_labels()
     figure.legend(
         handles,

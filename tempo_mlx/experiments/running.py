@@ -1,7 +1,7 @@
-"""Groups of runs, from their configurations to what is stored of them.
+"""Run groups of configurations in this process.
 
-A group holds the runs that differ in visibility only. Its outcome is made as a whole, because the
-divergences between its runs need their distributions side by side.
+The runs of a group differ in visibility only. A group has one outcome, because the divergences
+between its runs need their distributions side by side.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -25,16 +25,16 @@ COLUMNS = ("step", "position", "slot", "id", "text", "probability", "set_size", 
 
 @dataclass(frozen=True, eq=False)
 class Record:
-    """What is kept of a run.
+    """The record of a run.
 
     Args:
-        tokens: columns named :data:`COLUMNS`, one row a generated token.
+        tokens: the :data:`COLUMNS`, with one row for each generated token.
         prompt_tokens: ids.
-        text: the best chain through the transitions that the run saw; not rescored.
+        text: the best chain through the transitions that the run saw, not rescored.
         finish_reason: "stop", "length" or "context".
         n_steps: steps with tokens.
-        seconds: from the run's start to its last step, other runs of its batch included.
-        arrays: reductions, by the names of :data:`.capture.AXES`; empty where nothing is captured.
+        seconds: from the run's start to its last step, including the other runs of its batch.
+        arrays: reductions, named as in :data:`.capture.AXES`; empty without captures.
         texts: of the token ids in ``next_ids``.
         full: attention matrices by step; empty unless they are captured.
     """
@@ -52,10 +52,10 @@ class Record:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a group.
+    """The outcome of a group.
 
     Args:
-        runs: of each run its record, or in one line why it failed.
+        runs: the record of each run, or one line that says why it failed.
         pairs: divergences between the runs.
     """
 
@@ -64,7 +64,7 @@ class Outcome:
 
 
 class _Gathering:
-    """The outcome of a group while its runs come in."""
+    """Collects the outcome of a group as its runs finish."""
 
     def __init__(self, group: Group):
         self.group = group
@@ -76,7 +76,7 @@ class _Gathering:
         self.runs: dict[int, Record | str] = {}
 
     def observe(self, member: int) -> Recorder | None:
-        """What is to see the steps of a run, which begins."""
+        """A recorder for a run that begins, if anything is captured."""
         if self.captures == "none":
             return None
         recorder = Recorder(self.captures == "full", self.divergence, member)
@@ -84,7 +84,7 @@ class _Gathering:
         return recorder
 
     def take(self, member: int, found: GenerationResult | Failure) -> bool:
-        """Take what became of a run; returns whether the group is complete."""
+        """Add the result of a run; returns whether the group is complete."""
         recorder = self.recorders.pop(member, None)
         self.runs[member] = (
             found.error if isinstance(found, Failure) else record_of(found, recorder)
@@ -99,7 +99,7 @@ class _Gathering:
 
 
 def record_of(result: GenerationResult, recorder: Recorder | None) -> Record:
-    """What is kept of a result."""
+    """The record of a result."""
     lattice, stats = result.lattice, result.stats
     rows = [
         (s.step, s.position, t.slot, t.id, t.text, t.probability, len(s.tokens), t.pruned_at)
@@ -133,8 +133,8 @@ def run_batched(
 
     Args:
         model, tokenizer: as :func:`tempo_mlx.load` returns them.
-        groups: their runs stand side by side, so that they take their steps together.
-        batch_size, max_kv_bytes: as of :func:`tempo_mlx.stream_batch_generate`.
+        groups: the runs of a group are neighbours in the batch, so they step together.
+        batch_size, max_kv_bytes: as for :func:`tempo_mlx.stream_batch_generate`.
         begin: called with the number of a group when its first run begins.
     """
     places = [(i, member) for i, group in enumerate(groups) for member in range(len(group))]
@@ -175,7 +175,7 @@ def run_group(
     group: Group,
     max_kv_bytes: int | None = None,
 ) -> Outcome:
-    """Run the runs of a group one after another, each in a batch and a cache of its own."""
+    """Run a group one run after another, each in its own batch and cache."""
     gathering = _Gathering(group)
     for member, config in enumerate(group):
         [(_, found)] = stream_batch_generate(
@@ -199,7 +199,7 @@ def run_one_by_one(
     max_kv_bytes: int | None = None,
     begin: Callable[[int], None] = lambda number: None,
 ) -> Iterator[tuple[int, Outcome]]:
-    """As :func:`run_batched`, each run alone."""
+    """As :func:`run_batched`, but each run alone."""
     for number, group in enumerate(groups):
         begin(number)
         yield number, run_group(model, tokenizer, group, max_kv_bytes)

@@ -1,4 +1,4 @@
-"""One command's work on a suite: check it, run what is not done, store it, say how it went."""
+"""Run a suite with a model: check it, run what is not done, store the results."""
 
 import gc
 import platform
@@ -32,13 +32,13 @@ from .workers import require_memory, run_in_workers, run_on_cluster
 
 RUNNERS = ("batched", "sequential", "workers")
 
-#: Rows of a batch, unless the caller says how many. Runs of a suite are short: many fit.
+#: Default rows of a batch. Runs of a suite are short, so many fit.
 BATCH_SIZE = 64
 
-#: Bytes that the captures of a suite may take, unless the caller says how many.
+#: Default limit of the bytes of a suite's captures.
 MAX_DISK = 10 * 10**9
 
-#: Processes that run a suite at most.
+#: Most processes that may run a suite.
 MOST_WORKERS = 1024
 
 #: What the first :class:`Status` says.
@@ -49,20 +49,20 @@ PACKAGES = ("tempo-mlx", "mlx", "mlx-lm", "numpy")
 
 @dataclass(frozen=True)
 class Options:
-    """How a suite is run; none of it changes what a run is.
+    """How to run a suite. No option changes a run's results.
 
     Args:
         runner: "batched" (runs are rows of one batch), "sequential" (one after another) or
-            "workers" (in processes of their own).
-        workers: processes, at least 1.
-        scheduler: address of a Dask cluster that runs them instead; None where there is none.
+            "workers" (in several processes).
+        workers: number of processes, at least 1.
+        scheduler: address of a Dask cluster to use instead.
         batch_size: rows of a batch, at least 1.
-        max_kv_bytes: as of :func:`tempo_mlx.stream_batch_generate`.
-        cross_validate: share of the runs that are run again alone and compared, [0, 1].
+        max_kv_bytes: as for :func:`tempo_mlx.stream_batch_generate`.
+        cross_validate: share of the runs to repeat alone and compare, [0, 1].
         max_disk: bytes that captures may take.
 
     Raises:
-        ValueError: naming the option, its value and the allowed range.
+        TempoError: naming the option, its value and the allowed range.
     """
 
     runner: str = "batched"
@@ -90,11 +90,11 @@ class Options:
 
 @dataclass(frozen=True)
 class Status:
-    """How far a suite has come.
+    """How far a suite is.
 
     Args:
-        total, done, failed: runs.
-        what: is being done.
+        total, done, failed: numbers of runs.
+        what: the current work.
     """
 
     total: int
@@ -105,15 +105,15 @@ class Status:
 
 @dataclass(frozen=True)
 class Summary:
-    """What one command did.
+    """The result of one command.
 
     Args:
-        total, done, failed: runs of the suite, as they stand now.
-        made: runs that this command ran.
-        seconds: that it took for them.
+        total, done, failed: numbers of runs of the suite.
+        made: number of runs that this command ran.
+        seconds: that they took.
         nbytes: of the folder.
         errors: of failed runs, by id.
-        validation: None unless it was asked for.
+        validation: None unless requested.
     """
 
     total: int
@@ -130,14 +130,18 @@ class Session:
     """A suite, checked with its model and ready to run into a folder.
 
     Args:
-        suite: what to run.
-        folder: where it is stored; made if it is not there, continued if it is.
+        suite: to run.
+        folder: of the results; created, or continued if it exists.
         model, tokenizer: as :func:`tempo_mlx.load` returns them, of the suite's ``model``.
-        options: how.
+        options: how to run it.
+
+    Attributes:
+        plan: the runs.
+        capture_bytes: bytes that captures take at most.
 
     Raises:
-        SuiteError: naming what a setting, a prompt or the model does not allow.
-        ValueError: if captures would take more than ``max_disk``, or for a lack of memory.
+        SuiteError: if the model cannot run the suite, naming the prompt or the setting.
+        TempoError: if captures would take more than ``max_disk``, or memory is short.
     """
 
     def __init__(
@@ -161,7 +165,6 @@ class Session:
                 f"{self.model.architecture}: its layers have {heads} heads, and captures have one "
                 "axis for them; use captures none"
             )
-        #: bytes that captures take at most
         self.capture_bytes = self._check()
         if self.capture_bytes > self.options.max_disk:
             raise TempoError(
@@ -171,11 +174,11 @@ class Session:
         if self.options.scheduler is None and self.options.runner == "workers":
             require_memory(self.options.workers)
             if not self.options.cross_validate:
-                # The workers load their own.
+                # The workers load it.
                 self.model = None
 
     def _check(self) -> int:
-        """Make every run without running it; returns the most bytes that captures take."""
+        """Prepare every run without running it; returns the most bytes that captures take."""
         assert self.model is not None
         vocabulary = Vocabulary(self.tokenizer)
         total = 0
@@ -202,13 +205,13 @@ class Session:
         """Run what is not done yet.
 
         Args:
-            tell: called when runs have been stored.
-            command: what the manifest says that was called.
+            tell: called at the start and whenever runs have been stored.
+            command: that the manifest records; by default this process's.
 
         Raises:
-            LockedError: if another command works on the folder.
-            DiskFullError: if the disk is full; what is stored is whole, and goes on another time.
-            ValueError: if the folder holds another suite or another model's runs.
+            LockedError: if another command uses the folder.
+            DiskFullError: if the disk is full; what is stored stays valid.
+            TempoError: if the folder holds another suite or another model's runs.
         """
         with Store(self.folder, self.suite, self.identity, self.plan.runs) as store:
             return self._run(store, tell, command or ["tempo-mlx", *sys.argv[1:]])
@@ -218,7 +221,7 @@ class Session:
         groups = [
             group
             for group in self.plan.groups
-            # A group is run as a whole: divergences need all of its runs.
+            # Divergences need all runs of a group.
             if not known.issuperset(config.id(self.identity) for config in group)
         ]
         ids = [[config.id(self.identity) for config in group] for group in groups]
@@ -253,7 +256,7 @@ class Session:
                 store,
                 self.options.cross_validate,
                 lambda run_id: tell(
-                    Status(total, len(store.done), len(errors), f"again: {run_id}")
+                    Status(total, len(store.done), len(errors), f"repeating {run_id}")
                 ),
             )
             manifest["cross_validation"] = asdict(validation)
@@ -285,7 +288,7 @@ class Session:
         )
 
     def _manifest(self, before: dict[str, Any], session: dict[str, Any]) -> dict[str, Any]:
-        """What was run, on what; sessions of earlier commands stay."""
+        """The manifest: what was run and where; it keeps the sessions of earlier commands."""
         return {
             "schema": SCHEMA,
             "suite": self.suite.name,
@@ -306,12 +309,12 @@ class Session:
 def capture_bytes(config: RunConfig, prompt_tokens: int, layers: int, heads: int) -> int:
     """Bytes that the captures of a run take at most, before compression.
 
-    A set has no more tokens than the threshold's reciprocal, for their probabilities sum to 1.
+    Probabilities sum to 1, so a set has at most 1 / threshold tokens.
 
     Args:
         config: the run.
         prompt_tokens: tokens of its prompt.
-        layers, heads: of the model's attention.
+        layers, heads: numbers of the model's attention layers and heads.
     """
     if config.captures == "none":
         return 0
@@ -319,7 +322,7 @@ def capture_bytes(config: RunConfig, prompt_tokens: int, layers: int, heads: int
     least = min(settings.threshold, settings.final_threshold or settings.threshold)
     widest = max(1, min(settings.max_parallel, int(1 / least + 1e-6)))
     passes = settings.max_tokens - 1
-    # Slots that the passes see: the prompt, and the sets so far.
+    # Slots that the passes see: the prompt and the sets so far.
     entries = passes * prompt_tokens + widest * passes * (passes + 1) // 2
     total = 4 * layers * heads * (entries + passes)
     if config.captures == "full":
@@ -328,10 +331,10 @@ def capture_bytes(config: RunConfig, prompt_tokens: int, layers: int, heads: int
 
 
 def _facts(model: PositionedModel) -> dict[str, Any]:
-    """What the manifest says of the model; heads are 0 where attention cannot be captured."""
+    """The model in the manifest; heads are [0] if its attention cannot be captured."""
     heads = {0}
     if model.captures_attention:
-        # Shapes are known without computing anything.
+        # Only shapes are read, so nothing is computed.
         token = mx.zeros((1, 1), mx.int32)
         _, attention = model(
             token, np.zeros((1, 1), int), "causal", model.make_cache(), Capture(full=True)

@@ -1,7 +1,6 @@
-"""Statistics of values that stand for prompts: what each is called, whose it is, when it is given.
+"""Statistics of one value for each prompt, computed by SciPy and statsmodels.
 
-Each is computed by SciPy or statsmodels. Below the smallest number of prompts there is no number,
-and a note says so.
+With fewer prompts than a statistic needs, it is left out and a note says so.
 """
 
 from typing import Any
@@ -11,23 +10,24 @@ import pandas as pd
 from pandas import DataFrame, Series
 from scipy import special, stats
 from statsmodels.api import OLS, WLS  # type: ignore[import-untyped]
+from statsmodels.stats.multitest import multipletests  # type: ignore[import-untyped]
 
 from ..errors import TempoError
 
 CONFIDENCE = 0.95
-#: Prompts for an interval or a test; two would leave one degree of freedom.
+#: Fewest prompts for an interval or a test; two would leave one degree of freedom.
 MIN_PROMPTS = 3
-#: Prompts for a bootstrap interval: fewer have too few distinct resamples.
+#: Fewest prompts for a bootstrap interval; with fewer, resamples repeat too often.
 MIN_BOOTSTRAP = 6
-#: Prompts below which no two-sided signed-rank test can have p < 0.05: 2 / 2^5 = 0.06.
+#: Fewest prompts for a signed-rank test; with five its smallest p is 2 / 2^5 = 0.06.
 MIN_WILCOXON = 6
-#: |z| of an outlier.
+#: Largest |z| that is not an outlier's.
 OUTLIER = 3.0
 
 TOO_SMALL = "n too small"
 NO_VARIANCE = "no variance between prompts"
 
-#: Relative to the values' size, what is rounding and no variance.
+#: Spread that is rounding, relative to the size of the values.
 ROUNDING = 1e-12
 
 
@@ -35,7 +35,7 @@ def check_finite(name: str, values: Any) -> np.ndarray:
     """The values as an array of floats.
 
     Raises:
-        ValueError: naming the values and the place of the first that is NaN or infinite.
+        TempoError: naming the values and the place of the first that is NaN or infinite.
     """
     array = np.asarray(values, float)
     bad = np.argwhere(~np.isfinite(array))
@@ -68,11 +68,14 @@ def bootstrap_interval(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Bounds of the BCa bootstrap interval of the mean (Efron 1987), resampling prompts.
 
-    A prompt is a cluster of tokens, heads and runs, and the values are the clusters' means: to draw
-    clusters with replacement is to draw values.
+    A prompt is a cluster of tokens, heads and runs, and its value is the cluster's mean, so drawing
+    values with replacement draws clusters.
 
     Args:
-        values: one for each prompt along the axis; NaN where fewer than :data:`MIN_BOOTSTRAP`.
+        values: one for each prompt along the axis.
+
+    Returns:
+        Bounds; NaN if there are fewer than :data:`MIN_BOOTSTRAP` values or they do not vary.
     """
     values = check_finite("values", values)
     if values.shape[axis] < MIN_BOOTSTRAP or np.any(_constant(values, axis)):
@@ -97,13 +100,13 @@ def _constant(values: np.ndarray, axis: int = -1) -> np.ndarray:
 
 
 def differences(first: Series, second: Series) -> Series:
-    """second - first for the prompts that are in both.
+    """second - first, for the prompts in both.
 
     Args:
         first, second: values indexed by prompt.
 
     Raises:
-        ValueError: if a prompt is there twice, or a value is not finite.
+        TempoError: if a prompt occurs twice, or a value is not finite.
     """
     for name, values in (("first", first), ("second", second)):
         if values.index.has_duplicates:
@@ -115,7 +118,7 @@ def differences(first: Series, second: Series) -> Series:
 
 
 def mean_tests(values: Any) -> dict[str, Any]:
-    """Tests of a mean of differences against 0, each prompt counting once.
+    """Test whether the mean of differences is 0.
 
     Args:
         values: one difference for each prompt; siblings minus controls, or one
@@ -126,7 +129,7 @@ def mean_tests(values: Any) -> dict[str, Any]:
         d_z_low, d_z_high (see :func:`cohen_d_z`) and note: why some are None.
 
     Raises:
-        ValueError: if a value is not finite.
+        TempoError: if a value is not finite.
     """
     values = check_finite("values", values)
     n = len(values)
@@ -167,21 +170,16 @@ def cohen_d_z(values: Any) -> tuple[float, float, float]:
 
 
 def holm(p_values: Any) -> np.ndarray:
-    """p-values of one family, adjusted by Holm (1979); NaN where there is none, and not counted."""
-    p_values = np.asarray(p_values, float)
-    given = np.isfinite(p_values)
-    adjusted = np.full(p_values.shape, np.nan)
-    family = p_values[given]
-    order = np.argsort(family)
-    # The smallest counts for all, the next for all but one, and so on; none falls below the last.
-    raised = np.maximum.accumulate(family[order] * np.arange(len(family), 0, -1))
-    family[order] = np.minimum(raised, 1)
-    adjusted[given] = family
+    """p-values of one family, adjusted by Holm (1979). NaN stays NaN and is not counted."""
+    adjusted = np.array(p_values, float)
+    given = np.isfinite(adjusted)
+    if given.any():
+        adjusted[given] = multipletests(adjusted[given], method="holm")[1]
     return adjusted
 
 
 def influence(values: Series) -> DataFrame:
-    """What each prompt does to the mean.
+    """How each prompt influences the mean.
 
     Args:
         values: indexed by prompt, finite.
@@ -201,24 +199,26 @@ def influence(values: Series) -> DataFrame:
         nothing: dict[str, Any] = dict.fromkeys(names, np.nan)
         nothing |= dict.fromkeys(("outlier", "influential"), pd.NA)
         return found.assign(**nothing)
-    without = [np.delete(array, i) for i in range(n)]
+    without = np.array([np.delete(array, i) for i in range(n)])
+    tested = (n > MIN_PROMPTS) & ~_constant(without)
+    p_without = np.full(n, np.nan)
+    p_without[tested] = stats.ttest_1samp(without[tested], 0.0, axis=1).pvalue
     dfbetas = OLS(array, np.ones(n)).fit().get_influence().dfbetas[:, 0]
     z = stats.zscore(array, ddof=1)
-    tested = [mean_tests(rest)["p_t"] for rest in without]
     return found.assign(
         z=z,
         outlier=np.abs(z) > OUTLIER,
-        mean_without=[rest.mean() for rest in without],
+        mean_without=without.mean(axis=1),
         dfbetas=dfbetas,
         influential=np.abs(dfbetas) > 2 / np.sqrt(n),
-        p_without=np.array(tested, float),
+        p_without=p_without,
     )
 
 
 def clustered_mean(
     values: np.ndarray, clusters: np.ndarray, weights: np.ndarray
 ) -> tuple[float, float, float, int]:
-    """A weighted mean, with an interval that allows for what values of one cluster share.
+    """A weighted mean with an interval that allows for correlation within clusters.
 
     The standard error is cluster-robust (Liang and Zeger 1986), with t of clusters - 1 degrees of
     freedom.

@@ -1,7 +1,7 @@
 """Suites: prompts, seeds and a grid of settings, written in one YAML file.
 
-A suite is expanded into runs. Each run is identified by its full configuration and the model, so
-that the same suite finds its own results again, and only those.
+A suite expands into runs. A run is identified by its full configuration and the model, so a suite
+finds its own results again, and no others.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ CAPTURES = ("reductions", "full", "none")
 
 
 class SuiteError(TempoError):
-    """A suite that cannot be run; one line that names the key and its value."""
+    """A suite cannot be run. One line names the key and its value."""
 
 
 Text = Annotated[str, Field(min_length=1)]
@@ -55,9 +55,9 @@ class Suite(BaseModel):
     _folder: Path | None = PrivateAttr(None)
 
     name: Annotated[
-        str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="What the suite is called.")
+        str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="Name of the suite.")
     ]
-    description: str = Field("", description="What it is to show.")
+    description: str = Field("", description="Purpose of the suite.")
     model: Text = Field(
         "smollm2-135m", description="Recipe, folder in mlx-lm layout, or Hugging Face Hub id."
     )
@@ -86,14 +86,14 @@ class Suite(BaseModel):
         texts = [text for each in prompts.values() for text in each]
         for text in texts:
             if texts.count(text) > 1:
-                raise TempoError(f"{text!r} stands there twice; each prompt is one observation")
+                raise TempoError(f"{text!r} is there twice; each prompt is one observation")
         return prompts
 
     @field_validator("seeds")
     @classmethod
     def _each_once(cls, seeds: list[int]) -> list[int]:
         if len(set(seeds)) < len(seeds):
-            raise TempoError("a seed stands there twice")
+            raise TempoError("a seed is there twice")
         return seeds
 
     def beside(self, file: Path) -> "Suite":
@@ -102,20 +102,20 @@ class Suite(BaseModel):
         return self
 
     def to_dict(self) -> dict[str, Any]:
-        """The suite as its file would have it, defaults filled in."""
+        """The suite as in its file, with defaults."""
         data = self.model_dump(mode="json", exclude={"settings", "grid"})
         return data | {name: self._given(name) for name in ("settings", "grid")}
 
     def _given(self, name: str) -> dict[str, Any]:
-        """The keys that stand in the settings or the grid."""
+        """The keys that are set in the settings or the grid."""
         given: dict[str, Any] = getattr(self, name).model_dump(exclude_unset=True)
         return given
 
     def conditions(self) -> Iterator[tuple[dict[str, Any], Settings]]:
-        """(value of each grid key, settings) of every combination, visibilities side by side.
+        """(value of each grid key, settings) of every combination; visibility varies fastest.
 
         Raises:
-            SuiteError: naming the setting that is out of range or does not go with another.
+            SuiteError: naming a setting that is out of range or conflicts with another.
         """
         fixed = self._given("settings")
         axes: dict[str, list[Any]] = {}
@@ -124,7 +124,7 @@ class Suite(BaseModel):
                 axes |= {f"{name}.{inner}": each for inner, each in values.items()}
             else:
                 axes[name] = values
-        # The last axis turns fastest.
+        # The last axis varies fastest.
         names = sorted(axes, key=lambda name: name == "visibility")
         for values in itertools.product(*(axes[name] for name in names)):
             varied = dict(zip(names, values, strict=True))
@@ -148,7 +148,7 @@ class Suite(BaseModel):
         """The runs of the suite.
 
         Raises:
-            SuiteError: as :meth:`conditions`; or if a condition draws and the suite has no seeds.
+            SuiteError: as :meth:`conditions`, or if a condition draws tokens without seeds.
         """
         runs: dict[str, RunConfig] = {}
         in_grid = 0
@@ -162,7 +162,7 @@ class Suite(BaseModel):
         for (_, settings), condition in zip(conditions, labels, strict=True):
             if settings.uses_rng and not self.seeds:
                 raise SuiteError(
-                    f"suite {self.name}: condition {condition} draws tokens, and seeds is empty"
+                    f"suite {self.name}: condition {condition} draws tokens, but seeds is empty"
                 )
             if settings.branching == "replicate":
                 raise SuiteError(
@@ -210,7 +210,7 @@ class Suite(BaseModel):
         return Plan(list(runs.values()), in_grid, notes + self._without_effect(conditions))
 
     def _without_effect(self, conditions: list[tuple[dict[str, Any], Settings]]) -> list[str]:
-        """Notes on the suite's settings, and in how many conditions each holds."""
+        """Settings without effect, and in how many conditions."""
         counts = Counter(
             note
             for varied, settings in conditions
@@ -230,8 +230,8 @@ class RunConfig:
         prompt_id: category and number, "narrative-1".
         category: of the prompt.
         prompt: text.
-        settings: with the seed, None where nothing is drawn.
-        condition: a label of what the grid varies.
+        settings: with the seed, which is None if nothing is drawn.
+        condition: label of the values that the grid varies.
         varied: value of each grid key.
         captures: one of :data:`CAPTURES`.
     """
@@ -245,7 +245,7 @@ class RunConfig:
     captures: str = "reductions"
 
     def to_dict(self) -> dict[str, Any]:
-        """What decides the run's results beside the model."""
+        """What determines the results, together with the model."""
         return {
             "schema": SCHEMA,
             "prompt": self.prompt,
@@ -254,7 +254,7 @@ class RunConfig:
         }
 
     def id(self, model: str) -> str:
-        """16 hexadecimal digits: of the configuration and of the model's identity.
+        """16 hexadecimal digits, a hash of the configuration and the model.
 
         Args:
             model: the :func:`~tempo_mlx.weights.fingerprint.identify` of model and tokenizer.
@@ -266,7 +266,7 @@ class RunConfig:
 
     @property
     def group(self) -> str:
-        """The same for runs that differ in visibility only."""
+        """Key of the run's group: equal for runs that differ in visibility only."""
         data = self.to_dict() | {"settings": self.settings.identity()}
         del data["settings"]["visibility"]
         data["settings"].get("rules", {}).pop("visibility", None)
@@ -275,12 +275,12 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a suite comes to.
+    """The runs of a suite.
 
     Args:
         runs: each distinct configuration once.
         in_grid: prompts x conditions x seeds.
-        notes: what a user should know about it.
+        notes: for the user.
     """
 
     runs: list[RunConfig]
@@ -289,7 +289,7 @@ class Plan:
 
     @property
     def groups(self) -> list[list[RunConfig]]:
-        """The runs, those together that differ in visibility only."""
+        """The runs, grouped with those that differ in visibility only."""
         found: dict[str, list[RunConfig]] = {}
         for run in self.runs:
             found.setdefault(run.group, []).append(run)

@@ -1,4 +1,4 @@
-"""Suite files: YAML that is read, what is wrong with it in one line, and its JSON Schema."""
+"""Suite files: YAML, its errors in one line, its JSON Schema."""
 
 import re
 from pathlib import Path
@@ -15,24 +15,24 @@ from ..weights import recipes
 from .suite import Suite, SuiteError
 from .suite_keys import Grid, PruningGrid, PruningSpec, SettingsSpec
 
-#: Parts of an error's place that stand for a kind of value, not for a key.
+#: Parts of an error's place that name a kind of value, not a key.
 TAGS = frozenset({"list", "object", "Pruning", "str", "int", "float", "list[int]", "none"})
 
 
-#: Numbers, and those such as 1e-1, which YAML 1.2 has and PyYAML takes for text.
+#: Numbers; PyYAML reads those like 1e-1 as text, unlike YAML 1.2.
 NUMBER = re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?", re.ASCII)
 WITH_EXPONENT = re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)[eE][-+]?\d+$", re.ASCII)
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads 1e-1 as a number, and refuses keys that stand twice, of which YAML drops the first."""
+    """Reads 1e-1 as a number, and refuses duplicate keys, of which YAML drops the first."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
                 line = node.start_mark.line + 1
-                raise SuiteError(f"the key {key!r} stands twice in the block from line {line}")
+                raise SuiteError(f"the key {key!r} is there twice in the block from line {line}")
         return super().construct_mapping(node, deep)
 
 
@@ -43,7 +43,7 @@ def read_suite(name: str | Path) -> Suite:
     """The suite of a file, or a built-in one by its name.
 
     Raises:
-        SuiteError: if there is none, or naming the key that is wrong.
+        SuiteError: if there is none, or naming the wrong key.
     """
     path = Path(name)
     known = built_in()
@@ -51,7 +51,7 @@ def read_suite(name: str | Path) -> Suite:
         path = known[str(name)]
     if not path.is_file():
         raise SuiteError(
-            f"{str(name)!r} is no file and no built-in suite; those are {', '.join(known)}"
+            f"{str(name)!r} is not a file or a built-in suite; built-in are {', '.join(known)}"
         )
     try:
         return parse_suite(path.read_text(encoding="utf-8")).beside(path)
@@ -64,7 +64,7 @@ def read_suite(name: str | Path) -> Suite:
 
 
 def parse_suite(text: str) -> Suite:
-    """The suite that a YAML text describes; SuiteError names the key that is wrong."""
+    """The suite in a YAML text; a SuiteError names the wrong key."""
     try:
         data = yaml.load(text, _Loader)
     except (yaml.YAMLError, RecursionError, TypeError) as error:
@@ -78,7 +78,7 @@ def parse_suite(text: str) -> Suite:
 
 
 def _line(error: ValidationError) -> str:
-    """The first thing that is wrong, in a line; keys that nobody knows before those that miss."""
+    """The first error in one line; unknown keys come before missing ones."""
     first, *_ = sorted(
         error.errors(include_url=False), key=lambda each: each["type"] != "extra_forbidden"
     )
@@ -98,20 +98,20 @@ def _line(error: ValidationError) -> str:
 
 
 def _hint(kind: str, given: Any) -> str:
-    """How to write what YAML has read as another type."""
+    """How to write a value that YAML reads as another type."""
     if kind in ("string_type", "literal_error") and not isinstance(given, str | list):
         if isinstance(given, bool):
-            return '; yes, no, on, off, true and false are no texts in YAML: write "yes", in quotes'
+            return '; yes, no, on, off, true and false are not text in YAML: write "yes", in quotes'
         if isinstance(given, dict):
-            return "; a text with a colon and a space must stand in quotes"
-        return "; numbers, dates and null are no texts in YAML: write them in quotes"
+            return "; put a text with a colon and a space in quotes"
+        return "; numbers, dates and null are not text in YAML: put them in quotes"
     if kind in ("float_type", "int_type") and isinstance(given, str) and NUMBER.fullmatch(given):
-        return "; a number stands without quotes, such as 0.1 or 1e-1"
+        return "; write numbers without quotes, such as 0.1 or 1e-1"
     return ""
 
 
 def _owner(place: list[str]) -> type[BaseModel]:
-    """The model whose keys stand at a place of the file."""
+    """The model whose keys belong at a place of the file."""
     inside = [part for part in place if not part.isdigit()]
     if not inside:
         return Suite

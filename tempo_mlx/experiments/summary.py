@@ -1,4 +1,4 @@
-"""From values of prompts to tables: means with intervals in every cell, tests in families."""
+"""Tables of means over prompts, with intervals in every cell and tests in families."""
 
 from collections.abc import Iterator
 from itertools import combinations
@@ -20,33 +20,33 @@ from .statistics import (
     t_interval,
 )
 
-#: What a cell is a cell of. In tables an empty set_size or layer, and category "all", mean all.
+#: Factors of the cells. An empty set_size or layer, and the category "all", stand for all.
 FACTORS = ["category", "set_size", "layer"]
 EVERY_CATEGORY = "all"
 
-#: Groupings whose cells are tested, by the factors that they split. The tests of one grouping,
-#: over all measures and conditions, are one family.
+#: Names of the groupings whose cells are tested, by the factors they split. All tests of a
+#: grouping, over measures and conditions, are one family.
 TESTED = {
     (): "overall",
     ("category",): "by category",
     ("set_size",): "by set size",
     ("layer",): "by layer",
 }
-#: The others: means and intervals, no tests.
+#: The other groupings: means and intervals, no tests.
 DESCRIBED = "interaction"
 
-#: Columns of runs that are no setting of the grid.
+#: Columns of runs that are not settings of the grid.
 NOT_SETTINGS = frozenset(
     ("run_id", "prompt_id", "category", "prompt", "seed", "condition")
     + ("n_steps", "n_tokens", "text", "finish_reason", "seconds")
 )
 
-#: What each prompt has a value of.
+#: Values of each prompt.
 VALUES = ("siblings", "controls", "effect", "naive")
 
 
 def each(table: DataFrame) -> Iterator[Any]:
-    """The rows, with their columns as attributes."""
+    """The rows, with columns as attributes."""
     return table.itertuples(index=False)
 
 
@@ -77,7 +77,7 @@ def by_prompt(measurements: Measurements) -> DataFrame:
     rows = pd.concat([part.astype({"layer": "Int64"}) for part in parts], ignore_index=True)
     rows["set_size"] = rows["set_size"].astype("Int64").mask(rows["set_size"] == ALL)
     keys = ["measure", "category", "prompt_id", "condition", "set_size", "layer"]
-    # All first, then one after another.
+    # The totals come first.
     rows = rows.sort_values(["set_size", "layer"], na_position="first", kind="stable")
     grouped = rows.groupby(keys, sort=False, dropna=False)
     return grouped.agg(
@@ -91,8 +91,7 @@ def by_prompt(measurements: Measurements) -> DataFrame:
 def by_head(measurements: Measurements) -> DataFrame:
     """Siblings, controls and effect by measure, condition, layer and head: means over the prompts.
 
-    The column prompts says over how many. Heads of one model are no replicates of each other:
-    nothing here is tested.
+    The column prompts counts them. Heads of one model are not replicates, so nothing is tested.
     """
     parts = []
     for name, measured in measurements.measured.items():
@@ -135,7 +134,7 @@ def condition_differences(prompts: DataFrame, pairs: list[tuple[str, str]]) -> D
 
     Args:
         prompts: of :func:`by_prompt`.
-        pairs: conditions.
+        pairs: of conditions.
 
     Returns:
         measure, category, prompt_id, set_size, layer, condition_a, condition_b, effect_a, effect_b,
@@ -161,7 +160,7 @@ def summarise(
     Args:
         rows: one for each prompt in each cell: ``by``, category, prompt_id, set_size, layer,
             effect, and the columns in ``beside``.
-        by: what else tells cells apart: measure and condition, or measure and the two conditions.
+        by: further columns of the cells: measure and condition, or measure and two conditions.
         beside: columns whose means are given too; "naive" with an interval.
         resamples: of the bootstrap.
         seed: of the bootstrap.
@@ -246,7 +245,7 @@ def influences(rows: DataFrame, by: list[str]) -> DataFrame:
     compared = overall(rows)
     groups: list[tuple[Any, DataFrame]] = list(compared.groupby(by, sort=False))
     parts = []
-    # Where nothing was compared, a table without rows has the same columns.
+    # An empty table has the same columns.
     for labels, group in groups or [((None,) * len(by), compared)]:
         named: dict[str, Any] = dict(zip(by, labels, strict=True))
         values = group.set_index("prompt_id")["effect"].astype(float)

@@ -1,4 +1,4 @@
-"""Whether tables can be analysed: their columns are there, their numbers are numbers."""
+"""Check that tables can be analysed: columns exist, numbers are finite."""
 
 import numpy as np
 
@@ -19,12 +19,12 @@ NUMBERS = {
     "entropy": ["entropy"],
     "kl": ["kl_ab", "kl_ba"],
 }
-#: Captures in half precision may round a row's sum above 1.
+#: Half precision may round the sum of a row above 1.
 MOST_ATTENTION = 1.001
 
 
 def check_tables(tables: Tables) -> None:
-    """Raise ValueError, naming table and column, unless the tables can be analysed."""
+    """Raise TempoError, naming table and column, unless the tables can be analysed."""
     for name, columns in COLUMNS.items():
         missing = set(columns.split()) - set(getattr(tables, name).columns)
         if missing:

@@ -1,4 +1,4 @@
-"""What a suite's runs left behind, as tables: what the analysis reads, whoever wrote the files."""
+"""The results of a suite as tables, which the analysis reads."""
 
 import json
 from dataclasses import dataclass
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Tables:
-    """The runs of one suite that are done.
+    """The done runs of one suite.
 
     Args:
-        runs: one row a run: run_id, prompt_id ("narrative-1"), category, prompt, seed (integer, or
-            NA where selection is deterministic), visibility, condition (a label of everything
-            that the grid varies, "isolated" or "visible, combine=mean"), one column for each grid
-            setting, n_steps, n_tokens (in all sets), text, finish_reason, seconds.
-        tokens: one row a generated token: run_id, step, position, slot, id, text, probability,
-            set_size, pruned_at (NA while it lives).
+        runs: one row for each run: run_id, prompt_id ("narrative-1"), category, prompt, seed
+            (integer, or NA if selection is deterministic), visibility, condition (a label of
+            everything that the grid varies, "isolated" or "visible, combine=mean"), one column for
+            each grid setting, n_steps, n_tokens (in all sets), text, finish_reason, seconds.
+        tokens: one row for each generated token: run_id, step, position, slot, id, text,
+            probability, set_size, pruned_at (NA if it never was).
         entries: one row for each run, query step and key slot that was captured: run_id,
             query_step, slot, key_step (negative: of the prompt), distance (query_step - key_step,
             logical positions), is_prompt, is_first (first token of the prompt), set_size (of the
@@ -57,13 +57,13 @@ class Tables:
 
 
 def load_tables(folder: Path) -> Tables:
-    """The runs of a suite's folder that are done.
+    """The done runs in a suite's folder.
 
     Args:
-        folder: as ``tempo-mlx experiment run`` leaves it, complete or not.
+        folder: of ``tempo-mlx experiment run``, complete or not.
 
     Raises:
-        ValueError: if it holds no suite, no run of it is done, or a file of one is damaged.
+        TempoError: if it holds no suite, no run is done, or a file of one is damaged.
     """
     import pandas as pd
 
@@ -94,16 +94,9 @@ def load_tables(folder: Path) -> Tables:
                 "seconds": record.seconds,
             }
         )
-    tokens, entries, entropy, next_tokens = (
-        pd.concat(frames, ignore_index=True)
-        for frames in (
-            [part[0] for part in parts],
-            [part[1] for part in parts],
-            [part[2] for part in parts],
-            [part[3] for part in parts],
-        )
-    )
-    # A run of one step has none, and says nothing of layers and heads.
+    frames: list[tuple[DataFrame, ...]] = list(zip(*(part[:4] for part in parts), strict=True))
+    tokens, entries, entropy, next_tokens = (pd.concat(each, ignore_index=True) for each in frames)
+    # A run of one step has none, in a shape without layers and heads.
     received = [part[4] for part in parts if len(part[4])]
     tokens["pruned_at"] = tokens["pruned_at"].astype("Int64")
     pairs = []
@@ -144,26 +137,26 @@ def load_tables(folder: Path) -> Tables:
 
 
 def _integers(values: list[int | None]) -> Any:
-    """A column of integers, exact beyond 2^53, where some are missing."""
+    """A column of integers, exact beyond 2^53, some of which may be missing."""
     import pandas as pd
 
     return pd.array(values, dtype="Int64")
 
 
 def _cell(value: Any) -> Any:
-    """A grid value as a column can hold it."""
+    """A grid value that a column can hold."""
     return json.dumps(value) if isinstance(value, dict | list) else value
 
 
 def _of_run(
     run_id: str, record: "Record"
 ) -> "tuple[DataFrame, DataFrame, DataFrame, DataFrame, np.ndarray]":
-    """Tokens, entries, entropy and next tokens of one run, and what its entries received."""
+    """Tokens, entries, entropy and next tokens of one run, and the attention of its entries."""
     import pandas as pd
 
     arrays, length = record.arrays, len(record.prompt_tokens)
     tokens = pd.DataFrame({"run_id": run_id, **record.tokens})
-    # By slot, the prompt's first.
+    # By slot; those of the prompt come first.
     slots = np.array(record.tokens["slot"], int)
     n = max(length, int(slots.max(initial=-1)) + 1)
     steps, sizes, probabilities = np.arange(n) - length, np.ones(n, int), np.ones(n)

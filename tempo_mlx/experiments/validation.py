@@ -1,4 +1,4 @@
-"""Whether what a batch made is what each run makes alone."""
+"""Cross-validation: compare stored runs with the same runs made alone."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,25 +13,25 @@ from ..models import PositionedModel
 from .running import Record, run_group
 from .store import Store, read_run
 
-#: Largest difference of a probability, and of attention received, by dtype of the activations;
-#: entropies may differ by as much times their largest value. In fp32, sums over the rows of a batch
-#: come in another order than those of a run alone: that was seen to move probabilities by 1e-5.
+#: Largest difference of a probability, and of attention received, by dtype of the activations.
+#: Entropies may differ by as much times their largest value. In fp32 a batch sums in another order
+#: than a run alone; that was seen to move probabilities by 1e-5.
 TOLERANCE = {mx.float32: 1e-4, mx.float16: 0.02, mx.bfloat16: 0.1}
 
-#: Arrays that must be equal, and those that are compared within the tolerance.
+#: Arrays that must be equal, and arrays that may differ within the tolerance.
 EXACT = ("query_step", "slot", "queries", "entropy_step")
 COMPARED = ("next_probabilities", "received", "entropy")
 
 
 @dataclass(frozen=True)
 class Validation:
-    """What a comparison of stored runs with runs alone found.
+    """The result of a cross-validation.
 
     Args:
-        runs: compared.
+        runs: how many were compared.
         tolerance: as in :data:`TOLERANCE`.
-        differences: largest difference of each thing compared, over all runs.
-        mismatches: by run id, in one line what differs.
+        differences: largest difference over all runs, by what was compared.
+        mismatches: by run id, one line that says what differs.
     """
 
     runs: int
@@ -54,13 +54,13 @@ def cross_validate(
     share: float,
     tell: Callable[[str], None] = lambda run_id: None,
 ) -> Validation:
-    """Run a share of the runs that are done again, one after another, and compare.
+    """Repeat a share of the done runs, each alone, and compare.
 
     Args:
         model, tokenizer: that made the runs.
         store: holds them.
-        share: of the runs, (0, 1]; at least one is compared. The same ones every time.
-        tell: called with the id of each run before it is run again.
+        share: of the runs, (0, 1]; at least one, and always the same ones.
+        tell: called with the id of each run before it is repeated.
     """
     done = sorted(store.done)
     n = min(len(done), ceil(share * len(done)))
@@ -72,7 +72,7 @@ def cross_validate(
         tell(run_id)
         [again] = run_group(model, tokenizer, [store.runs[run_id]]).runs
         if isinstance(again, str):
-            mismatches[run_id] = f"alone it fails: {again}"
+            mismatches[run_id] = f"fails alone: {again}"
             continue
         why, differences = compare(read_run(store.folder, run_id), again, allowed)
         if why is not None:
@@ -83,12 +83,15 @@ def cross_validate(
 
 
 def compare(one: Record, other: Record, allowed: float) -> tuple[str | None, dict[str, float]]:
-    """What differs between two records of a run, in one line or None; and by how much at most.
+    """Compare two records of a run.
 
     Args:
         one, other: the records.
-        allowed: largest difference of probabilities and attention; for entropies, in parts of
+        allowed: largest difference of probabilities and attention; for entropies, relative to
             their largest value.
+
+    Returns:
+        One line that says what differs, or None; and the largest differences by name.
     """
     for step in range(max(one.n_steps, other.n_steps)):
         here, there = (
@@ -98,10 +101,10 @@ def compare(one: Record, other: Record, allowed: float) -> tuple[str | None, dic
         if here != there:
             return f"step {step} has the tokens {here}, and {there} alone", {}
     if one.tokens["pruned_at"] != other.tokens["pruned_at"]:
-        return "other tokens are pruned than alone", {}
+        return "not the same tokens are pruned alone", {}
     for name in EXACT:
         if not np.array_equal(one.arrays.get(name, 0), other.arrays.get(name, 0)):
-            return f"{name} is not the same as alone", {}
+            return f"{name} differs alone", {}
     found: dict[str, tuple[Any, Any]] = {
         "probability": (one.tokens["probability"], other.tokens["probability"]),
         **{name: (one.arrays[name], other.arrays[name]) for name in COMPARED if name in one.arrays},

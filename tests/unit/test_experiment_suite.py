@@ -214,7 +214,7 @@ def test_what_is_wrong_is_named_in_one_line(changes, words):
         ("a: [", ["not YAML"]),
         ("- a", ["not a suite"]),
         ("? [a]\n: b", ["not YAML"]),
-        ("name: x\nprompts: {a: [b], a: [c]}", ["'a' stands twice"]),
+        ("name: x\nprompts: {a: [b], a: [c]}", ["'a' is there twice"]),
     ],
 )
 def test_what_is_no_suite_is_refused(text, words):
@@ -240,10 +240,10 @@ def test_numbers_may_have_an_exponent(written, number):
     [
         ("prompts: {a: [yes, no]}", ["prompts.a.0", "got true", 'write "yes", in quotes']),
         ("prompts: {a: [b, off]}", ["prompts.a.1", "got false", "in quotes"]),
-        ("prompts: {a: [1e5]}", ["prompts.a.0", "got 100000.0", "write them in quotes"]),
-        ("prompts: {a: [12:30]}", ["prompts.a.0", "write them in quotes"]),
-        ("prompts: {a: [2024-01-01]}", ["prompts.a.0", '"2024-01-01"', "write them in quotes"]),
-        ("prompts: {a: [~]}", ["prompts.a.0", "got null", "write them in quotes"]),
+        ("prompts: {a: [1e5]}", ["prompts.a.0", "got 100000.0", "put them in quotes"]),
+        ("prompts: {a: [12:30]}", ["prompts.a.0", "put them in quotes"]),
+        ("prompts: {a: [2024-01-01]}", ["prompts.a.0", '"2024-01-01"', "put them in quotes"]),
+        ("prompts: {a: [~]}", ["prompts.a.0", "got null", "put them in quotes"]),
         ("prompts: {a: [He said: no]}", ["prompts.a.0", "a colon and a space", "quotes"]),
         ("prompts: {a: &a [*a]}", ["prompts.a.0"]),
         ("prompts: {yes: [a]}", ["got true", "in quotes"]),
