@@ -16,13 +16,13 @@ from .decode.paths import find_paths
 from .decode.prompt_cache import PromptCache
 from .decode.replication import RowTree
 from .decode.request import Request
+from .decode.result import BEAM, GenerationResult
 from .decode.scheduler import BATCH_SIZE, BatchStatus, Scheduler, default_budget
 from .errors import TempoError
 from .lattice.lattice import Lattice, Step
-from .lattice.result import BEAM, GenerationResult
+from .lattice.rendering import StepWriter, plain
 from .models import PlainModel, PositionedModel
 from .settings import Settings, given
-from .text.rendering import StepWriter, plain
 from .text.vocabulary import Prompt, Vocabulary, encode_prompt, require_tokenizer
 
 

@@ -11,13 +11,7 @@ from .models import PlainModel, PositionedModel
 from .needs import NEEDS, told, unmet
 from .old_names import first_names, renamed, renames
 from .rules.combining import COMBINE, CombiningRule, combining_rule
-from .rules.grammar import (
-    GRAMMARS,
-    compiled,
-    json_schema_setting,
-    lark_setting,
-    regex_setting,
-)
+from .rules.grammar import GRAMMARS, compiled, json_schema_setting, lark_setting, regex_setting
 from .rules.processors import LogitsProcessor, Sampler
 from .rules.pruning import COMPACT_ABOVE, Pruning
 from .rules.rule import Named, source_of, stored

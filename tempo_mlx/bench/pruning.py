@@ -12,9 +12,9 @@ import mlx.nn as nn
 import numpy as np
 
 from ..arguments import check_count
+from ..decode.result import GenerationResult
 from ..generation import steps as steps_of
 from ..lattice.lattice import Lattice
-from ..lattice.result import GenerationResult
 from ..models import PositionedModel
 from ..rules.pruning import Pruning
 from ..rules.schedules import Constant

@@ -5,13 +5,13 @@ from collections.abc import Iterable
 from rich.table import Table
 from rich.text import Text
 
+from ..decode.result import GenerationResult
 from ..decode.verification import oracle_of
 from ..io.console import Console
-from ..lattice.result import GenerationResult
+from ..lattice.rendering import Span, StepWriter
+from ..lattice.rendering import plain as plain_text
 from ..models import PositionedModel
 from ..text.printable import quoted
-from ..text.rendering import Span, StepWriter
-from ..text.rendering import plain as plain_text
 
 
 def verdicts(result: GenerationResult) -> Table:

@@ -9,19 +9,19 @@ from rich.text import Text
 
 from ..arguments import check_text, parse_bytes
 from ..decode.prompt_cache import PromptCache
+from ..decode.prompt_files import read_prompts
 from ..decode.scheduler import BATCH_SIZE
 from ..errors import TempoError
 from ..generation import stream_generate
 from ..io.console import Console
 from ..io.files import STANDARD_INPUT, replaceable
 from ..io.inputs import HYPHEN
-from ..io.prompt_files import read_prompts
+from ..lattice.rendering import StepWriter, plain
 from ..models import PositionedModel
 from ..needs import Need, Needs
 from ..plots import check_plot, plot_lattice, plot_mask
 from ..settings import Settings
 from ..text.printable import running
-from ..text.rendering import StepWriter, plain
 from ..text.vocabulary import add_end_token
 from ..weights import load
 from .display import coloured, pruned_steps, report, verdicts

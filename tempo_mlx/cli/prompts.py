@@ -9,14 +9,14 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..decode.prompt_cache import JoinedPrompt, PromptCache
+from ..decode.prompt_files import PromptRow, row_settings
+from ..decode.result import SCHEMA, GenerationResult
 from ..decode.scheduler import BatchStatus
 from ..errors import TempoError
 from ..generation import Failure, stream_batch_generate
 from ..io.console import Console
 from ..io.files import Stream, replaceable
-from ..io.prompt_files import PromptRow, row_settings
 from ..io.resumable_jsonl import ResultsFile, row_key
-from ..lattice.result import SCHEMA, GenerationResult
 from ..models import PositionedModel
 from ..settings import Settings
 from ..text.printable import finite, json_text

@@ -11,9 +11,9 @@ import mlx.core as mx
 import numpy as np
 
 from ..lattice.lattice import Lattice
-from ..lattice.result import BEAM, GenerationResult
 from ..models import PositionedModel, SlotStore
 from ..numerics import log_softmax_at
+from .result import BEAM, GenerationResult
 from .sequences import Batch, SequenceState
 
 #: Fraction of unused slots above which the cache is compacted.

@@ -8,7 +8,6 @@ import numpy as np
 
 from ..errors import TempoError
 from ..lattice.lattice import NEVER, Slots, Step, Token
-from ..lattice.result import GenerationResult
 from ..models import PositionedModel, SlotStore
 from ..rules.branching import branch, recombine
 from ..rules.processors import processors_of
@@ -17,6 +16,7 @@ from ..rules.selection import SAMPLING, Candidates, Selected, keep, noise_key
 from ..rules.visibility import may_attend
 from ..settings import Settings
 from .observation import Attending, Observation, Observer
+from .result import GenerationResult
 from .retroactive import RetroactivePruner
 from .sequences import SequenceState
 from .step_candidates import StepCandidates

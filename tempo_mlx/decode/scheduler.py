@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from ..errors import TempoError
-from ..lattice.result import GenerationResult
 from ..models import PositionedModel, SlotStore
 from .decoder import BatchDecoder, CacheBudgetError
 from .prompt_cache import PromptCache
 from .request import Request
+from .result import GenerationResult
 
 #: What names a request.
 Key = Hashable

@@ -9,9 +9,9 @@ starts only once some path of the lattice contains a stop text at all.
 from collections.abc import Callable, Sequence
 
 from ..lattice.lattice import Step
-from ..lattice.result import BEAM, GenerationResult
 from ..models import PositionedModel, SlotStore
 from .paths import PathSearch
+from .result import BEAM, GenerationResult
 
 #: A search that has to start again, because earlier sets were pruned, waits until the run is
 #: longer by this factor: all searches together then cost a multiple of the last one.

@@ -11,8 +11,8 @@ from typing import Any
 import mlx.nn as nn
 import numpy as np
 
+from ..decode.result import GenerationResult
 from ..generation import Failure, stream_batch_generate
-from ..lattice.result import GenerationResult
 from ..models import PositionedModel
 from .capture import Divergence, Pair, Recorder
 from .suite import RunConfig

@@ -20,9 +20,9 @@ from pydantic import (
     field_validator,
 )
 
+from ..decode.prompt_files import setting_names, settings_from_json
 from ..decode.request import require_observable
 from ..errors import TempoError
-from ..io.prompt_files import setting_names, settings_from_json
 from ..rules.own import is_place, load_rules
 from ..rules.pruning import Pruning
 from ..settings import Settings

@@ -8,10 +8,10 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..decode.result import GenerationResult
 from ..errors import MissingExtraError, TempoError
 from ..io.files import check_writable, write_atomically
 from ..lattice.lattice import Lattice
-from ..lattice.result import GenerationResult
 from ..rules.pruning import Pruning
 from .labels import fonts, readable, width
 

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..decode.result import GenerationResult
 from ..errors import TempoError
 from ..lattice.lattice import Lattice
-from ..lattice.result import GenerationResult
 from .figure import (
     BLUE,
     GREEN,

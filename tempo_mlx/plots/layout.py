@@ -7,9 +7,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..decode.result import GenerationResult
 from ..errors import TempoError
 from ..lattice.lattice import Lattice, Step, Token
-from ..lattice.result import GenerationResult
 from .figure import MARGIN, TITLE
 from .labels import label, width
 

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..decode.result import GenerationResult
 from ..lattice.lattice import NEVER, Lattice, Slots
-from ..lattice.result import GenerationResult
 from ..rules.visibility import Visibility, may_attend, visibility_of
 from .figure import (
     GREY,

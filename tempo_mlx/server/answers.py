@@ -5,7 +5,7 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
-from ..lattice.result import GenerationResult
+from ..decode.result import GenerationResult
 from ..text.vocabulary import Vocabulary
 from .generation import TokenScore
 

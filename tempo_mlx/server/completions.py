@@ -7,17 +7,11 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ..decode.result import GenerationResult
 from ..errors import TempoError
-from ..lattice.result import GenerationResult
 from ..settings import Settings
 from ..text.vocabulary import Prompt, encode_prompt
-from .answers import (
-    chat_logprobs,
-    completion_logprobs,
-    envelope,
-    finish_reason,
-    usage,
-)
+from .answers import chat_logprobs, completion_logprobs, envelope, finish_reason, usage
 from .engine import Engine
 from .generation import StepEvent, TextStream, TokenScore, running
 from .protocol import ChatRequest, CompletionRequest, Sampling

@@ -12,10 +12,10 @@ from typing import Any, Protocol, TypeVar, cast
 from mlx_lm.generate import generation_stream, wired_limit
 
 from ..decode.request import Request
+from ..decode.result import GenerationResult
 from ..decode.scheduler import BATCH_SIZE, BatchStatus, Scheduler, default_budget
 from ..errors import TempoError
 from ..generation import begin
-from ..lattice.result import GenerationResult
 from ..models import PositionedModel
 from ..settings import Settings
 from ..text.vocabulary import Prompt, Vocabulary

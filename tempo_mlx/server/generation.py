@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..decode.request import Request
-from ..lattice.result import GenerationResult
+from ..decode.result import GenerationResult
 from ..settings import Settings
 from ..text.printable import unfinished
 from ..text.vocabulary import Prompt, Vocabulary

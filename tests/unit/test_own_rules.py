@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from tempo_mlx import CombiningRule, Pruning, PruningRule, Settings, Visibility, generate, search
+from tempo_mlx.decode.prompt_files import read_prompts, row_settings
 from tempo_mlx.errors import TempoError
-from tempo_mlx.io.prompt_files import read_prompts, row_settings
 from tempo_mlx.old_names import RenamedWarning
 from tempo_mlx.rules.own import load_rule
 from tempo_mlx.rules.pruning import DecisionRule

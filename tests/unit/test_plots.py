@@ -8,8 +8,8 @@ import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from types import SimpleNamespace
 
+from tempo_mlx.decode.result import GenerationResult
 from tempo_mlx.lattice.lattice import Ending, Lattice, Step, Token
-from tempo_mlx.lattice.result import GenerationResult
 from tempo_mlx.plots import check_plot, plot_lattice, plot_mask, plot_schedule
 from tempo_mlx.plots.figure import DPI, drawn, look
 from tempo_mlx.plots.labels import LONGEST, label

@@ -3,7 +3,7 @@
 import json
 from dataclasses import replace
 
-from tempo_mlx.io.prompt_files import read_prompts, row_settings
+from tempo_mlx.decode.prompt_files import read_prompts, row_settings
 from tempo_mlx.rules.pruning import Pruning
 from tempo_mlx.rules.schedules import Bezier, Constant, Relu
 from tempo_mlx.settings import Settings

@@ -2,10 +2,10 @@
 
 from tempo_mlx import PositionedModel, batch_generate
 from tempo_mlx.decode.request import Request
+from tempo_mlx.decode.result import GenerationResult
 from tempo_mlx.decode.scheduler import Scheduler
 from tempo_mlx.errors import TempoError
 from tempo_mlx.generation import begin
-from tempo_mlx.lattice.result import GenerationResult
 from tempo_mlx.settings import Settings
 
 import pytest

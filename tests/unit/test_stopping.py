@@ -2,10 +2,10 @@
 
 import itertools
 
+from tempo_mlx.decode.result import cut_at_stop
 from tempo_mlx.decode.stopping import StopAutomaton
 from tempo_mlx.generation import batch_generate, generate
 from tempo_mlx.lattice.lattice import Step, Token
-from tempo_mlx.lattice.result import cut_at_stop
 from tempo_mlx.settings import Settings
 from tests.tiny_models import tiny_model
 from tests.tiny_tokenizer import TinyTokenizer

@@ -3,8 +3,8 @@
 import json
 
 from tempo_mlx.generation import generate
+from tempo_mlx.lattice.rendering import StepWriter, plain
 from tempo_mlx.text.printable import json_text, running, spelled, unfinished, visible
-from tempo_mlx.text.rendering import StepWriter, plain
 from tempo_mlx.text.vocabulary import Vocabulary
 from tests.byte_tokenizers import END, byte_fallback, byte_level
 from tests.tiny_models import tiny_model

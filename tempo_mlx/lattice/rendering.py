@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from ..lattice.lattice import Step, Token
-from .printable import running, spelled, unfinished, visible
+from ..text.printable import running, spelled, unfinished, visible
+from .lattice import Step, Token
 
 
 @dataclass(frozen=True)

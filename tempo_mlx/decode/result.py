@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 
 from ..arguments import check_count
-from ..decode.verification import Verification, received_attention
 from ..errors import TempoError
+from ..lattice.lattice import Lattice
 from ..models import PlainModel, PositionedModel
 from ..rules.posterior import viterbi
 from ..settings import Settings
 from ..text.vocabulary import Vocabulary
-from .lattice import Lattice
+from .verification import Verification, received_attention
 
 #: Version of the dictionary that :meth:`GenerationResult.to_dict` returns.
 SCHEMA = 2
@@ -169,7 +169,7 @@ class GenerationResult:
             k: paths wanted, at least 1.
             beam: hypotheses kept at each step, at least 1; raised to k.
         """
-        from ..decode.paths import find_paths
+        from .paths import find_paths
 
         check_count("k", k)
         check_count("beam", beam)

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import TempoError
+from ..io.inputs import object_of, read_lines, shown_json, text_of
 from ..old_names import new_names
 from ..rules.pruning import Pruning
 from ..rules.table import Entry, Inner, table
 from ..settings import Settings
-from .inputs import object_of, read_lines, shown_json, text_of
 
 #: Endings of the names of files that can be read.
 FORMATS = (".txt", ".jsonl")
