@@ -19,7 +19,7 @@ help:
 	@echo "make test-all  the same with the tests that take long, or that only mlx-lm or chance breaks"
 	@echo "make setup     set up .venv alone"
 	@echo "make lint      set up, then lint and type-check"
-	@echo "make docs      compare every architecture with mlx-lm and write docs/architectures.md"
+	@echo "make docs      draw the map of docs/architecture.md, compare every architecture with mlx-lm"
 	@echo "make lock      resolve $(LOCK) again (needs uv)"
 	@echo "make cuda      replace mlx's CPU backend in .venv by the one for CUDA 12"
 	@echo "make clean     remove .venv and caches; fetched models stay"
@@ -83,6 +83,7 @@ test-all: lint
 	$(PYTEST)
 
 docs: setup
+	$(BIN)/python -m tests.rooms
 	$(BIN)/python -m tests.architectures
 
 lock:
