@@ -39,13 +39,6 @@ BASICS = ("arguments", "blas", "errors", "interrupts", "numerics", "old_names")
 #: The names that users import, and ``python -m tempo_mlx``: above all rooms.
 ENTRANCE = ("__init__", "__main__")
 
-#: Files that still import rooms above their own.
-EXCEPTIONS = {
-    "io/prompt_files.py": {"rules", "settings"},
-    "lattice/result.py": {"decode", "rules", "settings"},
-    "text/rendering.py": {"lattice"},
-}
-
 #: An arrow: the importing file, relative to the package, and the room that it imports.
 Arrow = tuple[str, str]
 

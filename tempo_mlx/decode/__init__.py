@@ -1,1 +1,1 @@
-"""The generation loop: requests, scheduler, decoder, retroactive pruning, verification."""
+"""The generation loop: requests, scheduler, decoder, verification; its results and prompt files."""

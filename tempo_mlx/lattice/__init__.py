@@ -1,1 +1,1 @@
-"""What a run is: tokens, steps, sets and parents; the result and its JSON schema."""
+"""What a run is: tokens, steps, sets and parents, and how they are shown."""

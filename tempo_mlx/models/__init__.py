@@ -1,4 +1,4 @@
-"""Makes mlx-lm's architectures take positions and masks."""
+"""mlx-lm models whose tokens take any position and see what a mask says; the store of slots."""
 
 from .attention import Capture
 from .model import PositionedModel, UnsupportedModelError
