@@ -1,4 +1,4 @@
-"""Simulations in one sequence state, beside a search that reads texts anew and one that copies."""
+"""Simulations in one sequence state, beside searches that reread texts or copy the cache."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ from .timing import Spread, alternate, ratio
 
 SCHEMA = 1
 
-READING, COPYING = "reading each text anew", "copying the cache for each branch"
+READING, COPYING = "rereading each text", "copying the cache for each branch"
 #: No token is less probable.
 ANY = 1e-30
 

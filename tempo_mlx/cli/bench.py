@@ -393,7 +393,7 @@ def search(
 ) -> None:
     """Simulations per second in one sequence state, by leaves in a pass; and of plainer searches.
 
-    The others are the same search with another environment: one reads a leaf's whole text anew,
+    The others are the same search with another environment: one rereads the whole text of a leaf,
     one keeps a copy of the cache for each node.
     """
     widths = parse_widths(leaves, "--leaves")

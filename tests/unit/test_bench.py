@@ -371,7 +371,7 @@ def test_search_bench_searches_the_same_tree_in_every_way(tmp_path, run):
     output = tmp_path / "bench.json"
     common = ("bench", "search", "--model", folder, "-s", 6, "-n", 1, "-p", 8)
     code, out, err = run(*common, "--leaves", "1,3", "-o", output)
-    assert (code, err) == (0, "") and "reading each text anew" in out
+    assert (code, err) == (0, "") and "rereading each text" in out
     report = json.loads(output.read_text())
     assert len(report["runs"]) == 4
     assert all(each["simulations_per_second"]["median"] > 0 for each in report["runs"])
