@@ -25,8 +25,8 @@ COMMANDS = {
     "search": "Search for a text by Monte Carlo tree search over one shared cache.",
     "score": "Score words that may follow contexts, and rank them.",
     "serve": "Serve a model over HTTP, as OpenAI's interface has it, with exact scores and sets.",
-    "experiment": "Run suites of prompts, settings and seeds from one file; stop and resume them, "
-    "analyse and report what came out.",
+    "experiment": "Run suites of prompts, settings and seeds from one file, analyse them and write "
+    "reports.",
     "schedule": "Show how a schedule moves a threshold over a run.",
     "models": "List the models that run by name and those in the Hub's cache, or fetch one.",
     "doctor": "Say what is installed, on what device, how fast, and what is missing.",

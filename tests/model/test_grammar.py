@@ -103,7 +103,7 @@ def test_rows_of_a_batch_follow_grammars_of_their_own(embedded):
 def test_every_text_of_a_search_follows_the_grammar_and_is_scored_by_the_model(embedded):
     model, tokenizer = embedded
     found = search(
-        model, tokenizer, "The years were", regex=YEAR, max_tokens=20, simulations=8,
+        model, tokenizer, "The years were", regex=YEAR, max_tokens=20, simulations=3,
         evaluation="rollout", rollout_temp=0.8,
     )  # fmt: skip
     assert is_year(found.text)

@@ -6,6 +6,7 @@ import re
 
 from tempo_mlx import ContinuationScorer
 from tests.brute_scorer import BruteScorer
+from tests.sweeps import mostly_slow
 
 import numpy as np
 import pytest
@@ -140,7 +141,7 @@ SENTENCES = [
 ]
 
 
-@pytest.mark.parametrize("start", ["auto", None, 1, "Once upon a time"])
+@pytest.mark.parametrize("start", mostly_slow(["auto", None, 1, "Once upon a time"], ["auto"]))
 def test_a_sentence_is_the_sum_of_its_words_and_its_end(embedded, start):
     """The chain rule, in two ways of asking and against stock mlx-lm."""
     model, tokenizer = embedded

@@ -10,7 +10,7 @@ import pytest
 PROMPTS = ["今天天气很好，我们去", "Emoji party: 😏😐", "สวัสดีครับ วันนี้", "안녕하세요, 오늘은"]
 
 
-@pytest.mark.parametrize("prompt", mostly_slow(PROMPTS, PROMPTS[:2]))
+@pytest.mark.parametrize("prompt", mostly_slow(PROMPTS, PROMPTS[:1]))
 def test_greedy_text_is_that_of_mlx_lm_without_an_unfinished_character(embedded, prompt):
     model, tokenizer = embedded
     whole = None

@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 
+from tests.sweeps import mostly_slow
+
 import pytest
 
 
@@ -28,7 +30,7 @@ def test_closed_streams_lose_what_is_printed_and_nothing_else(folder, tmp_path, 
     assert b"Traceback" not in done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+@pytest.mark.parametrize("encoding", mostly_slow(["ascii", "latin-1"], ["ascii"]))
 def test_characters_that_an_encoding_lacks_are_escaped(folder, encoding):
     done = tempo("generate", "今天", "--model", folder, "-m", "2", PYTHONIOENCODING=encoding)
     assert done.returncode == 0 and rb"\u4eca\u5929" in done.stdout

@@ -200,6 +200,7 @@ def test_values_of_a_prompt_are_those_written_out_by_hand(tables):
     assert row["naive"] == pytest.approx(naive[0] - naive[1], rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_checks")
 def test_seeds_count_equally_and_are_no_replicates():
     tables = replace(SMALL, seeds=(1, 2, 3, 4), effect=0.006, seed_sd=0.003).tables(3)
@@ -218,6 +219,7 @@ def test_seeds_count_equally_and_are_no_replicates():
     assert set(over.loc[over["measure"] == "token", "over"]) == {"runs"}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_checks")
 def test_copies_are_named_as_such():
     tables = replace(SMALL, seeds=(1, 2)).tables(4)
@@ -329,6 +331,7 @@ def test_planted_effects_and_their_difference_are_found(analysis):
     assert models.loc["conditions", "low"] < 0.004 < models.loc["conditions", "high"]
 
 
+@pytest.mark.slow
 def test_sensitivity_holds_the_analysis_itself_and_what_other_rules_give(tables, analysis):
     found = analysis["sensitivity"]
     chosen = found[found["chosen"] & (found["measure"] == "token")].set_index("condition")
@@ -444,6 +447,7 @@ def test_distances_show_the_decay_and_the_effect(analysis):
     assert gap.loc[1:5].to_numpy() == pytest.approx(0.006, abs=0.003)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_checks")
 def test_an_outlier_is_found_and_its_influence(tables):
     analysis = analyze(replace(SMALL, prompts=4, outlier=0.02).tables(9), **FAST)
@@ -453,6 +457,7 @@ def test_an_outlier_is_found_and_its_influence(tables):
     assert (mine.loc[mine["outlier"], "influential"]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_checks")
 def test_a_category_without_controls_is_named_and_left_empty():
     analysis = analyze(replace(SMALL, without_controls="dialogue").tables(10), **FAST)
@@ -527,6 +532,7 @@ def test_tables_that_cannot_be_analysed_are_refused(tables):
             analyze(tables, **bad)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_checks")
 def test_hidden_siblings_are_said_to_be_so(tables):
     siblings = (tables.entries["set_size"] > 1).to_numpy()
@@ -536,6 +542,7 @@ def test_hidden_siblings_are_said_to_be_so(tables):
     assert any(n.startswith("visible: siblings got no attention") for n in analysis.info["notes"])
 
 
+@pytest.mark.slow
 def test_analysis_is_the_same_again_and_from_its_files(tables, analysis, tmp_path):
     again = analyze(tables, **FAST)
     save(analysis, tmp_path)

@@ -178,6 +178,7 @@ def test_report_says_what_it_cannot_say(folder, analysis):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_checks")
 def test_long_tables_are_cut_and_say_so():
     suite = Planted(prompts=7, layers=1, heads=1, steps=6, categories=CATEGORIES)
@@ -311,6 +312,7 @@ def run(tables, made, monkeypatch, without_checks):
     return lambda *arguments: CliRunner().invoke(app, [*map(str, arguments)])
 
 
+@pytest.mark.slow
 def test_commands_follow_one_another(run, tmp_path):
     first = run("report", tmp_path)
     assert isinstance(first.exception, ValueError) and "analyze" in str(first.exception)

@@ -433,6 +433,7 @@ SLACK = 8e6
 @pytest.mark.parametrize(
     "runs", [pytest.param(120, id="120 runs"), pytest.param(1000, marks=pytest.mark.slow)]
 )
+@pytest.mark.slow
 def test_memory_is_flat_over_many_short_runs(loaded, folder, runs):
     memory_of(loaded, folder, 40)
     held = memory_of(loaded, folder, runs)

@@ -183,10 +183,10 @@ def test_rows_of_a_batch_with_different_trees_do_not_mix():
             ("tree", 1e-6, 5, 7),
         ]
     ]
-    batch = batch_generate(model, tokenizer, prompts, each, batch_size=3, verify=True)
+    batch = batch_generate(model, tokenizer, prompts, each, batch_size=3, verify=True, paths=9)
     for result, prompt, setting in zip(batch.results, prompts, each, strict=True):
         given_ = {name: getattr(setting, name) for name in setting.__dataclass_fields__}
-        alone = generate(model, tokenizer, prompt, **given_)
+        alone = generate(model, tokenizer, prompt, paths=9, **given_)
         assert [p.tokens for p in result.paths(9)] == [p.tokens for p in alone.paths(9)]
         np.testing.assert_allclose(
             [p.logprob for p in result.paths(9)], [p.logprob for p in alone.paths(9)], atol=1e-4
