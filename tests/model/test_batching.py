@@ -2,7 +2,6 @@
 
 from tempo_mlx import Settings, batch_generate, generate
 from tempo_mlx.rules.pruning import Pruning
-from tests.sweeps import mostly_slow
 
 import mlx.core as mx
 import numpy as np
@@ -42,7 +41,8 @@ def each_alone(embedded):
 
 
 @pytest.mark.xdist_group("each alone")
-@pytest.mark.parametrize("batch_size", mostly_slow([2, 5], [2]))
+@pytest.mark.slow
+@pytest.mark.parametrize("batch_size", [2, 5])
 def test_every_prompt_is_what_it_gives_alone(embedded, each_alone, batch_size):
     model, tokenizer = embedded
     batch = batch_generate(model, tokenizer, PROMPTS, EACH, batch_size=batch_size, verify=True)

@@ -41,8 +41,7 @@ PROMPTS = [
 FEW_MODES = [
     ("isolated", "mixture"),
     ("visible", "product"),
-    ("hidden", "mean"),
-    ("isolated", "last"),
+    ("hidden", "last"),
 ]
 
 

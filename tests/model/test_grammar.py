@@ -4,6 +4,7 @@ import json
 
 from tempo_mlx import Settings, batch_generate, generate, search
 from tempo_mlx.rules.grammar import Grammar, compiled
+from tests.sweeps import mostly_slow
 
 import mlx.core as mx
 import numpy as np
@@ -33,7 +34,7 @@ def is_year(text):
     return regex.fullmatch(YEAR, text) is not None
 
 
-@pytest.mark.parametrize("visibility", ["recombined", "tree"])
+@pytest.mark.parametrize("visibility", mostly_slow(["recombined", "tree"], ["recombined"]))
 def test_every_path_follows_the_grammar_and_sets_show_alternatives(embedded, visibility):
     settings = {"threshold": 0.05, "visibility": visibility, "beam_width": 5}
     cases = [
@@ -100,6 +101,7 @@ def test_rows_of_a_batch_follow_grammars_of_their_own(embedded):
         ]
 
 
+@pytest.mark.slow
 def test_every_text_of_a_search_follows_the_grammar_and_is_scored_by_the_model(embedded):
     model, tokenizer = embedded
     found = search(

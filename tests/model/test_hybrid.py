@@ -167,7 +167,10 @@ def test_threshold_one_is_greedy_decoding_whatever_the_visibility(made, stock, o
 
 
 @fp32_only
-@pytest.mark.parametrize("options", [SETS, ["--threshold", 1, "--visibility", "isolated"]])
+@pytest.mark.parametrize(
+    "options",
+    [SETS, pytest.param(["--threshold", 1, "--visibility", "isolated"], marks=pytest.mark.slow)],
+)
 def test_a_text_ends_before_a_stop(made, options):
     free, _ = made("generate", PROMPT, *options)
     stop = free["text"][5:9]
@@ -176,6 +179,7 @@ def test_a_text_ends_before_a_stop(made, options):
     assert len(data["steps"]) < len(free["steps"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hybrid", mostly_slow([None, 4], [None]), indirect=True)
 def test_a_batch_gives_each_row_what_it_gives_alone(run, hybrid, made, stock, tmp_path):
     rows = [

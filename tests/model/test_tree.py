@@ -28,6 +28,7 @@ def score(stock, tokens):
     return sum(row[token] for row, token in zip(stock(tokens[:-1]), tokens, strict=True))
 
 
+@pytest.mark.slow
 def test_a_tree_is_beam_search(embedded, stock):
     model, tokenizer = embedded
     width, steps = 3, 6

@@ -129,6 +129,7 @@ def test_rows_of_a_table_are_as_long_as_its_head(folder, analysis):
     assert tables == page.tags.count("table") > 12
 
 
+@pytest.mark.slow
 def test_texts_of_prompts_are_no_markup(folder):
     html, markdown = ((folder / name).read_text() for name in ("report.html", "report.md"))
     assert "<b>" not in html and MARKUP in "".join(Page(html).text)
