@@ -312,7 +312,7 @@ def test_numbers_that_json_does_not_have_stay_out_of_the_output(run, inputs, fol
 GENERATE = "generate hi -q -m 3"
 #: Commands, the readers of what they write, and what it begins with.
 SUBSTITUTED = [
-    (GENERATE, "cat", '{"'),
+    (GENERATE, "cat", '{\n "schema"'),
     (GENERATE, "head -c1", "{"),
     ("score in/rows.jsonl", "cat", '{"row": 0'),
     ("generate --prompts-file in/prompts.jsonl -m 3", "cat", '{"row": 0'),
