@@ -1,79 +1,70 @@
 """Decoding speed and memory: mlx-lm, ours at threshold 1, and sets of a forced width."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from functools import partial
 
-import mlx.nn as nn
 import mlx_lm
 
-from ..arguments import check_count, shown
-from ..errors import TempoError
 from ..generation import stream_generate
-from ..models import PositionedModel
 from ..text.vocabulary import without_end
-from .decode_report import SINGLE, STOCK, Measured, Report, sibling_name
-from .runs import ANY, LONG_BLOCKS, NEARLY_ONE, WARM_UP, Run, long_run, timed
-from .setting import (
-    MOST_TOKENS,
-    MOST_WIDTH,
-    describe,
-    prompt_of,
-    require_room,
-    visibility_of_sets,
-    weight_bytes,
+from .result import Result, Row, Target, compared, finder, ratio, single
+from .runs import (
+    ANY,
+    LONG_BLOCKS,
+    NEARLY_ONE,
+    SINGLE,
+    STOCK,
+    Run,
+    long_run,
+    sibling_name,
+    timed,
 )
-from .timing import Spread, alternate, copy_bandwidth, ratio
+from .setting import Subject, prompt_of, weight_bytes
+from .timing import copy_bandwidth
+
+#: What the targets ask for.
+MIN_SPEED_RATIO = 0.97
+MAX_MEMORY_RATIO = 1.05
+MAX_STEP_RATIO = 1.45
+TARGET_SIBLINGS = 8
+#: Our rise in time per step over a long run may exceed mlx-lm's by this factor, which is noise.
+MAX_RISE_RATIO = 1.05
+
+GROUP, MACHINE, LONG = "decoding", "memory bandwidth", "a step as the cache grows"
 
 
 def bench_decode(
-    model: nn.Module,
-    tokenizer: Any,
-    *,
-    prompt_tokens: int = 64,
-    max_tokens: int = 24,
-    rounds: int = 7,
-    siblings: Sequence[int] = (1, 2, 4, 8, 16),
+    subject: Subject,
+    prompt_tokens: int,
+    max_tokens: int,
+    siblings: Sequence[int],
     long_steps: int = 0,
-    model_name: str = "",
-    progress: Callable[[str], None] | None = None,
-) -> Report:
+) -> Result:
     """Measure mlx-lm, ours at threshold 1 and ours with sets of a forced width, by turns.
 
     Nothing ends a run early: end tokens count as ordinary ones on both sides.
 
     Args:
-        model: as :func:`tempo_mlx.load` or ``mlx_lm.load`` returns it.
-        tokenizer: mlx-lm's tokenizer wrapper.
+        subject: the model.
         prompt_tokens: length of the prompt, at least 1.
-        max_tokens: steps of a run, above 3.
-        rounds: runs of each variant, at least 1; one more warms up.
+        max_tokens: steps of a run, at least 4.
         siblings: widths of the forced sets, each at least 1.
         long_steps: also decode this many steps at threshold 1 and by mlx-lm; 0 does not.
-        model_name: what the report calls the model.
-        progress: called with the name of each variant before it runs.
 
     Raises:
-        ValueError: for an argument out of range, or runs that the model's context cannot hold.
+        TempoError: if the model's context cannot hold the runs.
     """
-    positioned = PositionedModel.of(model)
-    check_count("max_tokens", max_tokens, WARM_UP + 2, MOST_TOKENS)
-    if not siblings or min(siblings) < 1:
-        raise TempoError(f"siblings must be at least 1, got {shown(list(siblings))}")
-    check_count("siblings", max(siblings), most=MOST_WIDTH)
-    if long_steps and long_steps < 2 * LONG_BLOCKS:
-        raise TempoError(f"long_steps must be 0 or at least {2 * LONG_BLOCKS}, got {long_steps}")
-    require_room(positioned, prompt_tokens, max(max_tokens, long_steps))
-    prompt = prompt_of(tokenizer, prompt_tokens)
-    endless = without_end(tokenizer)
-    visibility = visibility_of_sets(positioned)
+    model, visibility = subject.model, subject.visibility_of_sets
+    subject.require_room(prompt_tokens, max(max_tokens, long_steps))
+    prompt, endless = prompt_of(subject.tokenizer, prompt_tokens), without_end(subject.tokenizer)
 
     def stock(steps: int) -> Iterator[list[int]]:
-        for response in mlx_lm.stream_generate(positioned.model, endless, prompt, max_tokens=steps):
+        for response in mlx_lm.stream_generate(model.model, endless, prompt, max_tokens=steps):
             yield [response.token]
 
     def ours(steps: int, threshold: float, width: int) -> Iterator[list[int]]:
         for response in stream_generate(
-            positioned,
+            model,
             endless,
             prompt,
             max_tokens=steps,
@@ -84,47 +75,85 @@ def bench_decode(
         ):
             yield [token.id for token in response.step.tokens]
 
-    widths = {STOCK: 1, SINGLE: 1} | {sibling_name(n): n for n in siblings}
-
-    def runner(name: str) -> Callable[[], Run]:
-        width = widths[name]
-        if name == STOCK:
-            return lambda: timed(stock(max_tokens), 1)
-        if name == SINGLE:
-            return lambda: timed(ours(max_tokens, 1.0, 1), 1)
+    def forced(width: int) -> Run:
         if width == 1:
-            return lambda: timed(ours(max_tokens, NEARLY_ONE, 2), 1)
-        return lambda: timed(ours(max_tokens, ANY, width), width)
+            return timed(ours(max_tokens, NEARLY_ONE, 2), 1)
+        return timed(ours(max_tokens, ANY, width), width)
 
-    runs = alternate({name: runner(name) for name in widths}, rounds, progress)
-    seconds = {name: [run.step_seconds for run in runs[name]] for name in runs}
+    variants: dict[str, Callable[[], Run]] = {
+        STOCK: lambda: timed(stock(max_tokens), 1),
+        SINGLE: lambda: timed(ours(max_tokens, 1.0, 1), 1),
+        **{sibling_name(width): partial(forced, width) for width in siblings},
+    }
+    subject.expect(len(variants), 2 * LONG_BLOCKS if long_steps else 0)
+    runs = subject.alternate(variants)
     one = sibling_name(1) if 1 in siblings else SINGLE
-    n_bytes = weight_bytes(positioned.model)
-    measured = [
-        Measured(
-            name=name,
-            siblings=width,
-            step_seconds=Spread.of(seconds[name]),
-            weight_bandwidth=n_bytes / Spread.of(seconds[name]).median,
-            peak_bytes=max(run.peak_bytes for run in runs[name]),
-            slots=prompt_tokens + runs[name][0].tokens.size,
-            time_to_stock=ratio(seconds[name], seconds[STOCK]),
-            time_to_one=ratio(seconds[name], seconds[one]),
-        )
-        for name, width in widths.items()
+    rows = _decoding(runs, one, prompt_tokens, weight_bytes(model.model))
+    found = finder(rows)
+    targets = [
+        Target(
+            "tokens/s at threshold 1 / mlx-lm's",
+            ">=",
+            MIN_SPEED_RATIO,
+            1 / found(SINGLE, "step").ratios[STOCK].median,
+        ),
+        Target(
+            "peak memory at threshold 1 / mlx-lm's",
+            "<=",
+            MAX_MEMORY_RATIO,
+            found(SINGLE, "peak memory").median / found(STOCK, "peak memory").median,
+        ),
     ]
-    long = None
+    if TARGET_SIBLINGS in siblings:
+        wide = found(sibling_name(TARGET_SIBLINGS), "step").ratios[one].median
+        name = f"ms/step of {TARGET_SIBLINGS} siblings / of one"
+        targets.append(Target(name, "<=", MAX_STEP_RATIO, wide))
     if long_steps:
         sides = {STOCK: stock(long_steps), SINGLE: ours(long_steps, 1.0, 1)}
-        long = long_run(sides, long_steps, progress)
-    return Report(
-        model=model_name or positioned.name or "",
-        setting={
-            **describe(positioned, prompt_tokens, max_tokens, rounds),
-            "visibility": visibility,
-        },
-        weight_bytes=n_bytes,
-        copy_bandwidth=copy_bandwidth(),
-        measured=measured,
-        long=long,
+        seconds = long_run(sides, long_steps, subject.progress.tick)
+        rows += _blocks(seconds, long_steps // LONG_BLOCKS)
+        targets.append(rise(seconds))
+    setting = subject.describe(
+        prompt_tokens=prompt_tokens, max_tokens=max_tokens, visibility=visibility
     )
+    return Result("decode", subject.name, setting, rows, targets)
+
+
+def _decoding(runs: dict[str, list[Run]], one: str, prompt_tokens: int, n_bytes: int) -> list[Row]:
+    seconds = {name: [run.step_seconds for run in each] for name, each in runs.items()}
+    widths = {name: each[0].tokens.shape[1] for name, each in runs.items()}
+    copied = copy_bandwidth()
+    steps = compared(GROUP, "step", "s", seconds, STOCK, one)
+    speeds = {row.name: 1 / row.median for row in steps}
+    tokens = {name: widths[name] * speed for name, speed in speeds.items()}
+    reading = {name: n_bytes * speed for name, speed in speeds.items()}
+    peaks = {name: float(max(run.peak_bytes for run in each)) for name, each in runs.items()}
+    slots = {name: float(prompt_tokens + each[0].tokens.size) for name, each in runs.items()}
+    return [
+        *single(GROUP, "tokens/s", "", tokens),
+        *single(GROUP, "steps/s", "", speeds),
+        *steps,
+        *single(GROUP, "weights read", "bytes/s", reading),
+        *single(GROUP, "of copy", "%", {name: 100 * x / copied for name, x in reading.items()}),
+        *single(GROUP, "peak memory", "bytes", peaks),
+        *single(GROUP, "slots", "", slots),
+        *single(MACHINE, "size", "bytes", {"weights": float(n_bytes)}),
+        *single(MACHINE, "speed", "bytes/s", {"copying an array": copied}),
+    ]
+
+
+def _blocks(seconds: dict[str, list[float]], block: int) -> list[Row]:
+    """Times of a long run: a line for each block, both sides beside each other."""
+    rows = []
+    for i, (stock, ours) in enumerate(zip(seconds[STOCK], seconds[SINGLE], strict=True)):
+        name = f"steps {i * block + 1}-{(i + 1) * block}"
+        rows.append(Row(LONG, name, STOCK, "s", [stock]))
+        rows.append(Row(LONG, name, SINGLE, "s", [ours], {STOCK: ratio([ours], [stock])}))
+    return rows
+
+
+def rise(seconds: dict[str, list[float]]) -> Target:
+    """How much more our step slows from the first to the last block than mlx-lm's."""
+    stock, ours = seconds[STOCK], seconds[SINGLE]
+    name = "rise of ms/step over a long run / mlx-lm's"
+    return Target(name, "<=", MAX_RISE_RATIO, (ours[-1] / ours[0]) / (stock[-1] / stock[0]))

@@ -2,16 +2,13 @@
 
 import gc
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 
-from ..arguments import check_count
 from ..decode.result import GenerationResult
 from ..generation import steps as steps_of
 from ..lattice.lattice import Lattice
@@ -20,12 +17,9 @@ from ..rules.pruning import Pruning
 from ..rules.schedules import Constant
 from ..settings import Settings
 from ..text.vocabulary import Vocabulary, without_end
+from .result import Result, Row, Target, compared, finder
 from .runs import ANY, WARM_UP
-from .setting import MOST_TOKENS, MOST_WIDTH, describe, prompt_of, require_room
-from .target import Target
-from .timing import Spread, alternate, ratio
-
-SCHEMA = 1
+from .setting import Subject, prompt_of
 
 OFF = "no pruning"
 POSTERIOR = "posterior"
@@ -37,118 +31,30 @@ MAX_CAPTURE_RATIO = 1.35
 #: What a compaction may hold at its worst, over the cache before it.
 MAX_COMPACTION_PEAK = 1.3
 
-
-@dataclass(frozen=True)
-class Cost:
-    """Time of a step with one kind of pruning, the sets being the same for all.
-
-    Args:
-        name: of the variant.
-        step_seconds: median time of a run's steps, spread over the rounds.
-        over_off: the same over that of no pruning, round by round.
-    """
-
-    name: str
-    step_seconds: Spread
-    over_off: Spread
-
-
-@dataclass(frozen=True)
-class Saving:
-    """A run in which half of the tokens fall, with or without compaction.
-
-    Args:
-        steps: of the run.
-        compacted: whether dead slots were dropped.
-        step_seconds: mean time of a step.
-        slots: in the cache at the end.
-        cache_bytes: keys and values at the end.
-        peak_bytes: the most memory that mlx held beside the weights.
-    """
-
-    steps: int
-    compacted: bool
-    step_seconds: float
-    slots: int
-    cache_bytes: int
-    peak_bytes: int
-
-
-@dataclass(frozen=True)
-class Report:
-    """Everything that :func:`bench_pruning` found."""
-
-    model: str
-    setting: dict[str, Any]
-    costs: list[Cost]
-    savings: list[Saving]
-    compaction_peak: float
-
-    @property
-    def targets(self) -> list[Target]:
-        found = {cost.name: cost.over_off.median for cost in self.costs}
-        rows = [
-            Target(f"ms/step, {name} / {OFF}", "<=", MAX_PRUNING_RATIO, found[name])
-            for name in (POSTERIOR, LAST_LAYERS)
-        ]
-        return [
-            *rows,
-            Target(f"ms/step, {ALL_LAYERS} / {OFF}", "<=", MAX_CAPTURE_RATIO, found[ALL_LAYERS]),
-            Target(
-                "memory while compacting / cache", "<=", MAX_COMPACTION_PEAK, self.compaction_peak
-            ),
-        ]
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready data, schema version 1; times in seconds."""
-        return {
-            "schema": SCHEMA,
-            "bench": "pruning",
-            "model": self.model,
-            **self.setting,
-            "costs": [asdict(cost) for cost in self.costs],
-            "savings": [asdict(saving) for saving in self.savings],
-            "compaction_peak": self.compaction_peak,
-            "targets": [{**asdict(target), "met": target.met} for target in self.targets],
-        }
+HALVED = "half of the tokens pruned"
 
 
 def bench_pruning(
-    model: nn.Module,
-    tokenizer: Any,
-    *,
-    prompt_tokens: int = 64,
-    siblings: int = 4,
-    max_tokens: int = 24,
-    rounds: int = 7,
-    steps: tuple[int, ...] = (256,),
-    model_name: str = "",
-    progress: Callable[[str], None] | None = None,
-) -> Report:
+    subject: Subject, prompt_tokens: int, siblings: int, max_tokens: int, steps: Sequence[int]
+) -> Result:
     """Measure the cost of each kind of evidence, and runs with and without compaction.
 
     Args:
-        model, tokenizer: as :func:`tempo_mlx.load` returns them.
+        subject: the model.
         prompt_tokens: length of the prompt, at least 1.
         siblings: tokens of each set, at least 2.
         max_tokens: steps of the runs that are timed, at least 4.
-        rounds: runs of each variant, at least 1.
         steps: lengths of the runs with and without compaction, each at least 4.
-        model_name: what the report calls the model.
-        progress: called with the name of each variant before it runs.
 
     Raises:
-        ValueError: for an argument out of range, or runs that the model's context cannot hold.
+        TempoError: if the model's context cannot hold the runs.
+        UnsupportedModelError: if the model cannot see sets as isolated.
     """
-    positioned = PositionedModel.of(model)
-    check_count("siblings", siblings, 2, MOST_WIDTH)
-    check_count("max_tokens", max_tokens, WARM_UP + 2, MOST_TOKENS)
-    for n in steps:
-        check_count("steps", n, WARM_UP + 2, MOST_TOKENS)
-    require_room(positioned, prompt_tokens, max(max_tokens, *steps))
-    positioned.require_merging("isolated")
-    vocabulary = Vocabulary(without_end(tokenizer))
-    prompt = prompt_of(tokenizer, prompt_tokens)
+    model = subject.model
+    subject.require_room(prompt_tokens, max(max_tokens, *steps))
+    model.require_merging("isolated")
+    vocabulary = Vocabulary(without_end(subject.tokenizer))
+    prompt = prompt_of(subject.tokenizer, prompt_tokens)
 
     def result_of(n: int, pruning: Pruning | None) -> GenerationResult:
         settings = Settings(
@@ -159,7 +65,7 @@ def bench_pruning(
             seed=0,
             visibility="isolated",
         )
-        return GenerationResult(positioned, vocabulary, model_name, "", Lattice(prompt), settings)
+        return GenerationResult(model, vocabulary, subject.name, "", Lattice(prompt), settings)
 
     # A threshold of 0 judges every set and prunes nothing, so that all variants make one lattice.
     watching: dict[str, Any] = {"threshold": 0.0, "schedule": Constant()}
@@ -176,34 +82,37 @@ def bench_pruning(
             stamps.append(time.perf_counter())
         return float(np.median(np.diff(stamps)[WARM_UP:]))
 
-    seconds = alternate(
-        {name: partial(timed, pruning) for name, pruning in prunings.items()},
-        rounds,
-        progress,
-    )
-    costs = [
-        Cost(name, Spread.of(seconds[name]), ratio(seconds[name], seconds[OFF]))
-        for name in prunings
-    ]
-    savings = []
+    subject.expect(len(prunings), 2 * len(steps))
+    seconds = subject.alternate({name: partial(timed, each) for name, each in prunings.items()})
+    costs = compared(f"sets of {siblings}", "step", "s", seconds, OFF)
+    savings: list[Row] = []
     for n in steps:
         for compacted in (False, True):
-            if progress is not None:
-                progress(f"{n} steps")
-            savings.append(_halved(result_of, n, compacted))
-    return Report(
-        model=model_name or positioned.name or "",
-        setting=describe(positioned, prompt_tokens, max_tokens, rounds) | {"siblings": siblings},
-        costs=costs,
-        savings=savings,
-        compaction_peak=compaction_peak(positioned),
+            subject.progress.tick(f"{n} steps")
+            savings += _halved(result_of, n, compacted)
+    peak = compaction_peak(model)
+    found = finder(costs)
+    most = {
+        POSTERIOR: MAX_PRUNING_RATIO,
+        LAST_LAYERS: MAX_PRUNING_RATIO,
+        ALL_LAYERS: MAX_CAPTURE_RATIO,
+    }
+    targets = [
+        Target(f"ms/step, {name} / {OFF}", "<=", wanted, found(name, "step").ratios[OFF].median)
+        for name, wanted in most.items()
+    ]
+    targets.append(Target("memory while compacting / cache", "<=", MAX_COMPACTION_PEAK, peak))
+    compacting = Row(HALVED, "while compacting", "memory over cache", "", [peak])
+    setting = subject.describe(
+        prompt_tokens=prompt_tokens, max_tokens=max_tokens, siblings=siblings
     )
+    return Result("pruning", subject.name, setting, [*costs, *savings, compacting], targets)
 
 
 def _halved(
     result_of: Callable[[int, Pruning], GenerationResult], steps: int, compacted: bool
-) -> Saving:
-    """A run that loses half of its tokens at random."""
+) -> list[Row]:
+    """A run that loses half of its tokens at random, with or without compaction."""
     pruning = Pruning(
         rule="random",
         decision="quota",
@@ -219,14 +128,14 @@ def _halved(
     slots = cache_bytes = 0
     for response in steps_of(result):
         slots, cache_bytes = response.slots_held, response.cache_bytes
-    return Saving(
-        steps,
-        compacted,
-        result.stats.generation_seconds / steps,
-        slots,
-        cache_bytes,
-        mx.get_peak_memory() - before,
-    )
+    name = f"{steps} steps, {'compacted' if compacted else 'not compacted'}"
+    measured: list[tuple[str, str, float]] = [
+        ("step", "s", result.stats.generation_seconds / steps),
+        ("slots held", "", slots),
+        ("cache", "bytes", cache_bytes),
+        ("peak beside weights", "bytes", mx.get_peak_memory() - before),
+    ]
+    return [Row(HALVED, name, measure, unit, [value]) for measure, unit, value in measured]
 
 
 def compaction_peak(model: PositionedModel, slots: int = 2048) -> float:

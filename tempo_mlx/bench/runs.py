@@ -10,7 +10,9 @@ import numpy as np
 from mlx_lm.generate import generation_stream
 
 from ..errors import TempoError
-from .decode_report import SINGLE, STOCK, LongRun
+
+#: Variants of several benches.
+STOCK, SINGLE = "mlx-lm", "threshold 1"
 
 #: Below every probability that fp32 can tell from 0: a set is as wide as `max_parallel` allows.
 ANY = 1e-45
@@ -63,21 +65,23 @@ def timed(steps: Iterator[list[int]], width: int) -> Run:
 def long_run(
     sides: dict[str, Iterator[list[int]]],
     steps: int,
-    progress: Callable[[str], None] | None = None,
-) -> LongRun:
-    """Decode ``steps`` steps on both sides, taking turns block by block.
+    tick: Callable[[str], None] = lambda name: None,
+) -> dict[str, list[float]]:
+    """Decode ``steps`` steps on each side, taking turns block by block.
 
     Args:
-        sides: the generations named :data:`STOCK` and :data:`SINGLE`.
+        sides: name -> generation.
         steps: of each, at least two for each of the :data:`LONG_BLOCKS` blocks.
-        progress: called with the name of a side before each of its blocks.
+        tick: called with the name of a side before each of its blocks.
+
+    Returns:
+        for each side the median seconds per step, block after block.
     """
     block = steps // LONG_BLOCKS
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(LONG_BLOCKS):
         for name in sorted(sides, key=list(sides).index, reverse=turn % 2 == 1):
-            if progress is not None:
-                progress(name)
+            tick(name)
             stamps = [time.perf_counter()] if turn else []
             for _ in range(block):
                 next(sides[name])
@@ -85,4 +89,8 @@ def long_run(
             seconds[name].append(float(np.median(np.diff(stamps))))
             # What was started ahead must not run in the other side's time.
             mx.synchronize(generation_stream)
-    return LongRun(block, seconds[STOCK], seconds[SINGLE])
+    return seconds
+
+
+def sibling_name(n: int) -> str:
+    return f"{n} sibling{'s' if n > 1 else ''}"

@@ -2,9 +2,10 @@
 
 import random
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import count
 from typing import Any
 
 import mlx.core as mx
@@ -12,16 +13,13 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.cache import make_prompt_cache, trim_prompt_cache
 
-from ..arguments import check_count
-from ..models import PositionedModel
+from ..decode.scheduler import default_budget
+from ..doctor.local_models import size as shown_bytes
 from ..numerics import log_softmax_at
 from ..scoring import ContinuationScorer
 from ..text.vocabulary import encode_text
-from .setting import MOST_TOKENS, describe
-from .target import Target
-from .timing import Spread, alternate, ratio
-
-SCHEMA = 1
+from .result import Result, Row, Target, compared, single
+from .setting import Subject
 
 OURS = "one trie"
 ALONE = "every text alone"
@@ -33,6 +31,17 @@ MEMORY = 1.1
 
 #: Times faster that a call is whose contexts grew by one word.
 GROWN = 3.0
+
+#: A pass costs what it reads: the time of a word may exceed that with little held by this factor.
+MAX_HELD = 1.05
+
+GROUP, LATER = "contexts x words", "second call, a word later"
+HELD, MANY = "one more word after a known context", "many contexts"
+CALL, DIFFERENCE, FASTER = "call", "largest difference", "times faster"
+
+#: Contexts of one call where there are many; texts of a call, and words of each, that are read to
+#: be held.
+IN_A_CALL, FILLING = 100, 20
 
 STORY = """the old man walked slowly down to the river because he wanted to see whether the boats
 had come back from the sea before the storm"""
@@ -150,162 +159,97 @@ def _log_p(logits: mx.array, ids: list[int]) -> mx.array:
     return log_softmax_at(logits.astype(mx.float32), mx.array(ids)[:, None])[:, 0]
 
 
-@dataclass(frozen=True)
-class Measured:
-    """One way to score one workload.
-
-    Args:
-        seconds: of a call; ours begins with nothing.
-        over_ours: time over ours.
-        difference: largest one from the scores of every text alone, nats.
-    """
-
-    workload: str
-    name: str
-    seconds: Spread
-    over_ours: Spread
-    difference: float
-
-
-@dataclass(frozen=True)
-class Grown:
-    """A second call, whose contexts grew by a word: times faster than the first, and its tokens."""
-
-    workload: str
-    faster: Spread
-    first_tokens: int
-    second_tokens: int
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Many contexts under a budget: what was held at most, in bytes, and how fast it went."""
-
-    contexts: int
-    max_kv_bytes: int
-    largest: int
-    dropped: int
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Report:
-    """Everything that :func:`bench_score` found."""
-
-    model: str
-    setting: dict[str, Any]
-    measured: list[Measured]
-    grown: list[Grown]
-    memory: Memory | None
-    wanted: dict[str, tuple[float | None, float | None]]
-
-    @property
-    def targets(self) -> list[Target]:
-        """What the measurements should be."""
-        targets = []
-        for each in self.measured:
-            over_alone, over_passes = self.wanted[each.workload]
-            least = {ALONE: over_alone, PASSES: over_passes}.get(each.name)
-            if least is not None:
-                name = f"{each.workload}: time of {each.name} / of ours"
-                targets.append(Target(name, ">=", least, each.over_ours.median))
-        for call in self.grown:
-            name = f"{call.workload}: first call / second, a word later"
-            targets.append(Target(name, ">=", GROWN, call.faster.median))
-        if self.memory is not None:
-            name = f"{self.memory.contexts:,} contexts: bytes held / max_kv_bytes"
-            value = self.memory.largest / self.memory.max_kv_bytes
-            targets.append(Target(name, "<=", MEMORY, value))
-        return targets
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready data, schema version 1."""
-        return {
-            "schema": SCHEMA,
-            "bench": "score",
-            "model": self.model,
-            **self.setting,
-            "runs": [asdict(each) for each in self.measured],
-            "second_calls": [asdict(each) for each in self.grown],
-            "memory": asdict(self.memory) if self.memory else None,
-            "targets": [{**asdict(target), "met": target.met} for target in self.targets],
-        }
-
-
-def bench_score(
-    model: nn.Module,
-    tokenizer: Any,
-    *,
-    contexts: int = 10_000,
-    max_kv_bytes: int = 100_000_000,
-    rounds: int = 3,
-    model_name: str = "",
-    progress: Callable[[str], None] | None = None,
-) -> Report:
+def bench_score(subject: Subject, contexts: int, max_kv_bytes: int, held: Sequence[int]) -> Result:
     """Time calls of the scorer and of plainer ones by turns, and hold many contexts.
 
     Args:
-        model, tokenizer: as :func:`tempo_mlx.load` or ``mlx_lm.load`` returns them.
+        subject: the model.
         contexts: that are scored under ``max_kv_bytes``, at least 0.
         max_kv_bytes: of that part.
-        rounds: runs of each variant, at least 1; one more warms up.
-        model_name: what the report calls the model.
-        progress: called with the name of each variant before it runs.
-
-    Raises:
-        ValueError: for an argument out of range.
+        held: bytes that a scorer holds while it reads one more word; sizes that do not fit in
+            memory together with those before them are left out; so are all where a model holds
+            nothing.
     """
-    check_count("contexts", contexts, 0, MOST_TOKENS)
-    positioned = PositionedModel.of(model)
-    plain = Plain(positioned.model, tokenizer)
-    measured, grown = [], []
-    for work in workloads():
-        second: list[tuple[float, float, int, int]] = []
-
-        def ours(
-            work: Workload = work, second: list[tuple[float, float, int, int]] = second
-        ) -> tuple[float, Scores]:
-            # The plain ways put nothing before a context.
-            scorer = ContinuationScorer(positioned, tokenizer, start=None)
-            seconds, scores = _timed(scorer.score_continuations, work)
-            first = scorer.stats().tokens_computed
-            again, _ = _timed(scorer.score_continuations, work.grown())
-            second.append((seconds, again, first, scorer.stats().tokens_computed - first))
-            return seconds, scores
-
-        variants: dict[str, Callable[[], tuple[float, Scores]]] = {
-            OURS: ours,
-            ALONE: partial(_timed, plain.alone, work),
-            PASSES: partial(_timed, plain.passes, work),
-            PADDED: partial(_timed, plain.padded, work),
-        }
-        told = None if progress is None else _within(progress, work.name)
-        runs = alternate(variants, rounds, told)
-        taken = {name: run[0] for name, run in runs.items()}
-        times = {name: [seconds for seconds, _ in run] for name, run in runs.items()}
-        exact = np.concatenate(taken[ALONE][1])
-        for name, (_, scores) in taken.items():
-            difference = float(np.abs(np.concatenate(scores) - exact).max())
-            over = ratio(times[name], times[OURS])
-            measured.append(Measured(work.name, name, Spread.of(times[name]), over, difference))
-        kept = second[1:]  # the first warmed up
-        faster = ratio([first for first, *_ in kept], [again for _, again, *_ in kept])
-        grown.append(Grown(work.name, faster, *kept[-1][2:]))
-    memory = None
+    works = workloads()
+    # What is read in full passes holds nothing.
+    holds = ContinuationScorer(subject.model, subject.tokenizer).stats().method == "tree"
+    room = default_budget() if holds else 0
+    fitting = [size for i, size in enumerate(held) if sum(held[: i + 1]) <= room]
+    calls = -(-contexts // IN_A_CALL)
+    subject.expect(4 * len(works) + len(fitting), calls + len(fitting))
+    rows, targets = [], []
+    for work in works:
+        found, wanted = _workload(subject, work)
+        rows += found
+        targets += wanted
+    for call in rows:
+        if call.measure == FASTER:
+            name = f"{call.name}: first call / second, a word later"
+            targets.append(Target(name, ">=", GROWN, call.median))
+    if fitting:
+        one_more = _one_more_word(subject, fitting)
+        rows += one_more
+        targets += [
+            Target(f"a word with {row.name} / with {smallest}", "<=", MAX_HELD, each.median)
+            for row in one_more[1:]
+            for smallest, each in row.ratios.items()
+        ]
     if contexts:
-        memory = _many(positioned, tokenizer, contexts, max_kv_bytes, progress)
-    return Report(
-        model=model_name or positioned.name or "",
-        setting=describe(positioned, None, None, rounds),
-        measured=measured,
-        grown=grown,
-        memory=memory,
-        wanted={work.name: (work.over_alone, work.over_passes) for work in workloads()},
-    )
+        largest, memory = _many(subject, contexts, max_kv_bytes)
+        rows += memory
+        name = f"{contexts:,} contexts: bytes held / max_kv_bytes"
+        targets.append(Target(name, "<=", MEMORY, largest / max_kv_bytes))
+    setting = subject.describe(max_kv_bytes=max_kv_bytes)
+    return Result("score", subject.name, setting, rows, targets)
 
 
-def _within(progress: Callable[[str], None], workload: str) -> Callable[[str], None]:
-    return lambda name: progress(f"{workload}: {name}")
+def _workload(subject: Subject, work: Workload) -> tuple[list[Row], list[Target]]:
+    """A workload in every way, and ours a word later."""
+    plain = Plain(subject.model.model, subject.tokenizer)
+    calls: list[tuple[float, float, int, int]] = []
+
+    def ours() -> tuple[float, Scores]:
+        # The plain ways put nothing before a context.
+        scorer = ContinuationScorer(subject.model, subject.tokenizer, start=None)
+        seconds, scores = _timed(scorer.score_continuations, work)
+        first = scorer.stats().tokens_computed
+        again, _ = _timed(scorer.score_continuations, work.grown())
+        calls.append((seconds, again, first, scorer.stats().tokens_computed - first))
+        return seconds, scores
+
+    variants: dict[str, Callable[[], tuple[float, Scores]]] = {
+        OURS: ours,
+        ALONE: partial(_timed, plain.alone, work),
+        PASSES: partial(_timed, plain.passes, work),
+        PADDED: partial(_timed, plain.padded, work),
+    }
+    runs = subject.alternate(variants, f"{work.name}: ")
+    exact = np.concatenate(runs[ALONE][0][1])
+    seconds = {name: [each for each, _ in taken] for name, taken in runs.items()}
+    difference = {
+        name: float(np.abs(np.concatenate(taken[0][1]) - exact).max())
+        for name, taken in runs.items()
+    }
+    times = compared(GROUP, CALL, "s", seconds, OURS)
+    wanted = {ALONE: work.over_alone, PASSES: work.over_passes}
+    targets = [
+        Target(f"{work.name}: time of {row.name} / of ours", ">=", least, row.ratios[OURS].median)
+        for row in times
+        if (least := wanted.get(row.name)) is not None
+    ]
+    kept = calls[1:]  # the first warmed up
+    faster = [first / again for first, again, _, _ in kept]
+    before, after = kept[-1][2:]
+    rows = [
+        replace(row, name=f"{work.name}: {row.name}")
+        for row in [*times, *single(GROUP, DIFFERENCE, "nats", difference)]
+    ]
+    return [
+        *rows,
+        Row(LATER, work.name, FASTER, "", faster),
+        Row(LATER, work.name, "tokens, first call", "", [float(before)]),
+        Row(LATER, work.name, "tokens, second call", "", [float(after)]),
+    ], targets
 
 
 def _timed(score: Callable[..., Scores], work: Workload) -> tuple[float, Scores]:
@@ -314,23 +258,51 @@ def _timed(score: Callable[..., Scores], work: Workload) -> tuple[float, Scores]
     return time.perf_counter() - start, scores
 
 
-def _many(
-    model: PositionedModel,
-    tokenizer: Any,
-    contexts: int,
-    max_kv_bytes: int,
-    progress: Callable[[str], None] | None,
-) -> Memory:
-    """Score short unrelated contexts, 100 in a call."""
-    scorer = ContinuationScorer(model, tokenizer, max_kv_bytes=max_kv_bytes)
+def _one_more_word(subject: Subject, held: Sequence[int]) -> list[Row]:
+    """Seconds of one more word after a known context, by the bytes that a scorer holds."""
+    rng, vocabulary = random.Random(2), WORDS.split()
+    words = vocabulary[:1]
+
+    def filled(size: int) -> ContinuationScorer:
+        subject.progress.tick(f"holding {shown_bytes(size)}")
+        scorer = ContinuationScorer(subject.model, subject.tokenizer, max_kv_bytes=4 * size)
+        while scorer.stats().bytes < size:
+            texts = [" ".join(rng.choices(vocabulary, k=FILLING)) for _ in range(FILLING)]
+            scorer.score_continuations(texts, [words] * len(texts))
+        scorer.score_continuations([STORY], [words])
+        return scorer
+
+    def next_word(scorer: ContinuationScorer, numbers: Iterator[int]) -> float:
+        # A number that no text has had: its tokens are read, and no others.
+        context = f"{STORY} {next(numbers)}"
+        start = time.perf_counter()
+        scorer.score_continuations([context], [words])
+        return time.perf_counter() - start
+
+    scorers = {f"{shown_bytes(size)} held": filled(size) for size in held}
+    seconds = subject.alternate(
+        {name: partial(next_word, each, count(1000)) for name, each in scorers.items()}
+    )
+    return compared(HELD, CALL, "s", seconds, next(iter(scorers)))
+
+
+def _many(subject: Subject, contexts: int, max_kv_bytes: int) -> tuple[int, list[Row]]:
+    """Score short unrelated contexts; the most bytes that were held, and all that was measured."""
+    scorer = ContinuationScorer(subject.model, subject.tokenizer, max_kv_bytes=max_kv_bytes)
     rng, vocabulary = random.Random(1), WORDS.split()
     largest, start = 0, time.perf_counter()
-    for done in range(0, contexts, 100):
-        if progress is not None:
-            progress(f"{done:,} of {contexts:,} contexts")
-        n = min(100, contexts - done)
+    for done in range(0, contexts, IN_A_CALL):
+        subject.progress.tick(f"{done:,} of {contexts:,} contexts")
+        n = min(IN_A_CALL, contexts - done)
         texts = [" ".join(rng.choices(vocabulary, k=rng.randint(4, 8))) for _ in range(n)]
         scorer.score_continuations(texts, [[rng.choice(vocabulary)] for _ in texts])
         largest = max(largest, scorer.stats().bytes)
     seconds = time.perf_counter() - start
-    return Memory(contexts, max_kv_bytes, largest, scorer.stats().dropped, seconds)
+    name = f"{contexts:,} contexts"
+    measured: list[tuple[str, str, float]] = [
+        ("time", "s", seconds),
+        ("held at most", "bytes", largest),
+        ("allowed", "bytes", max_kv_bytes),
+        ("tokens dropped", "", scorer.stats().dropped),
+    ]
+    return largest, [Row(MANY, name, *each[:2], [each[2]]) for each in measured]

@@ -2,33 +2,27 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 from mlx.utils import tree_map
 from mlx_lm.models.cache import make_prompt_cache
 
-from ..arguments import check_count, shown
-from ..errors import TempoError
-from ..models import PositionedModel
 from ..search import SearchSettings, TreeSearch
 from ..search.environment import TextEnvironment
 from ..search.tree import ROOT
 from ..text.vocabulary import Vocabulary, without_end
-from .setting import MOST_TOKENS, MOST_WIDTH, describe, prompt_of, require_room
-from .target import Target
-from .timing import Spread, alternate, ratio
-
-SCHEMA = 1
+from .result import Result, Target, compared, finder
+from .setting import Subject, prompt_of
 
 READING, COPYING = "rereading each text", "copying the cache for each branch"
 #: No token is less probable.
 ANY = 1e-30
 
 MIN_OVER_READING, MIN_OVER_COPYING = 10.0, 2.0
+
+TIME = "time"
 
 
 class Rereading(TextEnvironment):
@@ -72,91 +66,34 @@ def _copied(part: Any) -> Any:
     return mx.array(part) if isinstance(part, mx.array) else part
 
 
-@dataclass(frozen=True)
-class Measured:
-    """One variant: simulations per second, and the time of others' over the best one of ours."""
-
-    name: str
-    simulations_per_second: Spread
-    over_ours: Spread
-
-
-@dataclass(frozen=True)
-class Report:
-    """Everything that :func:`bench_search` found."""
-
-    model: str
-    simulations: int
-    setting: dict[str, Any]
-    measured: list[Measured]
-
-    @property
-    def targets(self) -> list[Target]:
-        """What the measurements should be."""
-        found = {each.name: each for each in self.measured}
-        wanted = {READING: MIN_OVER_READING, COPYING: MIN_OVER_COPYING}
-        return [
-            Target(f"time of {name} / of ours", ">=", least, found[name].over_ours.median)
-            for name, least in wanted.items()
-        ]
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready data, schema version 1."""
-        return {
-            "schema": SCHEMA,
-            "bench": "search",
-            "model": self.model,
-            "simulations": self.simulations,
-            **self.setting,
-            "runs": [asdict(each) for each in self.measured],
-            "targets": [{**asdict(target), "met": target.met} for target in self.targets],
-        }
-
-
 def ours_name(leaves: int) -> str:
     return f"ours, {leaves} {'leaf' if leaves == 1 else 'leaves'} in a pass"
 
 
 def bench_search(
-    model: nn.Module,
-    tokenizer: Any,
-    *,
-    prompt_tokens: int = 256,
-    simulations: int = 32,
-    leaves: Sequence[int] = (1, 4, 8, 16),
-    rounds: int = 2,
-    model_name: str = "",
-    progress: Callable[[str], None] | None = None,
-) -> Report:
+    subject: Subject, prompt_tokens: int, simulations: int, leaves: Sequence[int]
+) -> Result:
     """Measure the simulations of a search's first token, by turns; reading the prompt is left out.
 
     Args:
-        model, tokenizer: as :func:`tempo_mlx.load` or ``mlx_lm.load`` returns them.
+        subject: the model.
         prompt_tokens: at least 1.
         simulations: at least 1.
         leaves: leaves in one pass, each at least 1.
-        rounds: runs of each variant, at least 1; one more warms up.
-        model_name: what the report calls the model.
-        progress: called with the name of each variant before it runs.
 
     Raises:
-        ValueError: for an argument out of range.
+        TempoError: if the model's context cannot hold the prompt.
     """
-    check_count("simulations", simulations, most=MOST_TOKENS)
-    if not leaves or min(leaves) < 1:
-        raise TempoError(f"leaves must be at least 1, got {shown(list(leaves))}")
-    check_count("leaves", max(leaves), most=MOST_WIDTH)
-    positioned = PositionedModel.of(model)
-    require_room(positioned, prompt_tokens, 1)
-    vocabulary = Vocabulary(without_end(tokenizer))
-    prompt = prompt_of(tokenizer, prompt_tokens)
+    subject.require_room(prompt_tokens, 1)
+    vocabulary = Vocabulary(without_end(subject.tokenizer))
+    prompt = prompt_of(subject.tokenizer, prompt_tokens)
 
     def run(kind: type[TextEnvironment], in_pass: int) -> float:
         # Wide and by turns, so that every simulation has a leaf of its own.
         settings = SearchSettings(
             simulations=simulations, leaves_per_batch=in_pass, threshold=ANY, selection="uct"
         )
-        environment = kind(positioned, vocabulary, prompt, settings)
+        environment = kind(subject.model, vocabulary, prompt, settings)
         environment.read_prompt()
         search = TreeSearch(
             environment.tree, environment.expand, environment.evaluate, settings.policy()
@@ -165,17 +102,27 @@ def bench_search(
         search.run(simulations)
         return time.perf_counter() - start
 
+    widest = max(leaves)
     variants = {ours_name(n): partial(run, TextEnvironment, n) for n in leaves}
-    variants[READING] = partial(run, Rereading, max(leaves))
-    variants[COPYING] = partial(run, Copying, max(leaves))
-    seconds = alternate(variants, rounds, progress)
-    ours = seconds[ours_name(max(leaves))]
-    return Report(
-        model=model_name or positioned.name or "",
-        simulations=simulations,
-        setting=describe(positioned, prompt_tokens, 1, rounds),
-        measured=[
-            Measured(name, Spread.of([simulations / each for each in taken]), ratio(taken, ours))
-            for name, taken in seconds.items()
-        ],
-    )
+    variants[READING] = partial(run, Rereading, widest)
+    variants[COPYING] = partial(run, Copying, widest)
+    subject.expect(len(variants))
+    seconds = subject.alternate(variants)
+    speeds = {name: [simulations / each for each in taken] for name, taken in seconds.items()}
+    group = f"{simulations} simulations of the first token"
+    rows = [
+        *compared(group, "simulations/s", "", speeds),
+        *compared(group, TIME, "s", seconds, ours_name(widest)),
+    ]
+    found = finder(rows)
+    targets = [
+        Target(
+            f"time of {name} / of ours",
+            ">=",
+            least,
+            found(name, TIME).ratios[ours_name(widest)].median,
+        )
+        for name, least in {READING: MIN_OVER_READING, COPYING: MIN_OVER_COPYING}.items()
+    ]
+    setting = subject.describe(prompt_tokens=prompt_tokens, simulations=simulations)
+    return Result("search", subject.name, setting, rows, targets)

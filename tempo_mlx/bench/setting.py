@@ -1,16 +1,20 @@
 """What is measured, on what: the model's weights, the prompt, the machine."""
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from importlib import metadata
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from .. import blas
-from ..arguments import check_count
 from ..errors import TempoError
 from ..models import PositionedModel
+from .timing import alternate
+
+T = TypeVar("T")
 
 TEXT = (
     "The harbour was quiet when the boats came back. Nets lay along the wall, and the women who "
@@ -18,8 +22,8 @@ TEXT = (
     "lit for years. A boy counted the gulls on the roof of the church and lost his place twice. "
 )
 
-#: Tokens of a prompt and steps of a run, and tokens of a step, that are measured at most.
-MOST_TOKENS, MOST_WIDTH = 10**6, 4096
+#: What is measured at most: tokens of a prompt and steps of a run, tokens of a step, rounds.
+MOST_TOKENS, MOST_WIDTH, MOST_ROUNDS = 10**6, 4096, 10_000
 
 
 def weight_bytes(model: nn.Module) -> int:
@@ -53,33 +57,79 @@ def prompt_of(tokenizer: Any, length: int) -> list[int]:
     return (ids * -(-length // len(ids)))[:length]
 
 
-def require_room(model: PositionedModel, prompt_tokens: int, steps: int) -> None:
-    """Raise TempoError unless the model's context holds a prompt and the steps behind it."""
-    check_count("prompt_tokens", prompt_tokens, most=MOST_TOKENS)
-    length = model.context_length
-    if length is not None and prompt_tokens + steps > length:
-        raise TempoError(
-            f"{prompt_tokens} prompt tokens and {steps} steps exceed the model's context of "
-            f"{length}"
-        )
+class Progress:
+    """How far a bench is; this one tells nobody."""
+
+    def expect(self, ticks: int) -> None:
+        """Say how many things will be measured."""
+
+    def tick(self, what: str) -> None:
+        """Say what is measured next."""
 
 
-def visibility_of_sets(model: PositionedModel) -> str:
-    """Of sets that are measured: "isolated", or "recombined" where layers are recurrent."""
-    return "recombined" if model.is_recurrent else "isolated"
+@dataclass(frozen=True)
+class Subject:
+    """What a bench measures, and how often.
 
+    Args:
+        model: with its positions and caches.
+        tokenizer: mlx-lm's tokenizer wrapper.
+        name: of the model, by which ``load`` finds it again.
+        rounds: runs of each variant that count, at least 1; one more warms up.
+        progress: told what is measured.
+    """
 
-def describe(
-    model: PositionedModel, prompt_tokens: int | None, max_tokens: int | None, rounds: int
-) -> dict[str, Any]:
-    """Where and how it was measured; None is left out."""
-    library = blas.info().library
-    sizes = {"prompt_tokens": prompt_tokens, "max_tokens": max_tokens, "rounds": rounds}
-    return {
-        "architecture": model.architecture,
-        "dtype": model.precision,
-        **{name: size for name, size in sizes.items() if size is not None},
-        "device": str(mx.device_info().get("device_name", mx.default_device())),
-        "versions": {name: metadata.version(name) for name in ("mlx", "mlx-lm")},
-        "blas": str(library) if library is not None else "mlx's own",
-    }
+    model: PositionedModel
+    tokenizer: Any
+    name: str
+    rounds: int
+    progress: Progress
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        tokenizer: Any,
+        name: str,
+        rounds: int,
+        progress: Progress | None = None,
+    ) -> "Subject":
+        """The subject for a model as ``load`` returns it."""
+        return cls(PositionedModel.of(model), tokenizer, name, rounds, progress or Progress())
+
+    def expect(self, variants: int, more: int = 0) -> None:
+        """Say what will be measured: variants in every round, and more things once."""
+        self.progress.expect((self.rounds + 1) * variants + more)
+
+    def alternate(
+        self, variants: Mapping[str, Callable[[], T]], within: str = ""
+    ) -> dict[str, list[T]]:
+        """Variants by turns, as :func:`.timing.alternate`; ``within`` precedes their names."""
+        return alternate(variants, self.rounds, lambda name: self.progress.tick(within + name))
+
+    def require_room(self, prompt_tokens: int, steps: int) -> None:
+        """Raise TempoError unless the model's context holds a prompt and the steps after it."""
+        length = self.model.context_length
+        if length is not None and prompt_tokens + steps > length:
+            raise TempoError(
+                f"{prompt_tokens} prompt tokens and {steps} steps exceed the model's context of "
+                f"{length}"
+            )
+
+    @property
+    def visibility_of_sets(self) -> str:
+        """Of sets that are measured: "isolated", or "recombined" where layers are recurrent."""
+        return "recombined" if self.model.is_recurrent else "isolated"
+
+    def describe(self, **sizes: Any) -> dict[str, Any]:
+        """Where and how it was measured, with the sizes of this bench."""
+        library = blas.info().library
+        return {
+            "architecture": self.model.architecture,
+            "dtype": self.model.precision,
+            **sizes,
+            "rounds": self.rounds,
+            "device": str(mx.device_info().get("device_name", mx.default_device())),
+            "versions": {name: metadata.version(name) for name in ("mlx", "mlx-lm")},
+            "blas": str(library) if library is not None else "mlx's own",
+        }

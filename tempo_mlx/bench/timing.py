@@ -1,17 +1,10 @@
 """Paired measurement: variants take turns, so that what slows the machine slows all of them."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import mlx.core as mx
-import numpy as np
-
-from ..arguments import check_count
-
-#: Rounds that are measured at most.
-MOST_ROUNDS = 10_000
 
 T = TypeVar("T")
 
@@ -19,32 +12,10 @@ T = TypeVar("T")
 COPIED_BYTES = 1 << 28
 
 
-@dataclass(frozen=True)
-class Spread:
-    """A repeated measurement: its median and its quartiles."""
-
-    median: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> "Spread":
-        low, median, high = np.quantile(np.asarray(values, float), [0.25, 0.5, 0.75])
-        return cls(float(median), float(low), float(high))
-
-    def scaled(self, factor: float) -> "Spread":
-        """The same measurement in another unit; factor above 0."""
-        return Spread(self.median * factor, self.low * factor, self.high * factor)
-
-    def inverse(self) -> "Spread":
-        """Of the reciprocals: seconds for one become how many in a second."""
-        return Spread(1 / self.median, 1 / self.high, 1 / self.low)
-
-
 def alternate(
     variants: Mapping[str, Callable[[], T]],
     rounds: int,
-    progress: Callable[[str], None] | None = None,
+    tick: Callable[[str], None] = lambda name: None,
 ) -> dict[str, list[T]]:
     """Run every variant once in each round, every other round in reverse order.
 
@@ -53,32 +24,20 @@ def alternate(
     Args:
         variants: name -> a run that returns its measurement.
         rounds: kept rounds, at least 1.
-        progress: called with the name of each variant before it runs.
+        tick: called with the name of each variant before it runs.
 
     Returns:
         for each variant its measurements, in the order of the rounds: entries of the same index
         were taken next to each other.
     """
-    check_count("rounds", rounds, most=MOST_ROUNDS)
     taken: dict[str, list[T]] = {name: [] for name in variants}
     for turn in range(rounds + 1):
         for name in sorted(variants, key=list(variants).index, reverse=turn % 2 == 1):
-            if progress is not None:
-                progress(name)
+            tick(name)
             measurement = variants[name]()
             if turn > 0:
                 taken[name].append(measurement)
     return taken
-
-
-def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Spread:
-    """Spread of the ratios of measurements that were taken next to each other."""
-    return Spread.of([a / b for a, b in zip(numerators, denominators, strict=True)])
-
-
-def difference(greater: Sequence[float], less: Sequence[float]) -> Spread:
-    """Spread of the differences of measurements that were taken next to each other."""
-    return Spread.of([a - b for a, b in zip(greater, less, strict=True)])
 
 
 def copy_bandwidth(n_bytes: int = COPIED_BYTES, repeats: int = 5) -> float:

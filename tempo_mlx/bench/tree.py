@@ -5,7 +5,7 @@ Those of a hybrid model, too, whose recurrent layers keep a state for each branc
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,22 +15,19 @@ import numpy as np
 from mlx_lm.generate import BatchGenerator
 from mlx_lm.utils import get_total_parameters
 
-from ..arguments import check_count
 from ..doctor.random_models import Letters, random_model
 from ..generation import stream_generate
 from ..models import PositionedModel
 from ..text.vocabulary import without_end
-from .setting import MOST_TOKENS, MOST_WIDTH, describe, prompt_of, require_room
-from .target import Target
-from .timing import Spread, alternate, ratio
-
-SCHEMA = 1
+from .result import Result, Row, Target, compared, finder, single
+from .setting import MOST_WIDTH, Subject, prompt_of
 
 TREE, REPLICATE = "tree, one sequence", "tree, rows of their own"
 SEPARATE, STOCK = "separate runs", "mlx-lm, one batch"
 HYBRID_TREE, HYBRID_STOCK = f"hybrid: {TREE}", f"hybrid: {STOCK}"
-#: What the times of a variant are compared with.
-TREE_OF = {HYBRID_TREE: HYBRID_TREE, HYBRID_STOCK: HYBRID_TREE}
+
+TIME, CACHE = "time", "cache"
+MODEL, STATES = "hybrid model", "states of a branch"
 
 #: A hybrid model whose layers take longer than the host, with random weights.
 HYBRID = "qwen3_next"
@@ -57,83 +54,7 @@ class Taken:
     cache_bytes: int
 
 
-@dataclass(frozen=True)
-class Measured:
-    """All runs of one variant: seconds for the steps of all leaves, and over those of the tree of
-    the same model."""
-
-    name: str
-    seconds: Spread
-    over_tree: Spread
-    cache_bytes: int
-
-
-@dataclass(frozen=True)
-class Report:
-    """Everything that :func:`bench_tree` found.
-
-    Args:
-        model: name of the model.
-        leaves: branches.
-        setting: where and how it was measured.
-        measured: of each variant.
-        hybrid: what the hybrid model is.
-        hybrid_over_stock: time of its tree over that of mlx-lm's batch of as many rows.
-    """
-
-    model: str
-    leaves: int
-    setting: dict[str, Any]
-    measured: list[Measured]
-    hybrid: dict[str, Any]
-    hybrid_over_stock: Spread
-
-    @property
-    def targets(self) -> list[Target]:
-        """What the measurements should be."""
-        found = {each.name: each for each in self.measured}
-        saved = found[TREE].cache_bytes / found[REPLICATE].cache_bytes
-        return [
-            Target(
-                "time of separate runs / of the tree",
-                ">=",
-                MIN_OVER_SEPARATE,
-                found[SEPARATE].over_tree.median,
-            ),
-            Target(
-                "time of rows of their own / of the tree",
-                ">=",
-                MIN_OVER_REPLICATE,
-                found[REPLICATE].over_tree.median,
-            ),
-            Target("cache of the tree / of rows of their own", "<=", MAX_BYTES, saved),
-        ]
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready data, schema version 1; times in seconds."""
-        return {
-            "schema": SCHEMA,
-            "bench": "tree",
-            "model": self.model,
-            "leaves": self.leaves,
-            **self.setting,
-            "runs": [asdict(each) for each in self.measured],
-            "hybrid": {**self.hybrid, "over_stock": asdict(self.hybrid_over_stock)},
-            "targets": [{**asdict(target), "met": target.met} for target in self.targets],
-        }
-
-
-def bench_tree(
-    model: nn.Module,
-    tokenizer: Any,
-    *,
-    prompt_tokens: int = 256,
-    leaves: int = 8,
-    max_tokens: int = 32,
-    rounds: int = 3,
-    model_name: str = "",
-    progress: Callable[[str], None] | None = None,
-) -> Report:
+def bench_tree(subject: Subject, prompt_tokens: int, leaves: int, max_tokens: int) -> Result:
     """Measure ``leaves`` branches of one prompt, ``max_tokens`` steps each, by turns.
 
     The tree keeps that many leaves from its first step on. Separate runs and mlx-lm's batch decode
@@ -141,23 +62,17 @@ def bench_tree(
     random weights takes its turns, too, beside mlx-lm's batch of the same model.
 
     Args:
-        model, tokenizer: as :func:`tempo_mlx.load` or ``mlx_lm.load`` returns them.
+        subject: the model.
         prompt_tokens: at least 1.
         leaves: at least 2.
         max_tokens: at least 4.
-        rounds: runs of each variant, at least 1; one more warms up.
-        model_name: what the report calls the model.
-        progress: called with the name of each variant before it runs.
 
     Raises:
-        ValueError: for an argument out of range.
+        TempoError: if the model's context cannot hold the runs.
     """
-    check_count("leaves", leaves, 2, MOST_WIDTH)
-    check_count("max_tokens", max_tokens, 4, MOST_TOKENS)
-    positioned = PositionedModel.of(model)
-    require_room(positioned, prompt_tokens, max_tokens)
-    endless = without_end(tokenizer)
-    prompt = prompt_of(tokenizer, prompt_tokens)
+    subject.require_room(prompt_tokens, max_tokens)
+    model, endless = subject.model, without_end(subject.tokenizer)
+    prompt = prompt_of(subject.tokenizer, prompt_tokens)
     tree = {
         "visibility": "tree",
         "threshold": ANY,
@@ -167,42 +82,49 @@ def bench_tree(
     }
 
     def separate() -> Taken:
-        single = {"threshold": 1.0, "max_tokens": max_tokens}
-        runs = [_ours(positioned, endless, prompt, single) for _ in range(leaves)]
+        alone = {"threshold": 1.0, "max_tokens": max_tokens}
+        runs = [_ours(model, endless, prompt, alone) for _ in range(leaves)]
         return Taken(sum(run.seconds for run in runs), sum(run.cache_bytes for run in runs))
 
     hybrid = random_model(HYBRID, **WIDTHS, max_position_embeddings=prompt_tokens + max_tokens)
     branching, letters = PositionedModel(hybrid), prompt_of(Letters(), prompt_tokens)
     variants: dict[str, Callable[[], Taken]] = {
-        TREE: partial(_ours, positioned, endless, prompt, tree),
-        REPLICATE: partial(_ours, positioned, endless, prompt, tree | {"branching": "replicate"}),
+        TREE: partial(_ours, model, endless, prompt, tree),
+        REPLICATE: partial(_ours, model, endless, prompt, tree | {"branching": "replicate"}),
         SEPARATE: separate,
-        STOCK: partial(_stock, positioned.model, prompt, leaves, max_tokens),
+        STOCK: partial(_stock, model.model, prompt, leaves, max_tokens),
         HYBRID_TREE: partial(_ours, branching, Letters(), letters, tree),
         HYBRID_STOCK: partial(_stock, hybrid, letters, leaves, max_tokens),
     }
-    runs = alternate(variants, rounds, progress)
-    seconds = {name: [run.seconds for run in taken] for name, taken in runs.items()}
-    return Report(
-        model=model_name or positioned.name or "",
-        leaves=leaves,
-        setting=describe(positioned, prompt_tokens, max_tokens, rounds),
-        measured=[
-            Measured(
-                name,
-                Spread.of(seconds[name]),
-                ratio(seconds[name], seconds[TREE_OF.get(name, TREE)]),
-                taken[-1].cache_bytes,
-            )
-            for name, taken in runs.items()
-        ],
-        hybrid={
-            "architecture": HYBRID,
-            "parameters": get_total_parameters(hybrid),
-            "state_bytes": branching.state_bytes,
-        },
-        hybrid_over_stock=ratio(seconds[HYBRID_TREE], seconds[HYBRID_STOCK]),
-    )
+    subject.expect(len(variants))
+    runs = subject.alternate(variants)
+    rows = []
+    for group, names, baselines in (
+        (f"{leaves} branches, prompt left out", (TREE, REPLICATE, SEPARATE, STOCK), (TREE,)),
+        (
+            f"{leaves} branches of {HYBRID} with random weights",
+            (HYBRID_TREE, HYBRID_STOCK),
+            (HYBRID_TREE, HYBRID_STOCK),
+        ),
+    ):
+        seconds = {name: [run.seconds for run in runs[name]] for name in names}
+        caches = {name: float(runs[name][-1].cache_bytes) for name in names}
+        rows += compared(group, TIME, "s", seconds, *baselines)
+        rows += single(group, CACHE, "bytes", caches)
+    rows.append(Row(MODEL, HYBRID, "parameters", "", [float(get_total_parameters(hybrid))]))
+    rows.append(Row(MODEL, HYBRID, STATES, "bytes", [float(branching.state_bytes)]))
+    found = finder(rows)
+    targets = [
+        Target(f"time of {what} / of the tree", ">=", least, found(name, TIME).ratios[TREE].median)
+        for name, what, least in (
+            (SEPARATE, "separate runs", MIN_OVER_SEPARATE),
+            (REPLICATE, "rows of their own", MIN_OVER_REPLICATE),
+        )
+    ]
+    saved = found(TREE, CACHE).median / found(REPLICATE, CACHE).median
+    targets.append(Target("cache of the tree / of rows of their own", "<=", MAX_BYTES, saved))
+    setting = subject.describe(prompt_tokens=prompt_tokens, leaves=leaves, max_tokens=max_tokens)
+    return Result("tree", subject.name, setting, rows, targets)
 
 
 def _ours(model: Any, tokenizer: Any, prompt: list[int], settings: dict[str, Any]) -> Taken:

@@ -1,37 +1,28 @@
 """``tempo-mlx bench``: speed and memory, measured here."""
 
+from pathlib import Path
 from typing import Annotated
 
 import mlx.core as mx
 import typer
-from rich.table import Table
 
-from ..arguments import parse_bytes
-from ..bench.batch import MIN_SPEEDUP, SETS, bench_batch
+from ..arguments import check_count, parse_bytes
+from ..bench.batch import bench_batch
 from ..bench.decode import bench_decode
-from ..bench.host import VARIANTS, bench_host
+from ..bench.host import bench_host
 from ..bench.pruning import bench_pruning
+from ..bench.result import Result
 from ..bench.runs import LONG_BLOCKS
-from ..bench.score import bench_score, workloads
+from ..bench.score import bench_score
 from ..bench.search import bench_search
-from ..bench.tree import STOCK, bench_tree
-from ..doctor.local_models import size
+from ..bench.setting import MOST_ROUNDS, MOST_TOKENS, MOST_WIDTH, Subject
+from ..bench.tree import bench_tree
 from ..errors import TempoError
 from ..needs import Need
-from ..weights import load
 from .effects import require_effect
 from .experiment import require_extra
-from .options import Measurements, Model, Overwrite, PromptTokens, Rounds, at_least
-from .tables import (
-    check_report,
-    conclude,
-    parse_widths,
-    print_decoding,
-    print_setting,
-    spread,
-    ticking,
-    wide_console,
-)
+from .options import Model, Overwrite, at_least, output_file
+from .tables import check_result, conclude, measure_model, numbers, ticking
 
 #: Steps that --long decodes.
 LONG_STEPS = 2000
@@ -50,6 +41,49 @@ def register(app: typer.Typer) -> None:
     app.add_typer(bench)
 
 
+PromptTokens = Annotated[
+    int,
+    typer.Option(
+        "--prompt-tokens",
+        "-p",
+        callback=at_least(1, MOST_TOKENS),
+        help="Tokens of the prompt, at least 1.",
+    ),
+]
+
+Steps = Annotated[
+    int,
+    typer.Option(
+        "--max-tokens",
+        "-m",
+        callback=at_least(4, MOST_TOKENS),
+        help="Steps of each run, at least 4.",
+    ),
+]
+
+Rounds = Annotated[
+    int,
+    typer.Option(
+        "--rounds",
+        "--num-trials",
+        "-n",
+        callback=at_least(1, MOST_ROUNDS),
+        help="Runs of each variant that count, at least 1; a first round warms up.",
+    ),
+]
+
+Measurements = Annotated[
+    Path | None,
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="FILE",
+        parser=output_file,
+        help="Write the measurements as JSON; '-' prints it instead of the tables.",
+    ),
+]
+
+
 @bench.command("decode")
 def decode(
     model: Model = "smollm2-135m",
@@ -60,21 +94,12 @@ def decode(
             "--max-tokens",
             "--steps",
             "-m",
-            callback=at_least(4),
+            callback=at_least(4, MOST_TOKENS),
             help="Steps of each run, at least 4. A step of N siblings adds N slots to the cache, "
             "so that attention costs more the longer a run is.",
         ),
     ] = 24,
-    rounds: Annotated[
-        int,
-        typer.Option(
-            "--rounds",
-            "--num-trials",
-            "-n",
-            callback=at_least(1),
-            help="Runs of each variant that count, at least 1; a first round warms up.",
-        ),
-    ] = 7,
+    rounds: Rounds = 7,
     siblings: Annotated[
         str,
         typer.Option(help="Widths of the forced sets, at least 1 each, separated by commas."),
@@ -105,40 +130,21 @@ def decode(
     that there is one, and starts the next pass early. Bandwidth is the weights' bytes over the
     time of a step, beside that of a plain copy of an array (read and written bytes).
     """
-    widths = parse_widths(siblings)
+    widths = numbers(siblings, "--siblings", 1, MOST_WIDTH)
     if dtype is not None and dtype not in DTYPES:
         raise TempoError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    check_report("decode", output, overwrite)
-    language_model, tokenizer = load(model)
-    if dtype is not None:
-        language_model.set_dtype(DTYPES[dtype])
-    blocks = 2 * LONG_BLOCKS if long else 0
-    with ticking((rounds + 1) * (2 + len(widths)) + blocks) as tick:
-        report = bench_decode(
-            language_model,
-            tokenizer,
-            prompt_tokens=prompt_tokens,
-            max_tokens=max_tokens,
-            rounds=rounds,
-            siblings=widths,
-            long_steps=LONG_STEPS if long else 0,
-            model_name=model,
-            progress=tick,
-        )
-    console = wide_console(output)
-    print_decoding(report, console)
-    conclude(report, console, output)
+
+    def run(subject: Subject) -> Result:
+        return bench_decode(subject, prompt_tokens, max_tokens, widths, LONG_STEPS if long else 0)
+
+    cast = DTYPES[dtype] if dtype is not None else None
+    measure_model("decode", model, rounds, output, overwrite, run, cast)
 
 
 @bench.command("host")
 def host(
     prompt_tokens: PromptTokens = 64,
-    max_tokens: Annotated[
-        int,
-        typer.Option(
-            "--max-tokens", "-m", callback=at_least(4), help="Steps of each run, at least 4."
-        ),
-    ] = 64,
+    max_tokens: Steps = 64,
     rounds: Rounds = 15,
     output: Measurements = None,
     overwrite: Overwrite = False,
@@ -148,25 +154,10 @@ def host(
     The model is a llama of two small layers with random weights, made here. mlx-lm's steps end
     with the token on the host; ours also find its text and record the step.
     """
-    check_report("host", output, overwrite)
-    with ticking((rounds + 1) * len(VARIANTS)) as tick:
-        report = bench_host(
-            prompt_tokens=prompt_tokens, max_tokens=max_tokens, rounds=rounds, progress=tick
-        )
-    console = wide_console(output)
-    print_setting(report.model, report.setting, console)
-    table = Table("variant")
-    for name in ("ms/step", "over mlx-lm's", "ms beyond mlx-lm's"):
-        table.add_column(name, justify="right")
-    for each in report.measured:
-        table.add_row(
-            each.name,
-            spread(each.step_seconds.scaled(1e3), 3),
-            spread(each.time_to_stock, 2),
-            spread(each.over_stock.scaled(1e3), 3),
-        )
-    console.print(table)
-    conclude(report, console, output)
+    check_result("host", output, overwrite)
+    with ticking() as progress:
+        result = bench_host(prompt_tokens, max_tokens, rounds, progress)
+    conclude(result, output)
 
 
 @bench.command("pruning")
@@ -174,14 +165,12 @@ def pruning(
     model: Model = "smollm2-135m",
     prompt_tokens: PromptTokens = 64,
     siblings: Annotated[
-        int, typer.Option(callback=at_least(2), help="Tokens of each forced set, at least 2.")
-    ] = 4,
-    max_tokens: Annotated[
         int,
         typer.Option(
-            "--max-tokens", "-m", callback=at_least(4), help="Steps of each timed run, at least 4."
+            callback=at_least(2, MOST_WIDTH), help="Tokens of each forced set, at least 2."
         ),
-    ] = 24,
+    ] = 4,
+    max_tokens: Steps = 24,
     rounds: Rounds = 7,
     steps: Annotated[
         str,
@@ -198,44 +187,12 @@ def pruning(
     The timed runs judge every set and prune nothing, so that all variants make the same sets. The
     long runs lose half of their tokens at random, without and with compaction of the cache.
     """
-    lengths = parse_widths(steps, "--steps", least=4)
-    check_report("pruning", output, overwrite)
-    language_model, tokenizer = load(model)
-    with ticking((rounds + 1) * 4 + 2 * len(lengths)) as tick:
-        report = bench_pruning(
-            language_model,
-            tokenizer,
-            prompt_tokens=prompt_tokens,
-            siblings=siblings,
-            max_tokens=max_tokens,
-            rounds=rounds,
-            steps=tuple(lengths),
-            model_name=model,
-            progress=tick,
-        )
-    console = wide_console(output)
-    print_setting(report.model, report.setting, console)
-    costs = Table("variant", title=f"sets of {siblings}")
-    for name in ("ms/step", "over no pruning"):
-        costs.add_column(name, justify="right")
-    for cost in report.costs:
-        milliseconds = f"{cost.step_seconds.median * 1e3:.2f}"
-        costs.add_row(cost.name, milliseconds, spread(cost.over_off, 3))
-    console.print(costs)
-    savings = Table("steps", "compaction", title="half of the tokens pruned")
-    for name in ("ms/step", "slots held", "cache MB", "peak MB beside weights"):
-        savings.add_column(name, justify="right")
-    for saving in report.savings:
-        savings.add_row(
-            str(saving.steps),
-            "yes" if saving.compacted else "no",
-            f"{saving.step_seconds * 1e3:.2f}",
-            str(saving.slots),
-            f"{saving.cache_bytes / 1e6:.1f}",
-            f"{saving.peak_bytes / 1e6:.1f}",
-        )
-    console.print(savings)
-    conclude(report, console, output)
+    lengths = numbers(steps, "--steps", 4, MOST_TOKENS)
+
+    def run(subject: Subject) -> Result:
+        return bench_pruning(subject, prompt_tokens, siblings, max_tokens, lengths)
+
+    measure_model("pruning", model, rounds, output, overwrite, run)
 
 
 @bench.command("batch")
@@ -246,16 +203,11 @@ def batch(
         typer.Option(
             "--prompt-tokens",
             "-p",
-            callback=at_least(4),
+            callback=at_least(4, MOST_TOKENS),
             help="Mean tokens of a prompt, at least 4.",
         ),
     ] = 64,
-    max_tokens: Annotated[
-        int,
-        typer.Option(
-            "--max-tokens", "-m", callback=at_least(4), help="Steps of each run, at least 4."
-        ),
-    ] = 24,
+    max_tokens: Steps = 24,
     rounds: Rounds = 3,
     batch_sizes: Annotated[
         str, typer.Option(help="Prompts in a batch, at least 1 each, separated by commas.")
@@ -268,69 +220,22 @@ def batch(
     The prompts of a batch differ in length by up to two thirds. Times of a step are those of a
     forward pass and what belongs to it; times of a whole run include reading the prompts.
     """
-    sizes = parse_widths(batch_sizes, "--batch-sizes")
-    check_report("batch", output, overwrite)
-    language_model, tokenizer = load(model)
-    variants = sum(5 if size in MIN_SPEEDUP else 3 for size in sizes)
-    with ticking((rounds + 1) * variants) as tick:
-        report = bench_batch(
-            language_model,
-            tokenizer,
-            prompt_tokens=prompt_tokens,
-            max_tokens=max_tokens,
-            rounds=rounds,
-            batch_sizes=sizes,
-            model_name=model,
-            progress=tick,
-        )
-    console = wide_console(output)
-    print_setting(report.model, report.setting, console)
-    table = Table("prompts", "variant")
-    for name in (
-        "ms/step",
-        "steps/s",
-        "tokens/s, whole run",
-        "s, whole run",
-        "ms over mlx-lm's",
-        "steps/s over one by one",
-        "whole run over one by one",
-    ):
-        table.add_column(name, justify="right")
-    for each in report.throughput:
-        table.add_row(
-            str(each.batch_size),
-            each.name,
-            f"{each.step_seconds.median * 1e3:.1f}",
-            f"{each.steps_per_second:.1f}",
-            f"{each.tokens / each.seconds.median:.1f}",
-            f"{each.seconds.median:.2f}",
-            spread(each.step_to_stock, 3),
-            spread(each.speedup, 2) if each.speedup else "",
-            f"{each.whole_speedup.median:.2f}" if each.whole_speedup else "",
-            end_section=each.name == SETS,
-        )
-    console.print(table)
-    copies = report.copies
-    console.print(
-        f"{copies.rows} rows of one prompt of {copies.prompt_tokens} tokens: read "
-        f"{copies.read_seconds.median:.3f} s, replicated {copies.replicate_seconds.median:.3f} s; "
-        f"copies hold {copies.bytes_before / 1e6:.1f} MB before their first tokens, "
-        f"{copies.bytes_after / 1e6:.1f} MB after"
-    )
-    conclude(report, console, output)
+    sizes = numbers(batch_sizes, "--batch-sizes", 1, MOST_WIDTH)
+
+    def run(subject: Subject) -> Result:
+        return bench_batch(subject, prompt_tokens, max_tokens, sizes)
+
+    measure_model("batch", model, rounds, output, overwrite, run)
 
 
 @bench.command("tree")
 def tree(
     model: Model = "smollm2-135m",
     prompt_tokens: PromptTokens = 256,
-    leaves: Annotated[int, typer.Option(callback=at_least(2), help="Branches, at least 2.")] = 8,
-    max_tokens: Annotated[
-        int,
-        typer.Option(
-            "--max-tokens", "-m", callback=at_least(4), help="Steps of each branch, at least 4."
-        ),
-    ] = 32,
+    leaves: Annotated[
+        int, typer.Option(callback=at_least(2, MOST_WIDTH), help="Branches, at least 2.")
+    ] = 8,
+    max_tokens: Steps = 32,
     rounds: Rounds = 3,
     output: Measurements = None,
     overwrite: Overwrite = False,
@@ -339,39 +244,11 @@ def tree(
 
     Then those of a hybrid model with random weights, beside mlx-lm's batch.
     """
-    check_report("tree", output, overwrite)
-    language_model, tokenizer = load(model)
-    with ticking((rounds + 1) * 6) as tick:
-        report = bench_tree(
-            language_model,
-            tokenizer,
-            prompt_tokens=prompt_tokens,
-            leaves=leaves,
-            max_tokens=max_tokens,
-            rounds=rounds,
-            model_name=model,
-            progress=tick,
-        )
-    console = wide_console(output)
-    print_setting(report.model, report.setting, console)
-    table = Table("variant", title=f"{leaves} branches, prompt left out")
-    for name in ("s", "over the tree", "cache MB"):
-        table.add_column(name, justify="right")
-    for each in report.measured:
-        table.add_row(
-            each.name,
-            f"{each.seconds.median:.2f}",
-            spread(each.over_tree, 2),
-            f"{each.cache_bytes / 1e6:.1f}",
-            end_section=each.name == STOCK,
-        )
-    console.print(table)
-    console.print(
-        f"hybrid: {report.hybrid['architecture']} of {report.hybrid['parameters'] / 1e6:.1f}M "
-        f"random weights, {size(report.hybrid['state_bytes'])} of states for a branch; a step of "
-        f"ours over mlx-lm's: {spread(report.hybrid_over_stock, 2)}"
-    )
-    conclude(report, console, output)
+
+    def run(subject: Subject) -> Result:
+        return bench_tree(subject, prompt_tokens, leaves, max_tokens)
+
+    measure_model("tree", model, rounds, output, overwrite, run)
 
 
 @bench.command("search")
@@ -381,7 +258,10 @@ def search(
     simulations: Annotated[
         int,
         typer.Option(
-            "--simulations", "-s", callback=at_least(1), help="Simulations of each run, at least 1."
+            "--simulations",
+            "-s",
+            callback=at_least(1, MOST_TOKENS),
+            help="Simulations of each run, at least 1.",
         ),
     ] = 32,
     leaves: Annotated[
@@ -396,29 +276,12 @@ def search(
     The others are the same search with another environment: one rereads the whole text of a leaf,
     one keeps a copy of the cache for each node.
     """
-    widths = parse_widths(leaves, "--leaves")
-    check_report("search", output, overwrite)
-    language_model, tokenizer = load(model)
-    with ticking((rounds + 1) * (len(widths) + 2)) as tick:
-        report = bench_search(
-            language_model,
-            tokenizer,
-            prompt_tokens=prompt_tokens,
-            simulations=simulations,
-            leaves=widths,
-            rounds=rounds,
-            model_name=model,
-            progress=tick,
-        )
-    console = wide_console(output)
-    print_setting(report.model, report.setting, console)
-    table = Table("variant", title=f"{simulations} simulations of the first token")
-    for name in ("simulations/s", "time over ours"):
-        table.add_column(name, justify="right")
-    for each in report.measured:
-        table.add_row(each.name, spread(each.simulations_per_second, 1), spread(each.over_ours, 2))
-    console.print(table)
-    conclude(report, console, output)
+    widths = numbers(leaves, "--leaves", 1, MOST_WIDTH)
+
+    def run(subject: Subject) -> Result:
+        return bench_search(subject, prompt_tokens, simulations, widths)
+
+    measure_model("search", model, rounds, output, overwrite, run)
 
 
 @bench.command("score")
@@ -430,13 +293,20 @@ def score(
         typer.Option(
             "--contexts",
             "-c",
-            callback=at_least(0),
+            callback=at_least(0, MOST_TOKENS),
             help="Contexts that are scored under --max-kv-bytes; 0 for none.",
         ),
     ] = 10_000,
     max_kv_bytes: Annotated[
         str, typer.Option("--max-kv-bytes", help="Memory that these contexts may hold.")
     ] = "100MB",
+    held: Annotated[
+        str,
+        typer.Option(
+            help="Sizes of what is held while one more word is read, separated by commas; 'none' "
+            "for no such calls. Those that do not fit in memory are left out."
+        ),
+    ] = "10MB,100MB,1GB",
     rounds: Rounds = 3,
     output: Measurements = None,
     overwrite: Overwrite = False,
@@ -448,73 +318,35 @@ def score(
     """
     require_effect(context, {"max_kv_bytes": (Need("contexts"),)})
     kv_bytes = parse_bytes(max_kv_bytes)
-    check_report("score", output, overwrite)
-    language_model, tokenizer = load(model)
-    with ticking((rounds + 1) * 4 * len(workloads()) + -(-contexts // 100)) as tick:
-        report = bench_score(
-            language_model,
-            tokenizer,
-            contexts=contexts,
-            max_kv_bytes=kv_bytes,
-            rounds=rounds,
-            model_name=model,
-            progress=tick,
-        )
-    console = wide_console(output)
-    print_setting(report.model, report.setting, console)
-    table = Table("contexts x words", "variant")
-    for name in ("ms", "time over ours", "largest difference, nats"):
-        table.add_column(name, justify="right")
-    for each in report.measured:
-        table.add_row(
-            each.workload,
-            each.name,
-            spread(each.seconds.scaled(1e3), 0),
-            spread(each.over_ours, 2),
-            f"{each.difference:.1e}",
-        )
-    console.print(table)
-    calls = Table("second call, a word later", "tokens, first and second")
-    calls.add_column("times faster", justify="right")
-    for call in report.grown:
-        calls.add_row(
-            call.workload, f"{call.first_tokens} and {call.second_tokens}", spread(call.faster, 2)
-        )
-    console.print(calls)
-    if report.memory is not None:
-        held = report.memory
-        console.print(
-            f"{held.contexts:,} contexts in {held.seconds:.0f} s: {held.largest / 1e6:.1f} MB held "
-            f"at most of {held.max_kv_bytes / 1e6:.1f} MB, {held.dropped:,} tokens dropped"
-        )
-    conclude(report, console, output)
+    sizes = [] if held == "none" else [parse_bytes(each, "--held") for each in held.split(",")]
+
+    def run(subject: Subject) -> Result:
+        return bench_score(subject, contexts, kv_bytes, sizes)
+
+    measure_model("score", model, rounds, output, overwrite, run)
 
 
 @bench.command("experiments")
 def experiments(
     model: Model = "smollm2-135m",
     runs: Annotated[
-        int, typer.Option(callback=at_least(2), help="Runs, an even number in [2, 100].")
+        int, typer.Option(callback=at_least(2, 100), help="Runs, an even number in [2, 100].")
     ] = 100,
     max_tokens: Annotated[
         int,
         typer.Option(
-            "--max-tokens", "-m", callback=at_least(2), help="Steps of each run, at least 2."
+            "--max-tokens",
+            "-m",
+            callback=at_least(2, MOST_TOKENS),
+            help="Steps of each run, at least 2.",
         ),
     ] = 10,
     batch_size: Annotated[
-        int, typer.Option(callback=at_least(2), help="Rows of the batch, at least 2.")
+        int,
+        typer.Option(callback=at_least(2, MOST_WIDTH), help="Rows of the batch, at least 2."),
     ] = 64,
     workers: Annotated[int, typer.Option(callback=at_least(1), help="Processes, at least 1.")] = 2,
-    rounds: Annotated[
-        int,
-        typer.Option(
-            "--rounds",
-            "-n",
-            callback=at_least(1),
-            help="Goes of each variant that count, at least 1.",
-        ),
-    ] = 1,
+    rounds: Rounds = 1,
     output: Measurements = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -526,33 +358,11 @@ def experiments(
     require_extra()
     # What suites need is an extra.
     from ..bench.experiments import bench_experiments
+    from ..experiments.session import MOST_WORKERS
 
-    check_report("experiments", output, overwrite)
-    language_model, tokenizer = load(model)
-    with ticking((rounds + 1) * 6) as tick:
-        report = bench_experiments(
-            language_model,
-            tokenizer,
-            runs=runs,
-            max_tokens=max_tokens,
-            batch_size=batch_size,
-            workers=workers,
-            rounds=rounds,
-            model_name=model,
-            progress=tick,
-        )
-    console = wide_console(output)
-    print_setting(report.model, report.setting, console)
-    table = Table("variant", title=f"{runs} runs, {batch_size} rows, {workers} workers")
-    for name in ("s/run", "over the batch", "runs that differ", "largest difference"):
-        table.add_column(name, justify="right")
-    for each in report.measured:
-        table.add_row(
-            each.name,
-            f"{each.seconds.median:.3f}",
-            spread(each.over_batched, 2),
-            str(each.differing),
-            f"{each.largest_difference:.1e}",
-        )
-    console.print(table)
-    conclude(report, console, output)
+    check_count("--workers", workers, most=MOST_WORKERS)
+
+    def run(subject: Subject) -> Result:
+        return bench_experiments(subject, runs, max_tokens, batch_size, workers)
+
+    measure_model("experiments", model, rounds, output, overwrite, run)

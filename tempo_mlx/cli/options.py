@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..arguments import check_count
+from ..arguments import MOST, check_count
 from ..io.files import STANDARD_OUTPUT
 
 
@@ -20,11 +20,11 @@ def flag_of(parameter: Any) -> str:
     return str(next(each for each in parameter.opts if each.startswith("--")))
 
 
-def at_least(least: int) -> Callable[[typer.CallbackParam, int], int]:
-    """A check of an option's number, made before the command begins."""
+def at_least(least: int, most: int = MOST) -> Callable[[typer.CallbackParam, int], int]:
+    """A check that an option is in [least, most], made before the command begins."""
 
     def check(parameter: typer.CallbackParam, value: int) -> int:
-        check_count(flag_of(parameter), value, least)
+        check_count(flag_of(parameter), value, least, most)
         return value
 
     return check
@@ -32,31 +32,6 @@ def at_least(least: int) -> Callable[[typer.CallbackParam, int], int]:
 
 Model = Annotated[
     str, typer.Option(help="Recipe name, folder in mlx-lm layout, or Hugging Face Hub id.")
-]
-
-PromptTokens = Annotated[
-    int,
-    typer.Option(
-        "--prompt-tokens", "-p", callback=at_least(1), help="Tokens of the prompt, at least 1."
-    ),
-]
-
-Rounds = Annotated[
-    int,
-    typer.Option(
-        "--rounds", "-n", callback=at_least(1), help="Runs of each variant that count, at least 1."
-    ),
-]
-
-Measurements = Annotated[
-    Path | None,
-    typer.Option(
-        "--output",
-        "-o",
-        metavar="FILE",
-        parser=output_file,
-        help="Write the measurements as JSON; '-' prints it instead of the tables.",
-    ),
 ]
 
 Overwrite = Annotated[

@@ -1,42 +1,78 @@
 """What the benches share on the command line: progress, tables, targets."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+import mlx.core as mx
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
-from ..bench.decode_report import Report
-from ..bench.target import Target
-from ..bench.timing import Spread
+from ..arguments import check_count
+from ..bench.result import Result, Row, Spread, Target
+from ..bench.setting import Progress as Told
+from ..bench.setting import Subject
 from ..errors import TempoError
 from ..io.console import Console
+from ..weights import load
 from .outputs import Output, check_outputs, is_standard_output, json_where, say_written, write_json
 
+#: Names of units and how many of the measured unit each is, the largest first.
+SCALES = {
+    "s": (("s", 1.0), ("ms", 1e-3)),
+    "bytes": (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)),
+    "bytes/s": (("GB/s", 1e9), ("MB/s", 1e6)),
+}
 
-def parse_widths(text: str, argument: str = "--siblings", least: int = 1) -> list[int]:
-    """Widths from "1,2,4"; each once, in the order given.
+#: Significant digits of a measurement.
+DIGITS = 4
+
+
+def numbers(text: str, argument: str, least: int, most: int) -> list[int]:
+    """Integers in [least, most] from "1,2,4"; each once, in the order given.
 
     Raises:
-        TempoError: if one is not an integer of at least ``least``.
+        TempoError: if one is not.
     """
     try:
-        widths = list(dict.fromkeys(int(part) for part in text.split(",")))
+        found = list(dict.fromkeys(int(part) for part in text.split(",")))
     except ValueError:
-        widths = []
-    if not widths or min(widths) < least:
+        found = []
+    if not found or min(found) < least:
         raise TempoError(
             f"{argument} must be integers of at least {least} separated by commas, got {text!r}"
         )
-    return widths
+    check_count(argument, max(found), least, most)
+    return found
+
+
+class Bar(Told):
+    """A progress bar."""
+
+    def __init__(self, progress: Progress, task: TaskID):
+        self._progress, self._task = progress, task
+        self._done = 0
+
+    def expect(self, ticks: int) -> None:
+        self._progress.update(self._task, total=ticks)
+
+    def tick(self, what: str) -> None:
+        self._progress.update(self._task, completed=self._done, description=what)
+        self._done += 1
 
 
 @contextmanager
-def ticking(total: int) -> Iterator[Callable[[str], None]]:
-    """A progress bar on a terminal; yields what to call before each of ``total`` things."""
+def ticking() -> Iterator[Told]:
+    """A progress bar on a terminal, nothing elsewhere."""
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description:12}"),
@@ -47,117 +83,105 @@ def ticking(total: int) -> Iterator[Callable[[str], None]]:
     with Progress(
         *columns, console=console, transient=True, disable=not console.is_terminal
     ) as progress:
-        task = progress.add_task("", total=total)
-        done = iter(range(total))
-
-        def tick(what: str) -> None:
-            progress.update(task, completed=next(done, total), description=what)
-
-        yield tick
+        yield Bar(progress, progress.add_task("", total=None))
 
 
-def wide_console(output: Path | None = None) -> Console:
-    """The console of a bench's tables; it is quiet where the output takes their place."""
-    return Console(highlight=False, quiet=is_standard_output(output))
-
-
-def spread(value: Spread, digits: int) -> str:
-    """Median and quartiles: "1.02 [1.01, 1.04]"."""
-    return f"{value.median:.{digits}f} [{value.low:.{digits}f}, {value.high:.{digits}f}]"
-
-
-def print_decoding(report: Report, console: Console) -> None:
-    print_setting(report.model, report.setting, console)
-    console.print(
-        f"weights {report.weight_bytes / 1e6:.1f} MB; "
-        f"copying an array: {report.copy_bandwidth / 1e9:.1f} GB/s"
-    )
-    table = Table()
-    table.add_column("variant", no_wrap=True)
-    for name in ("tokens/s", "steps/s", "ms/step", "weights GB/s", "of copy", "peak GB", "slots"):
-        table.add_column(name, justify="right")
-    table.add_column("ms over mlx-lm's", justify="right")
-    table.add_column("ms over one sibling's", justify="right")
-    for m in report.measured:
-        table.add_row(
-            m.name,
-            f"{m.tokens_per_second.median:.1f}",
-            f"{m.steps_per_second.median:.1f}",
-            f"{m.step_seconds.median * 1e3:.2f}",
-            f"{m.weight_bandwidth / 1e9:.1f}",
-            f"{m.weight_bandwidth / report.copy_bandwidth:.0%}",
-            f"{m.peak_bytes / 1e9:.3f}",
-            str(m.slots),
-            spread(m.time_to_stock, 3),
-            spread(m.time_to_one, 3),
-        )
-    console.print(table)
-    if report.long is not None:
-        print_long(report.long.block, report.long.stock, report.long.ours, console)
-
-
-def print_setting(model: str, setting: dict[str, Any], console: Console) -> None:
-    """What was measured, on what, and how."""
-    versions = ", ".join(f"{name} {version}" for name, version in setting["versions"].items())
-    sizes = [
-        f"{setting[key]} {name}"
-        for key, name in (
-            ("prompt_tokens", "prompt tokens"),
-            ("max_tokens", "steps"),
-            ("rounds", "rounds"),
-        )
-        if key in setting
-    ]
-    console.print(
-        f"{model} ({setting['architecture']}, {setting['dtype']}) on {setting['device']}\n"
-        f"{versions}, BLAS {setting['blas']}\n"
-        f"{', '.join(sizes)}; median [quartiles]"
-    )
-
-
-class AnyReport(Protocol):
-    """What the reports of all benches have."""
-
-    @property
-    def targets(self) -> Sequence[Target]: ...
-
-    def to_dict(self) -> dict[str, Any]: ...
-
-
-def check_report(bench: str, output: Path | None, overwrite: bool) -> None:
-    """Refuse an output that holds anything but an earlier report of the same bench."""
+def check_result(bench: str, output: Path | None, overwrite: bool) -> None:
+    """Refuse an output that holds anything but an earlier result of the same bench."""
     ours = json_where(lambda data: data.get("bench") == bench and "targets" in data)
     check_outputs([Output("--output", output, ours)], {}, overwrite)
 
 
-def conclude(report: AnyReport, console: Console, output: Path | None) -> None:
-    """Print the measurements beside what they should be, and write them all."""
-    print_targets(report.targets, console)
+def measure_model(
+    bench: str,
+    model: str,
+    rounds: int,
+    output: Path | None,
+    overwrite: bool,
+    run: Callable[[Subject], Result],
+    dtype: mx.Dtype | None = None,
+) -> None:
+    """Load a model, measure it, its weights cast to ``dtype``, and show what was found."""
+    check_result(bench, output, overwrite)
+    language_model, tokenizer = load(model)
+    if dtype is not None:
+        language_model.set_dtype(dtype)
+    with ticking() as progress:
+        result = run(Subject.of(language_model, tokenizer, model, rounds, progress))
+    conclude(result, output)
+
+
+def conclude(result: Result, output: Path | None) -> None:
+    """Print what was found, and write it; where it goes to standard output, it is all there is."""
+    console = Console(highlight=False, quiet=is_standard_output(output))
+    setting = result.setting
+    versions = ", ".join(f"{name} {version}" for name, version in setting["versions"].items())
+    names = {"prompt_tokens": "prompt tokens", "max_tokens": "steps", "rounds": "rounds"}
+    sizes = ", ".join(f"{setting[key]} {name}" for key, name in names.items() if key in setting)
+    console.print(
+        f"{result.model} ({setting['architecture']}, {setting['dtype']}) on {setting['device']}\n"
+        f"{versions}, BLAS {setting['blas']}\n"
+        f"{sizes}; median [quartiles]"
+    )
+    for group in dict.fromkeys(row.group for row in result.rows):
+        console.print(table_of([row for row in result.rows if row.group == group]))
+    console.print(targets_of(result.targets))
     if output is not None:
-        write_json(output, report.to_dict())
+        write_json(output, result.to_dict())
         say_written(output, console)
 
 
-def print_targets(wanted: Sequence[Target], console: Console) -> None:
+def table_of(rows: Sequence[Row]) -> Table:
+    """Rows of one group: a line for each variant, a column for each measure and each ratio."""
+    cells: dict[str, dict[str, str]] = {row.name: {} for row in rows}
+    columns: dict[str, None] = {}
+    for measure in dict.fromkeys(row.measure for row in rows):
+        same = [row for row in rows if row.measure == measure]
+        unit, scale = unit_of(same)
+        header = f"{measure}, {unit}" if unit else measure
+        for row in same:
+            found = {header: shown(row.spread, scale)}
+            found |= {f"{measure} over {of}": shown(each) for of, each in row.ratios.items()}
+            cells[row.name] |= found
+            columns |= dict.fromkeys(found)
+    table = Table("variant", title=rows[0].group)
+    for column in columns:
+        table.add_column(column, justify="right")
+    for name, line in cells.items():
+        table.add_row(name, *(line.get(column, "") for column in columns))
+    return table
+
+
+def unit_of(rows: Sequence[Row]) -> tuple[str, float]:
+    """The unit in which measurements are shown, and how many of theirs it is."""
+    largest = max(abs(row.median) for row in rows)
+    scales = SCALES.get(rows[0].unit, ((rows[0].unit, 1.0),))
+    return next((each for each in scales if largest >= each[1]), scales[-1])
+
+
+def shown(value: Spread, scale: float = 1.0) -> str:
+    """Median and quartiles, "1.02 [1.01, 1.04]"; the median alone where all are the same."""
+    median, low, high = (digits(each / scale) for each in (value.median, value.low, value.high))
+    return median if value.low == value.high else f"{median} [{low}, {high}]"
+
+
+def digits(number: float) -> str:
+    """A number with :data:`DIGITS` significant digits, thousands separated."""
+    if not math.isfinite(number):
+        return str(number)
+    if number == int(number) or abs(number) >= 10**DIGITS:
+        return f"{number:,.0f}"
+    if abs(number) < 1e-3:
+        return f"{number:.1e}"
+    return f"{number:,.{DIGITS - 1 - math.floor(math.log10(abs(number)))}f}"
+
+
+def targets_of(wanted: Sequence[Target]) -> Table:
     """Measurements beside what they should be."""
-    targets = Table("target", "wanted", "found", "")
+    table = Table("target", "wanted", "found", "")
     for target in wanted:
         verdict = Text("met", "green") if target.met else Text("not met", "yellow")
-        targets.add_row(
+        table.add_row(
             target.name, f"{target.relation} {target.wanted:.2f}", f"{target.value:.3f}", verdict
         )
-    console.print(targets)
-
-
-def print_long(block: int, stock: list[float], ours: list[float], console: Console) -> None:
-    table = Table("steps", title="ms/step as the cache grows")
-    for name in ("mlx-lm", "threshold 1", "ratio"):
-        table.add_column(name, justify="right")
-    for i, (theirs, mine) in enumerate(zip(stock, ours, strict=True)):
-        table.add_row(
-            f"{i * block + 1}-{(i + 1) * block}",
-            f"{theirs * 1e3:.2f}",
-            f"{mine * 1e3:.2f}",
-            f"{mine / theirs:.3f}",
-        )
-    console.print(table)
+    return table

@@ -1,19 +1,23 @@
 """The benches report what they say they report; how fast anything is, is not tested."""
 
+import io
 import itertools
 import json
-import sys
+import re
 
-from tempo_mlx import cli, generate, load
+from tempo_mlx import generate, load
 from tempo_mlx.bench import decode, runs, timing
 from tempo_mlx.bench.batch import prompts_of
-from tempo_mlx.bench.decode import bench_decode
-from tempo_mlx.bench.decode_report import SINGLE, STOCK
-from tempo_mlx.bench.runs import long_run, timed
+from tempo_mlx.bench.decode import bench_decode, rise
+from tempo_mlx.bench.host import differences
+from tempo_mlx.bench.result import Row, Spread, compared, finder, ratio
+from tempo_mlx.bench.runs import SINGLE, STOCK, long_run, timed
 from tempo_mlx.bench.search import Copying, Rereading
-from tempo_mlx.bench.setting import prompt_of, weight_bytes
-from tempo_mlx.bench.timing import Spread, alternate, copy_bandwidth, difference, ratio
+from tempo_mlx.bench.setting import Subject, prompt_of, weight_bytes
+from tempo_mlx.bench.timing import alternate, copy_bandwidth
+from tempo_mlx.cli.tables import numbers, table_of
 from tempo_mlx.doctor.random_models import random_model
+from tempo_mlx.io.console import Console
 from tempo_mlx.models import PositionedModel
 from tempo_mlx.search import SearchSettings, TreeSearch
 from tempo_mlx.search.environment import TextEnvironment
@@ -63,20 +67,54 @@ def test_variants_take_turns_and_the_first_round_does_not_count():
     taken = alternate({name: variant(name) for name in "abc"}, rounds=3)
     assert "".join(order) == "abccbaabccba"
     assert taken == {"a": [5, 6, 11], "b": [4, 7, 10], "c": [3, 8, 9]}
-    with pytest.raises(ValueError, match="rounds must be at least 1, got 0"):
-        alternate({}, rounds=0)
 
 
 def test_spread_is_median_and_quartiles():
     assert Spread.of([5, 1, 2, 4, 3]) == Spread(3, 2, 4)
-    assert Spread(4, 2, 5).scaled(10) == Spread(40, 20, 50)
-    assert Spread(4, 2, 5).inverse() == Spread(1 / 4, 1 / 5, 1 / 2)
 
 
 def test_ratios_and_differences_are_paired():
     # The machine was ten times slower in the second round, for both.
     assert ratio([2, 20, 2], [1, 10, 1]) == Spread(2, 2, 2)
-    assert difference([3, 12, 3], [1, 10, 1]) == Spread(2, 2, 2)
+    assert differences([3, 12, 3], [1, 10, 1]) == [2, 2, 2]
+    stock, ours = compared("steps", "step", "s", {"a": [1, 10, 1], "b": [2, 20, 2]}, "a")
+    assert stock.ratios == {"a": Spread(1, 1, 1)} and ours.ratios == {"a": Spread(2, 2, 2)}
+
+
+def test_numbers_of_an_option_are_checked():
+    assert numbers("4,1,4", "--steps", 1, 4) == [4, 1]
+    with pytest.raises(ValueError, match="--steps must be integers of at least 2"):
+        numbers("4,1", "--steps", 2, 4)
+    with pytest.raises(ValueError, match="--steps must be at most 4, got 5"):
+        numbers("5", "--steps", 1, 4)
+
+
+WIDE = [
+    Row(
+        "steps", "threshold 1", measure, unit, [0.0123, 0.0204, 0.0303], {"mlx-lm": Spread(1, 1, 2)}
+    )
+    for measure, unit in (("step", "s"), ("whole run", "s"), ("cache", "bytes"))
+] + [Row("steps", "8 siblings", "slots", "", [1234567.0])]
+
+
+@pytest.mark.parametrize("width", [60, 80, 200, None])
+def test_no_width_cuts_a_number_of_a_table(width):
+    file = io.StringIO()
+    terminal = {} if width is None else {"force_terminal": True, "width": width}
+    Console(file=file, color_system=None, **terminal).print(table_of(WIDE))
+    out = file.getvalue()
+    for number in ("20.40 [16.35, 25.35]", "1,234,567", "1 [1, 2]"):
+        assert number in out
+    assert "…" not in out
+    if width is not None:
+        assert max(map(len, out.splitlines())) <= width
+
+
+def test_a_column_has_one_unit():
+    rows = compared("g", "step", "s", {"a": [0.5], "b": [0.001]})
+    file = io.StringIO()
+    Console(file=file).print(table_of(rows))
+    assert "step, ms" in file.getvalue() and re.search(r"500\D", file.getvalue())
 
 
 def test_copy_counts_bytes_read_and_written(clock, monkeypatch):
@@ -144,39 +182,27 @@ def test_long_run_takes_turns_and_reports_seconds_for_each_step(clock):
             yield [0]
 
     found = long_run({STOCK: side(1.0), SINGLE: side(2.0)}, steps=100)
-    assert found.block == 10
-    assert found.stock == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
-    assert found.ours == [2 * seconds for seconds in found.stock]
+    assert found[STOCK] == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+    assert found[SINGLE] == [2 * seconds for seconds in found[STOCK]]
     # Both slow down alike.
-    assert found.target.value == 1 and found.target.met
+    assert rise(found).value == 1 and rise(found).met
 
 
 @pytest.fixture(scope="module")
 def report(loaded):
-    model, tokenizer = loaded
-    return bench_decode(
-        model,
-        tokenizer,
-        prompt_tokens=11,
-        max_tokens=6,
-        rounds=1,
-        siblings=(1, 3),
-        long_steps=20,
-        model_name="tiny",
-    )
+    return bench_decode(Subject.of(*loaded, "tiny", 1), 11, 6, (1, 3), 20)
 
 
 def test_variants_decode_as_many_steps_of_the_width_that_they_name(loaded, monkeypatch):
-    model, tokenizer = loaded
     runs = {}
-    alternate_ = decode.alternate
+    decoding = decode._decoding
 
-    def kept(variants, rounds, progress):
-        runs.update(alternate_(variants, rounds, progress))
-        return runs
+    def kept(taken, *others):
+        runs.update(taken)
+        return decoding(taken, *others)
 
-    monkeypatch.setattr(decode, "alternate", kept)
-    bench_decode(model, tokenizer, prompt_tokens=9, max_tokens=6, rounds=1, siblings=(1, 2, 5))
+    monkeypatch.setattr(decode, "_decoding", kept)
+    bench_decode(Subject.of(*loaded, "tiny", 1), 9, 6, (1, 2, 5))
     shapes = {name: taken[0].tokens.shape for name, taken in runs.items()}
     assert shapes == {
         "mlx-lm": (6, 1),
@@ -198,37 +224,48 @@ def test_end_tokens_do_not_cut_runs_short(loaded):
     ending = without_end(tokenizer)
     ending.eos_token_ids = {first}
     assert len(generate(model, ending, prompt, threshold=1.0, max_tokens=3).lattice) == 0
-    found = bench_decode(model, ending, prompt_tokens=9, max_tokens=6, rounds=1, siblings=(2,))
-    assert [m.slots for m in found.measured] == [9 + 6, 9 + 6, 9 + 12]
+    found = bench_decode(Subject.of(model, ending, "tiny", 1), 9, 6, (2,))
+    slots = [row.values for row in found.rows if row.measure == "slots"]
+    assert slots == [[9 + 6], [9 + 6], [9 + 12]]
     assert ending.eos_token_ids == {first}
 
 
 def test_numbers_follow_from_the_times(report, loaded):
     model, _ = loaded
-    assert report.weight_bytes == weight_bytes(model)
-    stock, _, one, three = report.measured
-    assert [m.slots for m in report.measured] == [17, 17, 17, 11 + 18]
-    for m in report.measured:
-        seconds = m.step_seconds.median
-        assert m.steps_per_second.median == pytest.approx(1 / seconds)
-        assert m.tokens_per_second.median == pytest.approx(m.siblings / seconds)
-        assert m.weight_bandwidth == pytest.approx(report.weight_bytes / seconds)
-        assert m.time_to_stock.median == pytest.approx(seconds / stock.step_seconds.median)
-        assert m.time_to_one.median == pytest.approx(seconds / one.step_seconds.median)
-        assert m.peak_bytes > report.weight_bytes
-    assert (one.siblings, three.siblings) == (1, 3)
+    found = finder(report.rows)
+    size = found("weights", "size").median
+    assert size == weight_bytes(model)
+    copied = found("copying an array", "speed").median
+    stock, one = found(STOCK, "step").median, found("1 sibling", "step").median
+    for name, width, slots in (
+        (STOCK, 1, 17),
+        (SINGLE, 1, 17),
+        ("1 sibling", 1, 17),
+        ("3 siblings", 3, 11 + 18),
+    ):
+        step = found(name, "step")
+        assert found(name, "steps/s").median == pytest.approx(1 / step.median)
+        assert found(name, "tokens/s").median == pytest.approx(width / step.median)
+        assert found(name, "weights read").median == pytest.approx(size / step.median)
+        assert found(name, "of copy").median == pytest.approx(100 * size / step.median / copied)
+        assert found(name, "slots").median == slots
+        assert found(name, "peak memory").median > size
+        assert step.ratios[STOCK].median == pytest.approx(step.median / stock)
+        assert step.ratios["1 sibling"].median == pytest.approx(step.median / one)
 
 
-def test_report_is_json_and_targets_are_those_that_were_measured(report):
+def test_result_is_json_and_targets_are_those_that_were_measured(report):
     data = json.loads(json.dumps(report.to_dict()))
-    assert data["schema"] == 1 and data["model"] == "tiny"
+    assert (data["schema"], data["bench"], data["model"]) == (2, "decode", "tiny")
     assert {"device", "dtype", "prompt_tokens", "max_tokens", "rounds", "versions", "blas"} <= set(
         data
     )
-    assert [run["name"] for run in data["runs"]] == [
-        "mlx-lm", "threshold 1", "1 sibling", "3 siblings",
-    ]  # fmt: skip
-    assert len(data["long"]["stock"]) == len(data["long"]["ours"]) == 10
+    steps = [row for row in data["rows"] if row["measure"] == "step"]
+    assert [row["name"] for row in steps] == ["mlx-lm", "threshold 1", "1 sibling", "3 siblings"]
+    for row in steps:
+        assert row["median"] == row["values"][0] and row["unit"] == "s"
+    long = [row for row in data["rows"] if row["name"].startswith("steps ")]
+    assert len(long) == 2 * 10 and long[-1]["name"] == "steps 19-20"
     # A step of eight siblings was not measured, so nothing is said about it.
     assert [target["wanted"] for target in data["targets"]] == [0.97, 1.05, 1.05]
 
@@ -236,62 +273,72 @@ def test_report_is_json_and_targets_are_those_that_were_measured(report):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"prompt_tokens": 0}, "prompt_tokens must be at least 1, got 0"),
-        ({"max_tokens": 3}, "max_tokens must be at least 4, got 3"),
-        ({"siblings": (1, 0)}, r"siblings must be at least 1, got \[1, 0\]"),
-        ({"rounds": 0}, "rounds must be at least 1, got 0"),
-        ({"long_steps": 19}, "long_steps must be 0 or at least 20, got 19"),
-        ({"long_steps": 300}, "300 steps exceed the model's context of 256"),
+        (("-p", 0), "--prompt-tokens must be at least 1, got 0"),
+        (("-m", 3), "--max-tokens must be at least 4, got 3"),
+        (("--siblings", "1,0"), "--siblings must be integers of at least 1"),
+        (("--siblings", "1,x"), "--siblings must be integers of at least 1"),
+        (("--num-trials", 0), "--rounds must be at least 1, got 0"),
+        (("--dtype", "int8"), "--dtype must be one of"),
+        (("--long",), "2000 steps exceed the model's context of 256"),
     ],
 )
-def test_bad_arguments_are_named(loaded, arguments, message):
-    model, tokenizer = loaded
-    with pytest.raises(ValueError, match=message):
-        bench_decode(model, tokenizer, **arguments)
-
-
-def test_command_prints_a_table_and_writes_the_report(tmp_path, monkeypatch, capsys):
+def test_bad_arguments_are_named(tmp_path, run, arguments, message):
     folder = save_tiny_model(tmp_path / "tiny")
-    output = tmp_path / "bench.json"
+    code, out, err = run("bench", "decode", "--model", folder, *arguments)
+    assert (code, out) == (2, "") and message in err and err.count("\n") == 1
 
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["tempo-mlx", "bench", "decode", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit:
-            cli.main()
-        out, err = capsys.readouterr()
-        return exit.value.code, out, err
 
-    common = ("--model", folder, "-m", 5, "-n", 1, "-p", 8)
-    code, out, err = run(*common, "--siblings", "8", "--dtype", "float16", "-o", output)
+def measured(run, bench, output, *arguments):
+    """The tables of a bench and its rows by variant and measure, and all that it wrote."""
+    code, out, err = run("bench", bench, *arguments, "-o", output)
     assert (code, err) == (0, "")
+    data = json.loads(output.read_text())
+    assert data["bench"] == bench
+    rows = {(row["name"], row["measure"]): row for row in data["rows"]}
+    assert len(rows) == len(data["rows"])
+    return out, rows, data
+
+
+def test_command_prints_a_table_and_writes_the_result(tmp_path, run):
+    folder = save_tiny_model(tmp_path / "tiny")
+    arguments = ("--model", folder, "-m", 5, "-n", 1, "-p", 8, "--siblings", "8")
+    out, rows, data = measured(
+        run, "decode", tmp_path / "bench.json", *arguments, "--dtype", "float16"
+    )
     assert "8 siblings" in out and "mlx-lm" in out and "float16" in out
-    assert json.loads(output.read_text())["dtype"] == "float16"
-    code, _, err = run(*common, "--siblings", "1,x")
-    assert code == 2 and "--siblings must be integers" in err and err.count("\n") == 1
-    code, _, err = run(*common, "--dtype", "int8")
-    assert code == 2 and "--dtype must be one of" in err
+    assert data["dtype"] == "float16" and ("8 siblings", "peak memory") in rows
 
 
 def test_batch_bench_measures_every_variant(tmp_path, run):
     folder = save_tiny_model(tmp_path / "tiny")
-    output = tmp_path / "bench.json"
-    common = ("bench", "batch", "--model", folder, "-m", 5, "-n", 1, "-p", 8)
-    code, out, err = run(*common, "--batch-sizes", "1,8", "-o", output)
-    assert (code, err) == (0, "") and "mlx-lm" in out and "replicated" in out
-    report = json.loads(output.read_text())
-    found = {(each["name"], each["batch_size"]): each for each in report["throughput"]}
-    assert set(found) == {
-        (v, n) for v in ("mlx-lm", "threshold 1", "threshold 0.1") for n in (1, 8)
-    }
-    for (name, n), each in found.items():
-        assert (each["speedup"] is not None) == (n == 8 and name != "mlx-lm")
-        assert each["steps_per_second"] == pytest.approx(n / each["step_seconds"]["median"])
-    assert found["mlx-lm", 8]["tokens"] == found["threshold 1", 8]["tokens"] == 8 * 5
-    assert found["threshold 0.1", 8]["tokens"] >= 8 * 5
-    assert 0 <= report["largest_waste"] <= 1
-    copies = report["replicate"]
-    assert copies["bytes_before"] < copies["bytes_after"]
-    code, _, err = run(*common, "--batch-sizes", "0")
+    common = ("--model", folder, "-m", 5, "-n", 1, "-p", 8)
+    out, rows, data = measured(
+        run, "batch", tmp_path / "bench.json", *common, "--batch-sizes", "1,8"
+    )
+    assert "mlx-lm" in out and "replicated" in out
+    variants = [
+        f"{n} x {name}" for n in (1, 8) for name in ("mlx-lm", "threshold 1", "threshold 0.1")
+    ]
+    assert [name for name, measure in rows if measure == "step"] == variants
+    for name in variants:
+        n = int(name.split()[0])
+        speedup = n == 8 and "mlx-lm" not in name
+        assert ((name, "steps/s over one by one") in rows) == speedup
+        assert ((name, "whole run over one by one") in rows) == speedup
+        step = rows[name, "step"]["median"]
+        assert rows[name, "steps/s"]["median"] == pytest.approx(n / step)
+        stock = rows[f"{n} x mlx-lm", "step"]["median"]
+        assert rows[name, "step"]["ratios"]["mlx-lm"]["median"] == pytest.approx(step / stock)
+        whole, tokens = rows[name, "whole run"]["median"], rows[name, "tokens"]["median"]
+        assert rows[name, "tokens/s, whole run"]["median"] == pytest.approx(tokens / whole)
+    tokens = {name: rows[name, "tokens"]["median"] for name in variants}
+    assert tokens["8 x mlx-lm"] == tokens["8 x threshold 1"] == 8 * 5
+    assert tokens["8 x threshold 0.1"] >= 8 * 5
+    assert 0 <= rows["24 prompts, 8 at a time", "largest share"]["median"] <= 1
+    before = rows["replicated", "held before the first tokens"]["median"]
+    assert before < rows["replicated", "held after them"]["median"]
+    assert [target["wanted"] for target in data["targets"]] == [0.97, 0.97, 5, 5, 0.25]
+    code, _, err = run("bench", "batch", *common, "--batch-sizes", "0")
     assert code == 2 and "--batch-sizes" in err and err.count("\n") == 1
 
 
@@ -303,34 +350,51 @@ def test_prompts_of_a_batch_differ(loaded):
 
 
 def test_host_bench_measures_every_variant_beside_mlx_lm(tmp_path, run):
-    output = tmp_path / "bench.json"
-    code, out, err = run("bench", "host", "-m", 5, "-n", 1, "-p", 8, "-o", output)
-    assert (code, err) == (0, "") and "2 layers" in out
-    report = json.loads(output.read_text())
-    stock, *ours = report["runs"]
+    common = ("-m", 5, "-n", 1, "-p", 8)
+    out, rows, data = measured(run, "host", tmp_path / "bench.json", *common)
+    assert "2 layers" in out
     names = ["threshold 1", "1 sibling", "4 siblings, recombined", "4 siblings, isolated"]
-    assert stock["name"] == "mlx-lm" and [each["name"] for each in ours] == names
-    for each in report["runs"]:
-        seconds, theirs = each["step_seconds"]["median"], stock["step_seconds"]["median"]
-        assert each["over_stock"]["median"] == pytest.approx(seconds - theirs)
-        assert each["time_to_stock"]["median"] == pytest.approx(seconds / theirs)
-    assert [target["wanted"] for target in report["targets"]] == [0.2, 0.7, 0.7]
-    found = [ours[0], *ours[2:]]
-    assert [target["value"] for target in report["targets"]] == [
-        pytest.approx(1e3 * each["over_stock"]["median"]) for each in found
+    assert [name for name, measure in rows if measure == "step"] == ["mlx-lm", *names]
+    theirs = rows["mlx-lm", "step"]["median"]
+    for name in names:
+        step, beyond = rows[name, "step"], rows[name, "beyond mlx-lm's"]
+        assert beyond["median"] == pytest.approx(step["median"] - theirs)
+        assert step["ratios"]["mlx-lm"]["median"] == pytest.approx(step["median"] / theirs)
+    assert [target["wanted"] for target in data["targets"]] == [0.2, 0.7, 0.7]
+    assert [target["value"] for target in data["targets"]] == [
+        pytest.approx(1e3 * rows[name, "beyond mlx-lm's"]["median"])
+        for name in (names[0], *names[2:])
     ]
     code, _, err = run("bench", "host", "-m", 3)
     assert code == 2 and "max-tokens must be at least 4" in err and err.count("\n") == 1
 
 
+def test_pruning_bench_measures_evidence_and_compaction(tmp_path, run):
+    folder = save_tiny_model(tmp_path / "tiny", num_hidden_layers=4)
+    common = ("--model", folder, "-m", 5, "-n", 1, "-p", 8)
+    _, rows, data = measured(run, "pruning", tmp_path / "bench.json", *common, "--steps", "40")
+    variants = ["no pruning", "posterior", "attention, last 4 layers", "attention, all layers"]
+    steps = [name for name, measure in rows if measure == "step"]
+    assert steps == [*variants, "40 steps, not compacted", "40 steps, compacted"]
+    for name in variants:
+        assert set(rows[name, "step"]["ratios"]) == {"no pruning"}
+    for measure in ("slots held", "cache", "peak beside weights"):
+        assert all(rows[name, measure]["median"] > 0 for name in steps[4:])
+    loose, compact = (rows[name, "slots held"]["median"] for name in steps[4:])
+    # The last set is not read.
+    assert compact < loose == 8 + 39 * 4
+    assert [target["wanted"] for target in data["targets"]] == [1.15, 1.15, 1.35, 1.3]
+    peak = rows["while compacting", "memory over cache"]["median"]
+    assert data["targets"][-1]["value"] == peak
+
+
 def test_tree_bench_measures_every_variant(tmp_path, run):
     folder = save_tiny_model(tmp_path / "tiny")
-    output = tmp_path / "bench.json"
-    common = ("bench", "tree", "--model", folder, "-m", 5, "-n", 1, "-p", 8)
-    code, out, err = run(*common, "--leaves", 3, "-o", output)
-    assert (code, err) == (0, "") and "separate runs" in out
-    report = json.loads(output.read_text())
-    assert [each["name"] for each in report["runs"]] == [
+    common = ("--model", folder, "-m", 5, "-n", 1, "-p", 8)
+    out, rows, data = measured(run, "tree", tmp_path / "bench.json", *common, "--leaves", 3)
+    assert "separate runs" in out and "3 branches of qwen3_next" in out
+    names = [name for name, measure in rows if measure == "time"]
+    assert names == [
         "tree, one sequence",
         "tree, rows of their own",
         "separate runs",
@@ -338,15 +402,16 @@ def test_tree_bench_measures_every_variant(tmp_path, run):
         "hybrid: tree, one sequence",
         "hybrid: mlx-lm, one batch",
     ]
-    assert all(each["seconds"]["median"] > 0 for each in report["runs"])
-    assert all(each["cache_bytes"] > 0 for each in report["runs"])
-    ours, stock = (each["seconds"]["median"] for each in report["runs"][-2:])
-    hybrid = report["hybrid"]
-    assert hybrid["over_stock"]["median"] == pytest.approx(ours / stock)
+    assert all(rows[name, "time"]["median"] > 0 < rows[name, "cache"]["median"] for name in names)
+    ours, stock = (rows[name, "time"] for name in names[-2:])
+    over = ours["ratios"]["hybrid: mlx-lm, one batch"]["median"]
+    assert over == pytest.approx(ours["median"] / stock["median"])
     # The states of three branches, and keys and values.
-    assert report["runs"][-2]["cache_bytes"] > 3 * hybrid["state_bytes"] > 0
-    assert "hybrid: qwen3_next" in out
-    code, _, err = run(*common, "--leaves", 1)
+    states = rows["qwen3_next", "states of a branch"]["median"]
+    assert rows[names[-2], "cache"]["median"] > 3 * states > 0
+    assert rows["qwen3_next", "parameters"]["median"] > 1e6
+    assert [target["wanted"] for target in data["targets"]] == [4, 1, 0.5]
+    code, _, err = run("bench", "tree", *common, "--leaves", 1)
     assert code == 2 and "leaves must be at least 2" in err and err.count("\n") == 1
 
 
@@ -368,14 +433,21 @@ def test_sets_of_a_hybrid_model_are_measured_recombined_or_refused_at_once(tmp_p
 
 def test_search_bench_searches_the_same_tree_in_every_way(tmp_path, run):
     folder = save_tiny_model(tmp_path / "tiny")
-    output = tmp_path / "bench.json"
-    common = ("bench", "search", "--model", folder, "-s", 6, "-n", 1, "-p", 8)
-    code, out, err = run(*common, "--leaves", "1,3", "-o", output)
-    assert (code, err) == (0, "") and "rereading each text" in out
-    report = json.loads(output.read_text())
-    assert len(report["runs"]) == 4
-    assert all(each["simulations_per_second"]["median"] > 0 for each in report["runs"])
-    code, _, err = run(*common, "--leaves", "0")
+    common = ("--model", folder, "-s", 6, "-n", 1, "-p", 8)
+    _, rows, _ = measured(run, "search", tmp_path / "bench.json", *common, "--leaves", "1,3")
+    names = [
+        "ours, 1 leaf in a pass",
+        "ours, 3 leaves in a pass",
+        "rereading each text",
+        "copying the cache for each branch",
+    ]
+    assert [name for name, measure in rows if measure == "simulations/s"] == names
+    for name in names:
+        time = rows[name, "time"]
+        assert rows[name, "simulations/s"]["median"] == pytest.approx(6 / time["median"])
+        over = time["ratios"]["ours, 3 leaves in a pass"]["median"]
+        assert over == pytest.approx(time["median"] / rows[names[1], "time"]["median"])
+    code, _, err = run("bench", "search", *common, "--leaves", "0")
     assert code == 2 and "--leaves" in err and err.count("\n") == 1
 
 
@@ -398,17 +470,28 @@ def test_rivals_of_the_search_find_the_same_values(loaded, kind):
 @pytest.mark.slow
 def test_score_bench_finds_the_same_scores_in_every_way(tmp_path, run):
     folder = save_tiny_model(tmp_path / "tiny", max_position_embeddings=512)
-    output = tmp_path / "bench.json"
-    code, out, err = run("bench", "score", "--model", folder, "-n", 1, "-c", 150, "-o", output)
-    assert (code, err) == (0, "") and "one trie" in out and "150 contexts" in out
-    report = json.loads(output.read_text())
-    assert len(report["runs"]) == 4 * 4 and len(report["second_calls"]) == 4
-    assert all(each["difference"] < 1e-3 for each in report["runs"])
-    wanted = [target["wanted"] for target in report["targets"]]
-    assert wanted == [25, 8, 6, 2, 3, 1.5, 3, 3, 3, 3, 1.1]
-    beam = report["runs"][1]
-    assert beam["name"] == "every text alone"
-    assert report["targets"][0]["value"] == beam["over_ours"]["median"] > 0
-    assert report["memory"]["largest"] <= 1.1 * report["memory"]["max_kv_bytes"]
+    common = ("--model", folder, "-n", 1, "-c", 150, "--held", "100kB,1MB")
+    out, rows, data = measured(run, "score", tmp_path / "bench.json", *common)
+    assert "one trie" in out and "150 contexts" in out
+    differences = [row for (_, measure), row in rows.items() if measure == "largest difference"]
+    assert len(differences) == 4 * 4 and all(row["median"] < 1e-3 for row in differences)
+    assert sum(measure == "times faster" for _, measure in rows) == 4
+    wanted = [target["wanted"] for target in data["targets"]]
+    assert wanted == [25, 8, 6, 2, 3, 1.5, 3, 3, 3, 3, 1.05, 1.1]
+    alone = rows["beam, 10 x 5: every text alone", "call"]
+    assert data["targets"][0]["value"] == alone["ratios"]["one trie"]["median"] > 0
+    small, large = rows["100.0 kB held", "call"], rows["1.0 MB held", "call"]
+    found = large["ratios"]["100.0 kB held"]["median"]
+    assert found == pytest.approx(large["median"] / small["median"])
+    assert rows["150 contexts", "held at most"]["median"] <= 1.1 * data["max_kv_bytes"]
     code, _, err = run("bench", "score", "--model", folder, "-c", -1)
     assert code == 2 and "--contexts must be at least 0" in err and err.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_sizes_that_do_not_fit_are_not_held(tmp_path, run, monkeypatch):
+    monkeypatch.setattr("tempo_mlx.bench.score.default_budget", lambda: 1_050_000)
+    folder = save_tiny_model(tmp_path / "tiny", max_position_embeddings=512)
+    common = ("--model", folder, "-n", 1, "-c", 0, "--held", "100kB,1MB")
+    _, rows, _ = measured(run, "score", tmp_path / "bench.json", *common)
+    assert ("100.0 kB held", "call") in rows and ("1.0 MB held", "call") not in rows

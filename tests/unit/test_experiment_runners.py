@@ -8,7 +8,17 @@ from functools import partial
 
 from tempo_mlx import PositionedModel, Settings, generate, load
 from tempo_mlx.bench import experiments as bench
-from tempo_mlx.bench.experiments import BATCHED, SEQUENTIAL, bench_experiments, drawn_suite
+from tempo_mlx.bench.experiments import (
+    BATCHED,
+    DIFFERING,
+    LARGEST,
+    SEQUENTIAL,
+    TIME,
+    bench_experiments,
+    drawn_suite,
+)
+from tempo_mlx.bench.result import finder
+from tempo_mlx.bench.setting import Subject
 from tempo_mlx.decode.request import Request
 from tempo_mlx.experiments import workers
 from tempo_mlx.experiments.capture import TOP, Divergence
@@ -389,28 +399,18 @@ def test_a_mismatch_is_found(loaded, folder):
 def test_the_bench_runs_the_same_runs_in_every_way(folder, monkeypatch):
     monkeypatch.setattr(bench, "RELOADED", 1)
     model, tokenizer = load(folder)
-    ticks = []
-    report = bench_experiments(
-        model,
-        tokenizer,
-        runs=4,
-        max_tokens=4,
-        batch_size=4,
-        workers=1,
-        model_name=folder,
-        progress=ticks.append,
-    )
-    assert len(ticks) == 2 * 6
-    assert [each.name for each in report.measured] == ticks[:6]
-    assert all(each.differing == 0 and each.seconds.median > 0 for each in report.measured)
-    compared = {each.name: each.largest_difference for each in report.measured}
-    assert compared[SEQUENTIAL] == 0 < compared[BATCHED] < 1e-4
+    report = bench_experiments(Subject.of(model, tokenizer, folder, 1), 4, 4, 4, 1)
+    times = [row for row in report.rows if row.measure == TIME]
+    assert len(times) == 6 and all(row.median > 0 for row in times)
+    found = finder(report.rows)
+    assert all(found(row.name, DIFFERING).median == 0 for row in times)
+    assert found(SEQUENTIAL, LARGEST).median == 0 < found(BATCHED, LARGEST).median < 1e-4
     assert len(report.targets) == 4 and report.targets[-1].met
     json.dumps(report.to_dict())
     runs = [run for group in drawn_suite(folder, 4).expand().groups for run in group]
     assert len(runs) == 100 and all(run.settings.uses_rng for run in runs)
     with pytest.raises(ValueError, match="runs must be an even number"):
-        bench_experiments(model, tokenizer, runs=3, model_name=folder)
+        bench_experiments(Subject.of(model, tokenizer, folder, 1), 3, 4, 4, 1)
 
 
 def memory_of(loaded, folder, runs):
