@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
 
+import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.generate import generation_stream, wired_limit
 
@@ -166,6 +167,7 @@ def steps(
     assert isinstance(result.model, PositionedModel)
     run = Request(result, keep_logits=verify, paths=paths)
     decoder = BatchDecoder(result.model)
+    mx.reset_peak_memory()
     with wired_limit(result.model.model, cast(Any, [generation_stream])):
         shared = prompt_cache.covers(run.lattice.prompt_tokens) if prompt_cache else 0
         decoder.start([run], prompt_cache.first(shared) if prompt_cache and shared else None)
@@ -191,9 +193,10 @@ def steps(
 def steps_by_rows(
     result: GenerationResult, progress: Callable[[int, int], None] | None = None
 ) -> Generator[StepResponse, None, None]:
-    """As :func:`steps`, each branch of the tree in a row of its own."""
+    """As :func:`steps`, with a row for each branch of the tree."""
     run = Request(result)
     tree = RowTree(result.model.model, run)
+    mx.reset_peak_memory()
     with wired_limit(result.model.model, cast(Any, [generation_stream])):
         tree.read(result.settings.prefill_step_size, progress)
         while not run.finished:
@@ -356,6 +359,7 @@ def stream_batch_generate(
 
     budget = max_kv_bytes or default_budget()
     scheduler = Scheduler(positioned, batch_size, budget, prompt_cache)
+    mx.reset_peak_memory()
     for i in range(len(prompts)):
         scheduler.submit(i, partial(new_request, i))
     # Finished, but their paths are still to be found.

@@ -253,15 +253,17 @@ class Settings:
             raise TempoError(f"schedule {self.schedule} needs a final_threshold to move towards")
         if self.branching == "replicate" and self.visibility_rule is not VISIBILITY["tree"]:
             raise TempoError(
-                f"branching replicate needs visibility tree, got {self.visibility_rule}: a branch "
-                "in a row of its own sees its own text"
+                f"branching replicate needs visibility tree, got {self.visibility_rule}: each "
+                "branch has a row and sees its own text"
             )
         if self.has_parents:
             self._check_parents()
-        if self.sampler is not None and not (self.greedy and self.by_probability):
+        one = self.greedy and self.by_probability and self.branching != "replicate"
+        if self.sampler is not None and not one:
             raise TempoError(
-                "sampler draws the one token of each step: it needs threshold 1 and sampling "
-                "deterministic. For sets, use sampling gumbel with top_p, top_k and the like"
+                "sampler draws the one token of each step: it needs threshold 1, sampling "
+                "deterministic and branching shared. For sets, use sampling gumbel with top_p, "
+                "top_k and the like"
             )
         if self.has_grammar:
             compiled(self.json_schema, self.regex, self.grammar)
@@ -333,7 +335,8 @@ class Settings:
     @property
     def uses_rng(self) -> bool:
         """Whether anything is drawn, so that the seed matters."""
-        return self.is_sampled or (self.pruning is not None and self.pruning.scoring.draws)
+        drawn = self.is_sampled or self.xtc_probability > 0
+        return drawn or (self.pruning is not None and self.pruning.scoring.draws)
 
     @property
     def greedy(self) -> bool:
@@ -377,7 +380,7 @@ class Settings:
 
         Raises:
             UnsupportedModelError: if the model cannot do what they ask for.
-            TempoError: for layers that the model does not have.
+            TempoError: for layers or token ids that the model does not have.
         """
         rule = self.visibility_rule
         if isinstance(model, PositionedModel):
@@ -388,6 +391,12 @@ class Settings:
                 self.pruning.chosen_layers(model.n_layers)
             if self.weighting != "none":
                 model.require_additive_masks()
+        for id in self.logit_bias or ():
+            if id >= model.vocabulary_size:
+                raise TempoError(
+                    f"logit_bias must have token ids below {model.vocabulary_size}, the size of "
+                    f"the model's vocabulary, got {id}"
+                )
         seed = secrets.randbelow(2**32) if self.uses_rng and self.seed is None else self.seed
         return replace(self, visibility=stored(rule, VISIBILITY), seed=seed)
 
@@ -414,8 +423,8 @@ class Settings:
         notes = []
         if "seed" in names and self.seed is not None and not self.uses_rng:
             notes.append(
-                "seed has no effect: a run is deterministic unless sampling is gumbel or the "
-                "pruning rule is random"
+                "seed has no effect: a run is deterministic unless sampling is gumbel, the "
+                "pruning rule is random or xtc_probability is above 0"
             )
         for name in names:
             if missing := unmet(name, NEEDS, values.__getitem__):
@@ -453,7 +462,7 @@ class Settings:
         }
 
     def identity(self) -> dict[str, Any]:
-        """What decides a run's results: its settings, and the sources of rules of one's own.
+        """What decides a run's results: its settings, and the sources of the user's own rules.
 
         By the names that settings had first, so that results of earlier versions are found again.
         """

@@ -1,4 +1,4 @@
-"""Branches of one prompt: in one sequence, in rows of their own, one after another.
+"""Branches of one prompt: in one sequence, in a row each, and one after another.
 
 Those of a hybrid model, too, whose recurrent layers keep a state for each branch.
 """
@@ -22,7 +22,7 @@ from ..text.vocabulary import without_end
 from .result import Result, Row, Target, compared, finder, single
 from .setting import MOST_WIDTH, Subject, prompt_of
 
-TREE, REPLICATE = "tree, one sequence", "tree, rows of their own"
+TREE, REPLICATE = "tree, one sequence", "tree, a row for each branch"
 SEPARATE, STOCK = "separate runs", "mlx-lm, one batch"
 HYBRID_TREE, HYBRID_STOCK = f"hybrid: {TREE}", f"hybrid: {STOCK}"
 
@@ -118,11 +118,11 @@ def bench_tree(subject: Subject, prompt_tokens: int, leaves: int, max_tokens: in
         Target(f"time of {what} / of the tree", ">=", least, found(name, TIME).ratios[TREE].median)
         for name, what, least in (
             (SEPARATE, "separate runs", MIN_OVER_SEPARATE),
-            (REPLICATE, "rows of their own", MIN_OVER_REPLICATE),
+            (REPLICATE, "a row for each branch", MIN_OVER_REPLICATE),
         )
     ]
     saved = found(TREE, CACHE).median / found(REPLICATE, CACHE).median
-    targets.append(Target("cache of the tree / of rows of their own", "<=", MAX_BYTES, saved))
+    targets.append(Target("cache of the tree / with a row for each branch", "<=", MAX_BYTES, saved))
     setting = subject.describe(prompt_tokens=prompt_tokens, leaves=leaves, max_tokens=max_tokens)
     return Result("tree", subject.name, setting, rows, targets)
 

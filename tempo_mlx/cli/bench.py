@@ -240,7 +240,7 @@ def tree(
     output: Measurements = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Branches of one prompt in one sequence, in rows of their own, and one after another.
+    """Branches of one prompt in one sequence, in a row each, and one after another.
 
     Then those of a hybrid model with random weights, beside mlx-lm's batch.
     """

@@ -50,7 +50,7 @@ def runnable(rows: list[PromptRow], defaults: Settings) -> list[Settings]:
 
 
 def notes_on(rows: list[PromptRow], defaults: Settings) -> list[str]:
-    """What a user should know about the settings: of all rows, and of rows of their own accord."""
+    """Notes on the settings of all rows, and on those that only some rows have."""
     found: dict[str, list[PromptRow]] = {}
     common: list[set[str]] = []
     for row, settings in _runnable(rows, defaults):

@@ -208,14 +208,16 @@ def search(
 
 def choices(result: SearchResult) -> Table:
     """What was tried for each token, most visited first."""
-    table = Table("position", "token", title="children of each root")
+    table = Table("position", "token", "", title="children of each root")
     for name in ("visits", "value", "prior"):
         table.add_column(name, justify="right")
     for i, choice in enumerate(result.choices):
         for rank, child in enumerate(choice.children):
+            chosen = child["action"] == choice.id
             table.add_row(
                 str(i) if rank == 0 else "",
-                Text(quoted(child["text"]), "bold green" if child["action"] == choice.id else ""),
+                Text(quoted(child["text"]), "bold green" if chosen else ""),
+                "chosen" if chosen else "",
                 str(child["visits"]),
                 f"{child['value']:.4f}" if child["visits"] else "",
                 f"{child['prior']:.4f}",

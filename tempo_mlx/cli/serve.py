@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -107,4 +108,6 @@ def serve(
     try:
         uvicorn.Server(config).run()
     finally:
+        # A second Ctrl-C must not end the interpreter below the thread that computes.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         engine.stop()

@@ -16,6 +16,7 @@ from ..errors import TempoError
 from ..models import Capture, PositionedModel, SlotStore
 from ..numerics import log_softmax, softmax
 from ..rules.combining import combine, most_probable_of
+from ..rules.processors import remaining
 from ..rules.selection import candidate_scores, most_probable
 from .observation import Attending, PassAttention, head_capture
 from .request import Request
@@ -44,7 +45,7 @@ class BatchDecoder:
         self.batch = Batch(model, [])
         #: runs that generate, in the order of the batch's sequences
         self.requests: list[Request] = []
-        #: runs that had to leave because the memory is needed by others; to be started anew
+        #: requests that gave up their memory to others, to be restarted
         self.preempted: list[Request] = []
         #: runs that do not fit even alone
         self.failed: list[Request] = []
@@ -216,9 +217,7 @@ class BatchDecoder:
             rules = [request.combining for request in groups]
             p, rows = combine(processed, rules, weights, temps)
             if processed is not logits:
-                # Texts are scored by the model's own probabilities, and a text goes on only by
-                # what its own distribution leaves.
-                rows = mx.where(rows > 0, softmax(logits.astype(mx.float32)), 0.0)
+                rows = remaining(rows, softmax(logits.astype(mx.float32)))
             scores = candidate_scores(
                 p,
                 [request.sampling for request in groups],

@@ -16,6 +16,7 @@ from mlx_lm.generate import generation_stream
 from mlx_lm.models.cache import make_prompt_cache
 
 from ..numerics import softmax
+from ..rules.processors import remaining
 from ..rules.selection import most_probable
 from .request import Request
 from .step_candidates import StepCandidates
@@ -73,10 +74,14 @@ class RowTree:
 
     def _offer(self, tokens: mx.array) -> None:
         """Read the leaves' last tokens, [M, 1], and start computing what may follow."""
-        logits = self.model(tokens, cache=self.cache)[:, -1].astype(mx.float32)
-        p = softmax(logits)
+        logits = self.model(tokens, cache=self.cache)[:, -1]
+        p = rows = softmax(logits.astype(mx.float32))
+        if self.request.processors:
+            texts, draws = self.request.texts(), self.request.uniform(len(logits))
+            p = softmax(self.request.processors(logits, texts, draws).astype(mx.float32))
+            rows = remaining(p, rows)
         step_candidates = StepCandidates.of_rows(
-            most_probable(p, self.request.k), p, p, [[1] * len(logits)]
+            most_probable(p, self.request.k), p, rows, [[1] * len(logits)]
         )
         self.request.step_candidates = step_candidates, 0
         mx.async_eval(*step_candidates.state, [cache.state for cache in self.cache])

@@ -98,7 +98,10 @@ class Request:
             self.k += len(result.vocabulary.end_tokens)
         #: what a distribution goes through before the threshold
         self.processors = processors_of(
-            settings, result.vocabulary.tokenizer, len(self.lattice.prompt_tokens)
+            settings,
+            result.vocabulary.tokenizer,
+            len(self.lattice.prompt_tokens),
+            model.vocabulary_size,
         )
         #: what may come next: computed with other runs', and the place among them
         self.step_candidates: tuple[StepCandidates, int] | None = None

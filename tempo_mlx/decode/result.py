@@ -49,7 +49,7 @@ def cut_at_stop(text: str, stops: Sequence[str]) -> str:
 
 @dataclass
 class Statistics:
-    """Times of a run, in seconds, and its peak memory, in 10^9 bytes."""
+    """Times of a run, in seconds; and peak memory, in 10^9 bytes, since it or its batch began."""
 
     prompt_seconds: float = 0.0
     generation_seconds: float = 0.0

@@ -12,7 +12,7 @@ from ..lattice.lattice import NEVER, Lattice, Slots
 from ..models import Capture, PositionedModel, SlotStore
 from ..rules.visibility import Visibility, may_attend, visibility_of, weighted_rows
 
-#: Share of unused slots that is left at most where sequences are put together anew.
+#: Largest share of unused slots after sequences are repacked into rows.
 REPACKED_WASTE = 0.1
 
 

@@ -41,7 +41,7 @@ def _written(entry: Entry, inner: type | None) -> Any:
 
 
 def _rule(kind: RuleChoice) -> Any:
-    """A rule's name, or the place of one's own."""
+    """A rule's name, or FILE.py:NAME."""
 
     def named(text: str) -> str:
         if not is_place(text):

@@ -78,7 +78,7 @@ def run_in_workers(
     A process that dies is replaced, and its group is run again.
 
     Args:
-        name, identity: as of :func:`perform`.
+        name, identity: see :func:`perform`.
         groups: at least one.
         workers: processes, at least 1.
         begin: called with the number of a group before it is run.

@@ -116,13 +116,21 @@ class Grammar:
         grammar: as :func:`compiled` gives it.
         tokenizer: mlx-lm's tokenizer wrapper.
         prompt_length: tokens of the prompt, which the grammar does not describe.
+        vocabulary_size: V, where it is known; the first logits tell it otherwise.
+
+    Raises:
+        TempoError: if the size is given, and the tokenizer or the grammar cannot be used.
     """
 
-    def __init__(self, grammar: str, tokenizer: Any, prompt_length: int):
+    def __init__(
+        self, grammar: str, tokenizer: Any, prompt_length: int, vocabulary_size: int | None = None
+    ):
         self._grammar = grammar
         self._tokenizer = tokenizer
         self._prompt_length = prompt_length
         self._matchers: OrderedDict[tuple[int, ...], Any] = OrderedDict()
+        if vocabulary_size is not None:
+            self._matchers[()] = self._begin(vocabulary_size)
 
     def __call__(self, tokens: mx.array, logits: mx.array) -> mx.array:
         """Logits [1, V] with -inf for tokens that the grammar does not allow after ``tokens``."""

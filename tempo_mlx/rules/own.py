@@ -1,4 +1,4 @@
-"""Rules of one's own out of Python files: FILE.py:NAME.
+"""A user's own rules, loaded from Python files: FILE.py:NAME.
 
 The command line, suites and Python load them. Files of prompts do not: they are data, which may
 come from others.

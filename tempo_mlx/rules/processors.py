@@ -106,6 +106,14 @@ class Processors:
         return logits
 
 
+def remaining(left: mx.array, p: mx.array) -> mx.array:
+    """The model's own probabilities p [N, V] of what processing left, [N, V]; else 0.
+
+    Texts are scored by the model, and continue only with tokens that their own row kept.
+    """
+    return mx.where(left > 0, p, 0.0)
+
+
 def filters(
     top_p: float = 0.0, top_k: int = 0, min_p: float = 0.0, min_tokens_to_keep: int = 1
 ) -> tuple[tuple[Filter, ...], tuple[Filter, ...]]:
@@ -121,7 +129,7 @@ def filters(
     if 0.0 < top_p < 1.0:
         before.append(partial(apply_top_p, top_p=top_p))
     if min_p > 0.0:
-        before.append(partial(apply_min_p, min_p=min_p, min_tokens_to_keep=min_tokens_to_keep))
+        before.append(lambda p: apply_min_p(p, min_p, min(min_tokens_to_keep, p.shape[-1])))
     after: list[Filter] = []
     if top_k > 0:
         # All of a small vocabulary: mlx-lm's function wants fewer.
@@ -129,13 +137,19 @@ def filters(
     return tuple(before), tuple(after)
 
 
-def processors_of(settings: Any, tokenizer: Any, prompt_length: int) -> Processors:
+def processors_of(
+    settings: Any, tokenizer: Any, prompt_length: int, vocabulary_size: int
+) -> Processors:
     """What the distributions of a run go through.
 
     Args:
         settings: of the run, a :class:`tempo_mlx.Settings`.
         tokenizer: mlx-lm's tokenizer wrapper.
         prompt_length: tokens of the run's prompt.
+        vocabulary_size: V, the logits of the model.
+
+    Raises:
+        TempoError: for a grammar that cannot be used with the tokenizer.
     """
     processors: list[LogitsProcessor] = list(settings.logits_processors)
     processors += make_logits_processors(
@@ -148,7 +162,7 @@ def processors_of(settings: Any, tokenizer: Any, prompt_length: int) -> Processo
         settings.frequency_context_size,
     )
     if grammar := compiled(settings.json_schema, settings.regex, settings.grammar):
-        processors.append(Grammar(grammar, tokenizer, prompt_length))
+        processors.append(Grammar(grammar, tokenizer, prompt_length, vocabulary_size))
     before, after = filters(
         settings.top_p, settings.top_k, settings.min_p, settings.min_tokens_to_keep
     )

@@ -81,6 +81,9 @@ def _load_again(place: str, setting: str, kind: type[Named]) -> Named:
 
 R = TypeVar("R", bound=Named)
 
+#: What the names of our own modules begin with.
+PACKAGE = __name__.partition(".")[0] + "."
+
 #: Attribute of a module that was loaded from a file: the SHA-256 of what was loaded.
 SOURCE = "__tempo_source__"
 
@@ -133,8 +136,11 @@ def called(rule: Named, function: Callable[..., Any], *given: Any) -> Any:
     """What a rule's function returns.
 
     Raises:
-        TempoError: naming the rule, for whatever the function raises.
+        TempoError: naming the rule, for whatever a function of the user's own raises. An error in
+            one of ours keeps its type and traceback.
     """
+    if str(getattr(rule, "function", type(rule)).__module__).startswith(PACKAGE):
+        return function(*given)
     try:
         return function(*given)
     except TempoError:

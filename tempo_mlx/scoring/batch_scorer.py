@@ -24,7 +24,7 @@ class BatchScorer:
     Args:
         model: a language model as ``mlx_lm.load`` returns it.
         chunk_size: tokens of a forward pass, padding included; a longer text goes alone.
-        sets: as of :class:`PrefixTreeScorer`.
+        sets: see :class:`~.prefix_tree_scorer.PrefixTreeScorer`.
     """
 
     def __init__(self, model: nn.Module, chunk_size: int, sets: Sequence[Sequence[int]]):

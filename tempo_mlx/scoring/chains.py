@@ -104,7 +104,7 @@ def _most(ready: list[Chain], chunk_size: int, most_states: int) -> tuple[int, l
 
 
 def _chunks(batch: list[Chain], n: int) -> Iterator[tuple[list[Chain], np.ndarray, np.ndarray]]:
-    """The next n tokens of each chain, in a row of its own."""
+    """The next n tokens of each chain, one row a chain."""
     nodes = np.array([chain.nodes[:n] for chain in batch]).reshape(-1)
     yield batch, nodes, np.repeat(np.arange(len(batch)), n)
 

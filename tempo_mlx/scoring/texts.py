@@ -124,7 +124,7 @@ class Texts:
         return self.candidate(context, text)
 
     def ended(self, candidate: Candidate, marks: str) -> list[Candidate]:
-        """A text with each of some marks behind it; none behind nothing, or behind a mark."""
+        """A text followed by each of these marks; none if it is empty or ends with one already."""
         text = candidate.context + self.joining.between(candidate.context, candidate.word)
         text += candidate.word
         if not candidate.word or text[-1] in marks:

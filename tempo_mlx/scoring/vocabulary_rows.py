@@ -21,7 +21,7 @@ class VocabularyRows:
 
     Args:
         logits: what it makes of outputs of the layers, [1, R, D] -> [1, R, V].
-        sets: as of :class:`PrefixTreeScorer`.
+        sets: see :class:`~.prefix_tree_scorer.PrefixTreeScorer`.
         stats: counts its rows.
     """
 

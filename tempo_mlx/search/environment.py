@@ -73,7 +73,7 @@ class TextEnvironment:
         self._batch = Batch(model, [self._sequence])
         grammar = compiled(settings.json_schema, settings.regex, settings.grammar)
         #: leaves the tokens that a text may go on with, if a grammar says which
-        self._grammar = grammar and Grammar(grammar, vocabulary.tokenizer, 0)
+        self._grammar = grammar and Grammar(grammar, vocabulary.tokenizer, 0, model.vocabulary_size)
         # Any node may be continued.
         self._batch.cache.keeps_states = True
         room = (model.context_length or len(prompt) + settings.max_tokens) - len(prompt)

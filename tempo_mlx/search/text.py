@@ -202,6 +202,7 @@ def stream_search(
         )
     vocabulary = Vocabulary(tokenizer)
     environment = TextEnvironment(positioned, vocabulary, ids, chosen, value)
+    mx.reset_peak_memory()
     result = SearchResult(
         model=model_name or positioned.name or str(getattr(tokenizer, "name_or_path", "")),
         prompt=prompt if isinstance(prompt, str) else tokenizer.decode(ids),

@@ -3,7 +3,6 @@
 import asyncio
 import secrets
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -185,12 +184,8 @@ async def _of_lattice(
     paths = await asyncio.wrap_future(engine.call(lambda: result.find_paths(job.wants)))
     found = []
     for path in paths:
-        length = len(path.tokens) + path.ended
-        reason = (
-            "stop"
-            if path.ended or path.text != engine.vocabulary.decode(path.tokens)
-            else (finish_reason(result) if length >= len(result.lattice) else "stop")
-        )
+        cut = path.text != engine.vocabulary.decode(path.tokens)
+        reason = "stop" if path.ended or cut else finish_reason(result)
         choice = Choice(0, path.text, path.tokens, reason=reason, logprob=path.logprob)
         if top is not None:
             choice.scores = await scores_of(engine, [*job.ids, *path.tokens], top, len(job.ids))
@@ -226,9 +221,8 @@ async def complete(engine: Engine, request: CompletionRequest) -> dict[str, Any]
         for choice in choices or [Choice(i * request.n, reason="length")]:
             scores = None
             if request.logprobs is not None:
-                offset = 0 if request.echo else len(before)
                 scores = completion_logprobs(
-                    engine.vocabulary, [*prompt_scores, *(choice.scores or [])], offset
+                    engine.vocabulary, [*prompt_scores, *(choice.scores or [])]
                 )
             entry = {
                 "index": choice.index,
@@ -313,11 +307,9 @@ async def pieces(engine: Engine, jobs: Sequence[Job]) -> AsyncIterator[Piece]:
         except Exception as error:
             await queue.put(error)
 
-    async with AsyncExitStack() as stack:
-        tasks = [asyncio.create_task(follow(*one)) for one in each]
-        for task in tasks:
-            stack.callback(task.cancel)
-        left = len(tasks)
+    tasks = [asyncio.create_task(follow(*one)) for one in each]
+    left = len(tasks)
+    try:
         while left:
             piece = await queue.get()
             if isinstance(piece, Exception):
@@ -326,6 +318,9 @@ async def pieces(engine: Engine, jobs: Sequence[Job]) -> AsyncIterator[Piece]:
                 left -= 1
             else:
                 yield piece
+    finally:
+        for task in tasks:
+            task.cancel()
 
 
 async def _followed(

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, TypeVar, cast
 
 from mlx_lm.generate import generation_stream, wired_limit
@@ -114,9 +115,11 @@ class Engine:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread once everything that was asked for is done."""
+        """Cancel what still runs, and end the thread; returns once it has ended."""
 
         def end() -> None:
+            for number in list(self._listeners):
+                self._cancel(number)
             self._ending = True
 
         self._commands.put(end)
@@ -184,13 +187,12 @@ class Engine:
 
     def cancel(self, number: int) -> None:
         """Let a generation go at the next step; nothing happens where it has ended."""
+        self._commands.put(partial(self._cancel, number))
 
-        def cancel() -> None:
-            if self._listeners.pop(number, None) is not None:
-                self._scheduler.cancel(number)
-                self._close(cancelled=1)
-
-        self._commands.put(cancel)
+    def _cancel(self, number: int) -> None:
+        if self._listeners.pop(number, None) is not None:
+            self._scheduler.cancel(number)
+            self._close(cancelled=1)
 
     def call(self, work: Callable[[], T]) -> "Future[T]":
         """Do other work with the model between two steps; returns what it gives.

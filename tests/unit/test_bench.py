@@ -396,7 +396,7 @@ def test_tree_bench_measures_every_variant(tmp_path, run):
     names = [name for name, measure in rows if measure == "time"]
     assert names == [
         "tree, one sequence",
-        "tree, rows of their own",
+        "tree, a row for each branch",
         "separate runs",
         "mlx-lm, one batch",
         "hybrid: tree, one sequence",

@@ -4,14 +4,13 @@ from dataclasses import replace
 
 from tempo_mlx import Settings, batch_generate, generate
 from tempo_mlx.doctor.random_models import random_model
-from tempo_mlx.models import PositionedModel
+from tempo_mlx.errors import TempoError
 from tests.tiny_tokenizer import TinyTokenizer
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from mlx_lm.generate import generate_step
-from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 pytestmark = pytest.mark.usefixtures("uncompiled")
@@ -207,13 +206,48 @@ def test_what_was_removed_is_no_candidate_even_at_the_smallest_threshold(model, 
     assert [len(step.tokens) for step in result.lattice.steps][0] == 2
 
 
-def test_a_stock_cache_gives_the_same_greedy_text(model, tokenizer):
-    """The oracle itself, with a cache of mlx-lm's own."""
-    cache = make_prompt_cache(model)
-    processors = make_logits_processors(repetition_penalty=1.7)
-    theirs = stock(model, PROMPT, N, logits_processors=processors, prompt_cache=cache)
-    positioned = PositionedModel(model)
-    ours = generate(
-        positioned, tokenizer, PROMPT, threshold=1.0, max_tokens=N, repetition_penalty=1.7
+@pytest.mark.parametrize(
+    "filters", [{"top_p": 0.6}, {"repetition_penalty": 1.7, "top_k": 3}], ids=str
+)
+def test_branches_in_rows_are_processed_as_those_of_one_sequence(model, tokenizer, filters):
+    settings = {"threshold": 0.02, "max_tokens": 5, "visibility": "tree", "beam_width": 4}
+    rows, shared = (
+        generate(model, tokenizer, PROMPT, branching=branching, **settings, **filters).paths(4)
+        for branching in ("replicate", "shared")
     )
-    assert ids(ours) == theirs
+    assert [path.tokens for path in rows] == [path.tokens for path in shared]
+    assert [path.logprob for path in rows] == pytest.approx([p.logprob for p in shared], abs=1e-4)
+
+
+def test_token_ids_that_the_model_lacks_are_refused(model, tokenizer):
+    batch = batch_generate(
+        model,
+        tokenizer,
+        [PROMPT, PROMPT],
+        [Settings(max_tokens=2, logit_bias={500: 1.0}), Settings(max_tokens=2)],
+    )
+    assert "below 128" in str(batch.results[0].error) and "500" in str(batch.results[0].error)
+    assert len(batch.results[1].lattice) == 2
+
+
+def test_a_sampler_needs_one_token_a_step():
+    sampler = make_sampler(temp=1.0)
+    for wrong in ({"threshold": 0.5}, {"sampling": "gumbel"}, {"branching": "replicate"}):
+        with pytest.raises(TempoError, match="sampler draws the one token"):
+            Settings(**{"threshold": 1.0, "sampler": sampler, **wrong})
+
+
+def test_more_tokens_to_keep_than_there_are_keeps_all(model, tokenizer):
+    keep_all = {"min_p": 0.9, "min_tokens_to_keep": 10_000}
+    free, kept = (
+        generate(model, tokenizer, PROMPT, threshold=0.05, max_tokens=3, **given)
+        for given in ({}, keep_all)
+    )
+    assert [[t.id for t in s.tokens] for s in free.lattice.steps] == [
+        [t.id for t in s.tokens] for s in kept.lattice.steps
+    ]
+
+
+def test_the_seed_decides_what_xtc_does():
+    assert Settings(xtc_probability=0.5, threshold=1.0).uses_rng
+    assert not Settings(xtc_probability=0.5, seed=1).notes()
