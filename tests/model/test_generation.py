@@ -41,7 +41,6 @@ PROMPTS = [
 FEW_MODES = [
     ("isolated", "mixture"),
     ("visible", "product"),
-    ("hidden", "last"),
 ]
 
 
@@ -52,7 +51,7 @@ def test_greedy_text_is_the_known_one(embedded):
     assert result.text.startswith(" small town nestled in the heart of a bustling city.")
 
 
-@pytest.mark.parametrize("prompt", mostly_slow(PROMPTS, PROMPTS[:3]))
+@pytest.mark.parametrize("prompt", mostly_slow(PROMPTS, PROMPTS[:2]))
 def test_threshold_one_is_greedy_decoding_token_for_token(embedded, prompt):
     model, tokenizer = embedded
     result = generate(model, tokenizer, prompt, threshold=1.0, max_tokens=12)

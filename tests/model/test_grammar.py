@@ -88,6 +88,7 @@ def test_threshold_one_is_greedy_decoding_under_the_same_mask(embedded):
     assert is_person(ours.text)
 
 
+@pytest.mark.slow
 def test_rows_of_a_batch_follow_grammars_of_their_own(embedded):
     prompts = ["The years were", "There were", "Once upon a time"]
     base = {"threshold": 0.2, "max_tokens": 12}

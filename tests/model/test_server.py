@@ -303,7 +303,7 @@ def test_scores_and_tokens(http, embedded):
 
 
 def test_many_clients_get_what_each_gets_alone(client):
-    prompts = ["The cat", "A dog", "Once upon a time", "In 1984"] * 3
+    prompts = ["The cat", "A dog", "Once upon a time", "In 1984"] * 2
 
     def ask(prompt):
         asked = {"model": MODEL, "prompt": prompt, "max_tokens": 6, "temperature": 0}

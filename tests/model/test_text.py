@@ -28,7 +28,9 @@ def test_greedy_text_is_that_of_mlx_lm_without_an_unfinished_character(embedded,
         assert raw.decode(errors="ignore") == result.text
 
 
-@pytest.mark.parametrize("visibility", ["recombined", "isolated", "tree"])
+@pytest.mark.parametrize(
+    "visibility", mostly_slow(["recombined", "isolated", "tree"], ["recombined", "isolated"])
+)
 def test_sets_show_bytes_and_their_paths_are_texts(embedded, visibility):
     model, tokenizer = embedded
     result = generate(

@@ -1,6 +1,7 @@
 """Trees, recombined sets and search on the embedded model, against stock mlx-lm."""
 
 from tempo_mlx import generate, search
+from tests.sweeps import mostly_slow
 
 import mlx.core as mx
 import numpy as np
@@ -59,7 +60,7 @@ def test_a_tree_is_beam_search(embedded, stock):
             assert found[tokens] == pytest.approx(total, abs=1e-3)
 
 
-@pytest.mark.parametrize("visibility", ["tree", "recombined"])
+@pytest.mark.parametrize("visibility", mostly_slow(["tree", "recombined"], ["recombined"]))
 def test_paths_are_scored_as_sequential_decodes(embedded, stock, visibility):
     model, tokenizer = embedded
     result = generate(

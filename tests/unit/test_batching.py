@@ -18,6 +18,7 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from ..sweeps import mostly_slow
 from ..tiny_models import tiny_model
 from ..tiny_tokenizer import TinyTokenizer
 
@@ -107,7 +108,12 @@ def test_every_row_is_what_its_prompt_gives_alone(cases, batch_size):
     assert batch.status.steps == sum(len(r.lattice.steps) for r in batch.results)
 
 
-@pytest.mark.parametrize("name", ["qwen3", "gemma2", "gemma3_text", "gpt_oss", "mixtral"])
+@pytest.mark.parametrize(
+    "name",
+    mostly_slow(
+        ["qwen3", "gemma2", "gemma3_text", "gpt_oss", "mixtral"], ["gemma3_text", "mixtral"]
+    ),
+)
 def test_other_architectures(name):
     model = tiny_model(name, seed=2)
     rng = np.random.default_rng(3)

@@ -7,6 +7,7 @@ import signal
 from tempo_mlx.arguments import parse_bytes
 from tests.commands import run_signalled
 from tests.comparison import assert_close
+from tests.sweeps import mostly_slow
 
 import mlx.core as mx
 import pytest
@@ -191,7 +192,7 @@ def test_standard_output_has_the_same_lines(run, folder, prompts, tmp_path):
     assert_same(by_row(out), lines(output))
 
 
-@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("sent", mostly_slow([signal.SIGKILL, signal.SIGINT], [signal.SIGINT]))
 def test_a_killed_run_goes_on_where_it_was(run, folder, tmp_path, sent):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("".join(f"text number {i}\n" for i in range(12)))

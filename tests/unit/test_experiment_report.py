@@ -137,6 +137,7 @@ def test_texts_of_prompts_are_no_markup(folder):
     assert markdown_cell("a|b\n*c* <d>") == r"a\|b \*c\* \<d\>"
 
 
+@pytest.mark.slow
 def test_no_text_reorders_what_stands_beside_it(folder):
     html, markdown = ((folder / name).read_text() for name in ("report.html", "report.md"))
     for text in (html, markdown):
@@ -327,6 +328,7 @@ def test_commands_follow_one_another(run, tmp_path):
     assert result.exit_code == 0 and (tmp_path / "report.html").stat().st_size > 50_000
 
 
+@pytest.mark.slow
 def test_tables_of_someone_else_are_kept_unless_they_may_be_overwritten(run, tmp_path):
     analyze_it = ["analyze", tmp_path, "--resamples", 99]
     paths = [tmp_path / "analysis" / name for name in ("effects.csv", "heads.parquet")]

@@ -32,6 +32,7 @@ from tempo_mlx.rules.visibility import may_attend
 from tempo_mlx.weights.fingerprint import identify
 from tests.commands import signal_itself
 from tests.suites import suite_text
+from tests.sweeps import mostly_slow
 from tests.tiny_folder import save_tiny_model
 
 import mlx.core as mx
@@ -97,7 +98,7 @@ def assert_same(found, expected):
             np.testing.assert_allclose(one.ba, other.ba, rtol=1e-4, atol=ATOL)
 
 
-@pytest.mark.parametrize("batch_size", [3, 32])
+@pytest.mark.parametrize("batch_size", mostly_slow([3, 32], [3]))
 @pytest.mark.parametrize("changes", [WIDE, RECOMBINED, WEIGHTED])
 def test_a_batch_makes_what_every_run_makes_alone(loaded, folder, changes, batch_size):
     groups = groups_of(folder, **changes)

@@ -265,6 +265,7 @@ def test_no_effect_gives_false_alarms_at_the_nominal_rate(without_effect):
     assert sum(p < 0.05 for p in given) <= most
 
 
+@pytest.mark.slow
 def test_holm_keeps_the_rate_of_a_whole_family(rng):
     families = rng.uniform(size=(FAMILIES, 30))
     alarms = sum((holm(family) < 0.05).any() for family in families)

@@ -27,6 +27,7 @@ from tempo_mlx.experiments.suite_files import parse_suite
 from tempo_mlx.experiments.tables import load_tables
 from tests.commands import run_command, run_signalled
 from tests.suites import assert_same_tables, save_suite, suite_text
+from tests.sweeps import mostly_slow
 from tests.tiny_folder import save_tiny_model
 
 import numpy as np
@@ -390,7 +391,7 @@ def cut(path):
     path.write_bytes(path.read_bytes()[:-9])
 
 
-@pytest.mark.parametrize("hurt", [os.unlink, damage, cut])
+@pytest.mark.parametrize("hurt", mostly_slow([os.unlink, damage, cut], [os.unlink, damage]))
 @pytest.mark.parametrize("name", ["results", "captures", "kl", "matrices"])
 def test_what_is_missing_or_damaged_is_made_again(session, hurt, name):
     made = session(captures="full")

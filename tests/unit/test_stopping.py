@@ -7,6 +7,7 @@ from tempo_mlx.decode.stopping import StopAutomaton
 from tempo_mlx.generation import batch_generate, generate
 from tempo_mlx.lattice.lattice import Step, Token
 from tempo_mlx.settings import Settings
+from tests.sweeps import mostly_slow
 from tests.tiny_models import tiny_model
 from tests.tiny_tokenizer import TinyTokenizer
 
@@ -52,7 +53,7 @@ def lengths(model, tokenizer, **settings):
 
 
 @pytest.mark.parametrize("visibility", ["isolated", "visible", "hidden", "recombined", "tree"])
-@pytest.mark.parametrize("threshold", [0.03, 1.0])
+@pytest.mark.parametrize("threshold", mostly_slow([0.03, 1.0], [0.03]))
 def test_a_run_ends_at_the_step_whose_text_contains_the_stop(model, visibility, threshold):
     tokenizer = TinyTokenizer(model.args.vocab_size, ())
     settings = {"threshold": threshold, "max_parallel": 3, "visibility": visibility}
