@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import socket
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +12,7 @@ import typer
 
 from ..arguments import MOST_BYTES, check_choice, check_count, check_range
 from ..errors import TempoError
+from ..io.console import Console
 from ..models import PositionedModel
 from ..weights import load
 from .options import Model
@@ -96,6 +98,7 @@ def serve(
     from ..server.engine import Engine
 
     logging.basicConfig(level=log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
+    listener = _bound(host, port)
     loaded, tokenizer = load(model)
     name = Path(model).name if os.path.isdir(model) else model
     engine = Engine(
@@ -104,10 +107,28 @@ def serve(
     engine.start()
     hosts = LOOPBACK if host in LOOPBACK else None
     served = application(engine, api_key, allowed_origins or (), hosts)
-    config = uvicorn.Config(served, host=host, port=port, log_level=log_level)
+    address = f"[{host}]" if ":" in host else host
+    where = f"http://{address}:{listener.getsockname()[1]}"
+    Console(highlight=False).print(f"serving {name} on {where}")
     try:
-        uvicorn.Server(config).run()
+        uvicorn.Server(uvicorn.Config(served, log_level=log_level)).run(sockets=[listener])
     finally:
         # A second Ctrl-C must not end the interpreter below the thread that computes.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         engine.stop()
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    """A socket that listens there; found out before a model is loaded.
+
+    Raises:
+        TempoError: if the address cannot be had.
+    """
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        raise TempoError(
+            f"--host {host} --port {port} cannot be served: {error.strerror or error}; choose "
+            "another port, or 0 for a free one"
+        ) from error

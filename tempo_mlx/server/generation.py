@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -85,7 +85,9 @@ class Generation:
         self._tell(outcome)
 
     def _tell(self, event: StepEvent | GenerationResult | Exception) -> None:
-        self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+        # The event loop is closed once the server has ended; nobody listens any more.
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
 
     async def events(self) -> AsyncIterator[StepEvent | GenerationResult]:
         """The events as they come; the last one is the result.
