@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from ..arguments import MOST_BYTES, check_choice, check_count, check_range
+from ..arguments import check_choice, check_count, check_range, parse_bytes
 from ..errors import TempoError
 from ..io.console import Console
 from ..models import PositionedModel
@@ -63,10 +63,10 @@ def serve(
         typer.Option(help="Requests that may wait for a place; more are refused with 429."),
     ] = 256,
     max_kv_bytes: Annotated[
-        int | None,
+        str | None,
         typer.Option(
-            help="Bytes that keys, values and recurrent states may take. Without it, half of the "
-            "memory that the model leaves."
+            help="Memory for keys, values and recurrent states, such as 800MB or 2GiB. Half of "
+            "what the model leaves, by default."
         ),
     ] = None,
     log_level: Annotated[
@@ -84,8 +84,7 @@ def serve(
     check_range("--port", port, 0, 65535)
     check_count("--batch-size", batch_size)
     check_count("--max-queue", max_queue, 0)
-    if max_kv_bytes is not None:
-        check_count("--max-kv-bytes", max_kv_bytes, most=MOST_BYTES)
+    kv_bytes = parse_bytes(max_kv_bytes) if max_kv_bytes is not None else None
     check_choice("--log-level", log_level, LEVELS)
     if host not in LOOPBACK and not api_key:
         raise TempoError(
@@ -102,7 +101,7 @@ def serve(
     loaded, tokenizer = load(model)
     name = Path(model).name if os.path.isdir(model) else model
     engine = Engine(
-        PositionedModel.of(loaded), tokenizer, name, batch_size, max_kv_bytes, max_queue
+        PositionedModel.of(loaded), tokenizer, name, batch_size, kv_bytes, max_queue
     )
     engine.start()
     hosts = LOOPBACK if host in LOOPBACK else None

@@ -19,6 +19,7 @@ pytest.importorskip("uvicorn")
         (["--host", "0.0.0.0"], ["--host 0.0.0.0", "--api-key"]),
         (["--max-queue", -1], ["--max-queue", "at least 0"]),
         (["--batch-size", 0], ["--batch-size", "at least 1"]),
+        (["--max-kv-bytes", "5XB"], ["--max-kv-bytes", "800MB", "5XB"]),
         (["--log-level", "loud"], ["--log-level", "loud", "warning"]),
         (["--host", "256.1.1.1", "--api-key", "x"], ["--host 256.1.1.1", "cannot be served"]),
     ],
