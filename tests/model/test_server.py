@@ -332,7 +332,8 @@ def test_a_full_queue_says_so(embedded):
     body = {"model": MODEL, "prompt": PROMPT, "max_tokens": 4000, "temperature": 0, "stream": True}
     with httpx.Client(base_url=address, timeout=60) as http:
         with http.stream("POST", "/v1/completions", json=body) as stream:
-            next(stream.iter_lines())
+            lines = stream.iter_lines()  # kept, because a closed iterator closes the connection
+            next(lines)
             refused = http.post("/v1/completions", json=body | {"stream": False})
             assert refused.status_code == 429 and refused.headers["retry-after"]
         while engine.status.running:
