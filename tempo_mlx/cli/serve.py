@@ -100,9 +100,7 @@ def serve(
     listener = _bound(host, port)
     loaded, tokenizer = load(model)
     name = Path(model).name if os.path.isdir(model) else model
-    engine = Engine(
-        PositionedModel.of(loaded), tokenizer, name, batch_size, kv_bytes, max_queue
-    )
+    engine = Engine(PositionedModel.of(loaded), tokenizer, name, batch_size, kv_bytes, max_queue)
     engine.start()
     hosts = LOOPBACK if host in LOOPBACK else None
     served = application(engine, api_key, allowed_origins or (), hosts)
