@@ -24,6 +24,7 @@ COMMANDS = {
     "generate": "Generate text with parallel token sets.",
     "search": "Search for a text by Monte Carlo tree search over one shared cache.",
     "score": "Score words that may follow contexts, and rank them.",
+    "rescore": "Rank the hypotheses of a decoder again: n-best lists, lattices, tuning.",
     "serve": "Serve a model over HTTP, as OpenAI's interface has it, with exact scores and sets.",
     "experiment": "Run suites of prompts, settings and seeds from one file, analyse them and write "
     "reports.",

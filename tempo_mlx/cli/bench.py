@@ -11,6 +11,7 @@ from ..bench.batch import bench_batch
 from ..bench.decode import bench_decode
 from ..bench.host import bench_host
 from ..bench.pruning import bench_pruning
+from ..bench.rescore import bench_rescore
 from ..bench.result import Result
 from ..bench.runs import LONG_BLOCKS
 from ..bench.score import bench_score
@@ -324,6 +325,34 @@ def score(
         return bench_score(subject, contexts, kv_bytes, sizes)
 
     measure_model("score", model, rounds, output, overwrite, run)
+
+
+@bench.command("rescore")
+def rescore(
+    model: Model = "smollm2-135m",
+    beams: Annotated[
+        int, typer.Option(callback=at_least(1), help="Texts of each call of a beam search.")
+    ] = 24,
+    hypotheses: Annotated[
+        int, typer.Option(callback=at_least(1), help="Hypotheses of a list.")
+    ] = 100,
+    lists: Annotated[int, typer.Option(callback=at_least(1), help="Lists.")] = 3,
+    rounds: Rounds = 3,
+    output: Measurements = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Hypotheses of a decoder: one trie of tokens beside a padded batch of stock mlx-lm.
+
+    A beam search calls with texts that grow by a word; n-best lists come one a call, or all at
+    once.
+    """
+    for name, value in (("beams", beams), ("hypotheses", hypotheses), ("lists", lists)):
+        check_count(f"--{name}", value, most=MOST_WIDTH)
+
+    def run(subject: Subject) -> Result:
+        return bench_rescore(subject, beams, hypotheses, lists)
+
+    measure_model("rescore", model, rounds, output, overwrite, run)
 
 
 @bench.command("experiments")

@@ -4,9 +4,11 @@ import math
 import os
 import sys
 from bisect import bisect_left
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
+from ..arguments import shown
 from ..errors import TempoError
 from .scorer import ContinuationScorer
 
@@ -32,9 +34,10 @@ class PyctcdecodeLM:
         decoder = BeamSearchDecoderCTC(Alphabet.build_alphabet(labels), lm)
         decoder.decode(logits)
 
-    A state is the text so far. ``decode(logits, lm_start_state="What was said before")`` goes on
-    from a text. The scorer's ``weight`` and ``word_insertion_bonus`` are pyctcdecode's alpha and
-    beta; all scores are in nats. A pool of forked processes cannot be used: MLX lives in one.
+    ``batched(decoder)`` asks for all new words of a step at once. A state is the text so far.
+    ``decode(logits, lm_start_state="What was said before")`` goes on from a text. The scorer's
+    ``weight`` and ``word_insertion_bonus`` are pyctcdecode's alpha and beta; all scores are in
+    nats. A pool of forked processes cannot be used: MLX lives in one.
 
     Args:
         scorer: what gives words their score.
@@ -76,6 +79,7 @@ class PyctcdecodeLM:
         self._known = known
         self._sorted = sorted(known or ())
         self._process = os.getpid()
+        self._ready: dict[tuple[str, str, bool], tuple[float, str]] = {}
 
     @property
     def order(self) -> int:
@@ -94,17 +98,47 @@ class PyctcdecodeLM:
             word: may be empty, which scores 0: the decoder ends a text so where no word is open.
             is_last_word: whether the text ends after the word.
         """
+        found = self._ready.get((prev_state, word, is_last_word))
+        return found or self.score_many([(prev_state, word)], is_last_word)[0]
+
+    def score_many(
+        self, pairs: Sequence[tuple[str, str]], is_last_word: bool = False
+    ) -> list[tuple[float, str]]:
+        """As :meth:`score`, for many pairs of a text and a word, in one call of the scorer."""
         if os.getpid() != self._process:
             raise RuntimeError("MLX does not work in forked processes; decode with pool=None")
-        score, state = 0.0, prev_state
-        if word:
-            score = self.scorer.score_continuations([prev_state], [[word]])[0][0]
+        ends = is_last_word and self.score_boundary
+        worded = [(state, word) for state, word in pairs if word]
+        scores = iter(
+            self.scorer.score_continuations(
+                [state for state, _ in worded], [[word] for _, word in worded], end=ends
+            )
+        )
+        bare = [state for state, word in pairs if not word] if ends else []
+        over = iter(self.scorer.log_p_end(bare))
+        found = []
+        for state, word in pairs:
+            if not word:
+                found.append((self.scorer.weight * next(over) if ends else 0.0, state))
+                continue
+            (score,) = next(scores)
             if self._known is not None and word not in self._known:
                 score += self.scorer.weight * self.unk_score_offset
-            state = self.scorer.joined(prev_state, word)
-        if is_last_word and self.score_boundary:
-            score += self.scorer.weight * self.scorer.log_p_end([state])[0]
-        return score, state
+            found.append((score, self.scorer.joined(state, word)))
+        return found
+
+    @contextmanager
+    def ready(self, pairs: Sequence[tuple[str, str]], is_last_word: bool) -> Iterator[None]:
+        """Inside, :meth:`score` knows these pairs already."""
+        unique = list(dict.fromkeys(pairs))
+        scores = self.score_many(unique, is_last_word) if unique else []
+        self._ready = {
+            (*pair, is_last_word): found for pair, found in zip(unique, scores, strict=True)
+        }
+        try:
+            yield
+        finally:
+            self._ready = {}
 
     def score_partial_token(self, partial_token: str) -> float:
         """What the beginning of a word costs: 0 unless no unigram begins so."""
@@ -143,6 +177,44 @@ class PyctcdecodeLM:
     def load_from_dir(cls, filepath: str) -> NoReturn:
         """Refused, as saving is."""
         raise NotImplementedError(NOT_STORED)
+
+
+def batched(decoder: Any) -> Any:
+    """Let a decoder ask for all new words of a step in one call.
+
+    Without this, pyctcdecode asks for one word at a time, and each costs a pass.
+
+    Args:
+        decoder: pyctcdecode's ``BeamSearchDecoderCTC`` with a :class:`PyctcdecodeLM`; changed.
+
+    Returns:
+        the decoder.
+
+    Raises:
+        ValueError: if its language model is another one, or its version has no such step.
+    """
+    lm = getattr(decoder, "_language_model", None)
+    step = getattr(decoder, "_get_lm_beams", None)
+    if not isinstance(lm, PyctcdecodeLM) or step is None:
+        raise TempoError(
+            "decoder must be a BeamSearchDecoderCTC of pyctcdecode 0.5 with a PyctcdecodeLM, "
+            f"got {shown(decoder)}"
+        )
+
+    def batched_step(
+        beams: Any, hotwords: Any, scores: Any, partial: Any, is_eos: bool = False
+    ) -> Any:
+        pairs = []
+        for text, next_word, *_ in beams:
+            longer = f"{text} {next_word}" if text and next_word else text + next_word
+            if (longer, is_eos) not in scores:
+                _, _, state = scores[text, False]
+                pairs.append((state, next_word))
+        with lm.ready(pairs, is_eos):
+            return step(beams, hotwords, scores, partial, is_eos)
+
+    decoder._get_lm_beams = batched_step
+    return decoder
 
 
 def _checked(name: str, value: Any) -> Any:

@@ -194,13 +194,18 @@ class ContinuationScorer:
             self._reader = BatchScorer(self._plain, chunk_size, sets)
 
     def score_continuations(
-        self, contexts: Sequence[str], candidate_words: Sequence[Sequence[Word]]
+        self,
+        contexts: Sequence[str],
+        candidate_words: Sequence[Sequence[Word]],
+        *,
+        end: bool = False,
     ) -> list[list[float]]:
         """Scores of the candidate words of each context; the higher, the more probable.
 
         Args:
             contexts: texts; duplicates cost nothing.
             candidate_words: for each context its candidates: words, or lists of spellings.
+            end: add weight x log P that the text ends behind the word, in the same pass.
 
         Returns:
             a score for each candidate, nested and ordered as they are.
@@ -211,7 +216,7 @@ class ContinuationScorer:
             CacheBudgetError: if a text alone needs more than ``max_kv_bytes``.
         """
         nested = self._candidates(contexts, candidate_words)
-        logprobs = {c: parts.total for c, parts in self._read(nested).items()}
+        logprobs = {c: parts.total for c, parts in self._read(nested, end).items()}
         return [
             [self._score(self._aggregated(word, [logprobs[c] for c in word])) for word in words]
             for words in nested
@@ -292,6 +297,11 @@ class ContinuationScorer:
         answers = self._answers(questions)
         return [float(_behind(answers[question])[END]) for question in questions]
 
+    @property
+    def start_length(self) -> int:
+        """Tokens that stand before every text."""
+        return len(self._texts.start)
+
     def joined(self, context: str, word: str) -> str:
         """A context and a word as the one text that is scored."""
         return self._texts.joining.join(context, word)
@@ -335,11 +345,13 @@ class ContinuationScorer:
             nested.append(own)
         return nested
 
-    def _read(self, nested: list[list[list[Candidate]]]) -> dict[Candidate, "_Parts"]:
-        """Log-probabilities of candidates, each read once."""
+    def _read(
+        self, nested: list[list[list[Candidate]]], end: bool = False
+    ) -> dict[Candidate, "_Parts"]:
+        """Log-probabilities of candidates, each read once; with that of the end if it counts."""
         unique = dict.fromkeys(c for words in nested for spellings in words for c in spellings)
         correct = self.trailing_space_correction
-        asked = {c: ScoreRequest(c.tokens, c.start, after=correct) for c in unique}
+        asked = {c: ScoreRequest(c.tokens, c.start, after=correct or end) for c in unique}
         before = {c: _after(c.context_tokens) for c in unique if correct and c.context}
         replaced = {c: ScoreRequest(c.replaced, c.start) for c in unique if c.replaced}
         answers = self._answers([*asked.values(), *before.values(), *replaced.values()])
@@ -352,7 +364,8 @@ class ContinuationScorer:
                 boundary = float(_behind(answer)[BOUNDARY])
                 if c in before:
                     boundary -= float(_behind(answers[before[c]])[BOUNDARY])
-            parts[c] = _Parts(answer.logprobs, boundary, changed)
+            over = float(_behind(answer)[END]) if end else None
+            parts[c] = _Parts(answer.logprobs, boundary, changed, over)
         return parts
 
     def _text_score(
@@ -456,16 +469,18 @@ def check_options(
 
 @dataclass(frozen=True, eq=False)
 class _Parts:
-    """Log-probabilities of a candidate's tokens, the correction for where it ends, and the
-    log-probability of tokens that it has replaced."""
+    """Log-probabilities of a candidate's tokens, the correction for where it ends, the
+    log-probability of tokens that it has replaced, and that of the text's end."""
 
     logprobs: np.ndarray
     boundary: float | None
     replaced: float | None
+    end: float | None = None
 
     @property
     def total(self) -> float:
-        return float(self.logprobs.sum()) + (self.boundary or 0.0) - (self.replaced or 0.0)
+        added = (self.boundary or 0.0) - (self.replaced or 0.0) + (self.end or 0.0)
+        return float(self.logprobs.sum()) + added
 
 
 class _Asked:

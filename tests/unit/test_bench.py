@@ -495,3 +495,14 @@ def test_sizes_that_do_not_fit_are_not_held(tmp_path, run, monkeypatch):
     common = ("--model", folder, "-n", 1, "-c", 0, "--held", "100kB,1MB")
     _, rows, _ = measured(run, "score", tmp_path / "bench.json", *common)
     assert ("100.0 kB held", "call") in rows and ("1.0 MB held", "call") not in rows
+
+
+@pytest.mark.slow
+def test_rescore_bench_finds_the_scores_of_a_padded_batch(tmp_path, run):
+    folder = save_tiny_model(tmp_path / "tiny", max_position_embeddings=512)
+    sizes = ("--beams", 4, "--hypotheses", 5, "--lists", 2)
+    common = ("--model", folder, "-n", 1, *sizes)
+    report, rows, _ = measured(run, "rescore", tmp_path / "bench.json", *common)
+    differences = [row for row in report["rows"] if row["measure"] == "largest difference"]
+    assert len(differences) == 6 and all(row["median"] < 1e-3 for row in differences)
+    assert [target["wanted"] for target in report["targets"]] == [5, 2, 3]

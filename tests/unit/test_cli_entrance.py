@@ -270,6 +270,8 @@ GIVEN = {
     "generate --batch-size": ["--prompts-file", "{rows}"],
     "search": ["hi", "--evaluation", "rollout", "--rollout-temp", "1"],
     "score": ["{rows}"],
+    "rescore run": ["{rows}"],
+    "rescore tune": ["{rows}", "--references", "{rows}"],
     "schedule": ["relu(0)"],
     "experiment run": ["parallel-attention"],
     "experiment analyze": ["."],

@@ -4,7 +4,7 @@ import inspect
 import subprocess
 import sys
 
-from tempo_mlx.scoring import ContinuationScorer, PyctcdecodeLM
+from tempo_mlx.scoring import ContinuationScorer, PyctcdecodeLM, batched
 from tempo_mlx.weights import load
 from tests.brute_scorer import BruteScorer
 
@@ -276,3 +276,29 @@ def test_the_decoder_changes_parameters(decoder, scorer, by_hand):
     assert made.decode(logits) == liked
     made.reset_params(alpha=0.0, beta=0.0, lm_score_boundary=False)
     assert made.decode(logits) == heard
+
+
+def test_a_batched_decoder_finds_the_same_with_one_call_a_step(decoder, scorer, by_hand):
+    _, _, logits = ambiguous(by_hand)
+    options = {"beam_prune_logp": -200.0, "token_min_logp": -9.0, "beam_width": 8}
+    lm, calls = PyctcdecodeLM(scorer), []
+    ask = scorer.score_continuations
+
+    def watched(contexts, words, **more):
+        calls.append(len(contexts))
+        return ask(contexts, words, **more)
+
+    plain = decoder(PyctcdecodeLM(scorer)).decode_beams(logits, **options)
+    scorer.score_continuations = watched
+    found = batched(decoder(lm)).decode_beams(logits, **options)
+    assert max(calls) > 1 and len(calls) <= len(logits) + 1
+    for one, other in zip(found, plain, strict=True):
+        assert one[0] == other[0] and one[-1] == pytest.approx(other[-1], abs=CLOSE)
+    with pytest.raises(ValueError, match="must be a BeamSearchDecoderCTC"):
+        batched(decoder(None))
+
+
+def test_a_word_and_the_end_take_one_pass(scorer):
+    lm = PyctcdecodeLM(scorer)
+    lm.score("so it", "goes", is_last_word=True)
+    assert scorer.stats().passes == 1
