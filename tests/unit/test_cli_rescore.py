@@ -82,6 +82,7 @@ def test_what_makes_no_sense_is_refused(run, folder, rows, arguments, message):
 
 
 def test_tuned_weights_are_those_that_rescore_takes(run, folder, tmp_path):
+    pytest.importorskip("jiwer")
     rows, said = tmp_path / "in.jsonl", tmp_path / "said.tsv"
     lists = [
         {
