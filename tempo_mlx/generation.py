@@ -14,7 +14,7 @@ from .arguments import MOST_BYTES, check_count, shown
 from .decode.decoder import BatchDecoder
 from .decode.observation import Observer
 from .decode.paths import find_paths
-from .decode.prompt_cache import PromptCache
+from .decode.prompt_cache import PromptCache, ReadTokens
 from .decode.replication import RowTree
 from .decode.request import Request
 from .decode.result import BEAM, GenerationResult
@@ -166,11 +166,28 @@ def steps(
     """Extend the result's lattice step by step; see :func:`stream_generate`."""
     assert isinstance(result.model, PositionedModel)
     run = Request(result, keep_logits=verify, paths=paths)
-    decoder = BatchDecoder(result.model)
+    yield from steps_of(run, BatchDecoder(result.model), progress, prompt_cache, paths)
+
+
+def steps_of(
+    run: Request,
+    decoder: BatchDecoder,
+    progress: Callable[[int, int], None] | None = None,
+    known: ReadTokens | None = None,
+    paths: int = 0,
+) -> Generator[StepResponse, None, None]:
+    """Read a run's prompt and take its steps in a decoder of its own.
+
+    Args:
+        run: that has not begun.
+        decoder: without other runs; a caller may take the run out of it between two steps.
+        known: tokens that have been read, with which the prompt may begin.
+    """
+    result = run.result
     mx.reset_peak_memory()
-    with wired_limit(result.model.model, cast(Any, [generation_stream])):
-        shared = prompt_cache.covers(run.lattice.prompt_tokens) if prompt_cache else 0
-        decoder.start([run], prompt_cache.first(shared) if prompt_cache and shared else None)
+    with wired_limit(decoder.model.model, cast(Any, [generation_stream])):
+        shared = known.covers(run.lattice.prompt_tokens) if known else 0
+        decoder.start([run], known.first(shared) if known and shared else None)
         while decoder.reading:
             done = decoder.read()
             if progress is not None:

@@ -22,6 +22,7 @@ ORDER = (
     "plots",
     "search",
     "scoring",
+    "conversation",
     "generation",
     "decode",
     "weights",

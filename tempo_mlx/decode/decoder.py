@@ -266,6 +266,8 @@ class BatchDecoder:
     def leave(self, request: Request) -> None:
         """Take a request out of the batch; what it holds is let go."""
         self.requests.remove(request)
+        if request.keeps_slots:
+            request.slots = self.batch.slots_of(request.sequence)
         if request.rescores and request.finished and request.error is None:
             request.prompt_slots = self.batch.prompt_slots(request.sequence)
         self.batch.release(request.sequence)

@@ -37,26 +37,53 @@ class JoinedPrompt:
     appended: bool
 
 
-@dataclass(frozen=True, eq=False)
-class PromptCache:
-    """Keys and values of a prompt's tokens.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ReadTokens:
+    """Tokens that a model has read, from which prompts that begin with them go on.
+
+    Args:
+        tokens: ids.
+        cache: of one row, a slot for each token or for all but the last.
+    """
+
+    tokens: list[int]
+    cache: SlotStore
+
+    def covers(self, tokens: Sequence[int]) -> int:
+        """How many of a prompt's first tokens need not be read; its last one always must be.
+
+        States of recurrent layers sum up all that was read: all of it or nothing can be used.
+        """
+        usable = min(self.cache.n_slots, len(tokens) - 1)
+        pairs = enumerate(zip(self.tokens[:usable], tokens, strict=False))
+        n = next((i for i, (ours, theirs) in pairs if ours != theirs), usable)
+        return 0 if self.cache.states and n < self.cache.n_slots else n
+
+    def first(self, n: int) -> SlotStore:
+        """A cache of one row with the first n slots."""
+        cache = self.cache.extract(0)
+        if n < cache.n_slots:
+            cache.compact(np.arange(n))
+        return cache
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class PromptCache(ReadTokens):
+    """A prompt that has been read, with its text and what read it.
 
     A prompt that begins with these tokens goes on from them. Any other one is appended to them, as
     by ``mlx_lm.generate --prompt-cache-file``: see :meth:`join`.
 
     Args:
-        tokens: ids of the prompt.
+        tokens, cache: as :class:`ReadTokens`.
         text: of the prompt.
-        cache: of one row, a slot for each token.
         fingerprint: of the model that read them, its
             :func:`~tempo_mlx.weights.fingerprint.fingerprint`.
         tokenizer: the tokenizer's
             :func:`~tempo_mlx.weights.fingerprint.tokenizer_fingerprint`.
     """
 
-    tokens: list[int]
     text: str
-    cache: SlotStore
     fingerprint: str
     tokenizer: str
 
@@ -92,11 +119,11 @@ class PromptCache:
             batch.prefill(prefill_step_size, progress)
         mx.eval(batch.cache.state)
         return cls(
-            tokens,
-            prompt if isinstance(prompt, str) else tokenizer.decode(tokens),
-            batch.cache.extract(0),
-            fingerprint(positioned.model),
-            tokenizer_fingerprint(tokenizer),
+            tokens=tokens,
+            cache=batch.cache.extract(0),
+            text=prompt if isinstance(prompt, str) else tokenizer.decode(tokens),
+            fingerprint=fingerprint(positioned.model),
+            tokenizer=tokenizer_fingerprint(tokenizer),
         )
 
     def join(self, model: Any, tokenizer: Any, prompt: Prompt) -> JoinedPrompt:
@@ -131,23 +158,6 @@ class PromptCache:
             joined = JoinedPrompt([*self.tokens, *own], self.text + text, appended=True)
         require_room(joined.tokens, positioned)
         return joined
-
-    def covers(self, tokens: Sequence[int]) -> int:
-        """How many of a prompt's first tokens need not be read; its last one always must be.
-
-        States of recurrent layers sum up all that was read: all of it or nothing can be used.
-        """
-        usable = min(self.cache.n_slots, len(tokens) - 1)
-        pairs = enumerate(zip(self.tokens[:usable], tokens, strict=False))
-        n = next((i for i, (ours, theirs) in pairs if ours != theirs), usable)
-        return 0 if self.cache.states and n < self.cache.n_slots else n
-
-    def first(self, n: int) -> SlotStore:
-        """A cache of one row with the first n slots."""
-        cache = self.cache.extract(0)
-        if n < cache.n_slots:
-            cache.compact(np.arange(n))
-        return cache
 
     @classmethod
     def of(cls, given: Any, model: PositionedModel, tokenizer: Any) -> "PromptCache | None":
@@ -230,8 +240,13 @@ class PromptCache:
             )
         tokens = [int(id) for id in arrays.pop("tokens").tolist()]
         cache = positioned.make_cache(1)
-        text, made_by, made_with = (str(metadata.get(n)) for n in ("text", "model", "tokenizer"))
-        found = cls(tokens, text, cache, made_by, made_with)
+        found = cls(
+            tokens=tokens,
+            cache=cache,
+            text=str(metadata.get("text")),
+            fingerprint=str(metadata.get("model")),
+            tokenizer=str(metadata.get("tokenizer")),
+        )
         found.require(positioned, tokenizer)
         n = len(tokens) - 1 if positioned.is_recurrent else len(tokens)
         cache.fill(arrays, np.arange(n)[None])

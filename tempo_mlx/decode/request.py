@@ -36,6 +36,7 @@ class Request:
         paths: paths that will be asked of the result; 0 lets its prompt's keys and values go.
         observer: sees every step.
         logprobs: keep the model's own log-probabilities of the last step's rows in ``logprobs``.
+        keeps_slots: keep what the cache holds of the run when it leaves the batch, in ``slots``.
 
     Raises:
         TempoError: for logits that cannot be verified, see :func:`.verification.require_known`; or
@@ -50,10 +51,14 @@ class Request:
         paths: int = 0,
         observer: Observer | None = None,
         logprobs: bool = False,
+        keeps_slots: bool = False,
     ):
         self.result = result
         self.observer = observer
         self.wants_logprobs = logprobs
+        self.keeps_slots = keeps_slots
+        #: one row, what the run held when it left, in the order of ``sequence.held``
+        self.slots: SlotStore | None = None
         #: the model's log-probabilities that the last recorded set was selected from, [N, V]
         self.logprobs: np.ndarray | None = None
         #: the prompt's slots but the last one, after a run that will be rescored

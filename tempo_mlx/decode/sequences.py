@@ -302,6 +302,12 @@ class Batch:
         alone.compact(sequence.at[prompt])
         return alone
 
+    def slots_of(self, sequence: SequenceState) -> SlotStore:
+        """A cache of its own with the slots that a sequence holds, in that order."""
+        alone = self.cache.extract(sequence.row)
+        alone.compact(sequence.at)
+        return alone
+
     def release(self, sequence: SequenceState) -> None:
         """Take a sequence out; an empty row is free at once."""
         self.sequences.remove(sequence)

@@ -7,13 +7,16 @@ from ..arguments import check_text, shown
 from ..errors import TempoError
 
 
-def encode_chat(tokenizer: Any, messages: Sequence[Any]) -> list[int]:
+def encode_chat(
+    tokenizer: Any, messages: Sequence[Any], config: Mapping[str, Any] | None = None
+) -> list[int]:
     """Token ids of chat messages through the model's template, ready for the next answer.
 
     Args:
         tokenizer: mlx-lm's tokenizer wrapper.
         messages: each {"role": text, "content": text, ...}. A list of parts {"type": "text",
             "text": ...} is joined to one text. A message with "tool_calls" needs no content.
+        config: further arguments of the template, such as {"enable_thinking": False}.
 
     Raises:
         TempoError: naming the message, if it is malformed; if the tokenizer has no template,
@@ -22,9 +25,10 @@ def encode_chat(tokenizer: Any, messages: Sequence[Any]) -> list[int]:
     if not getattr(tokenizer, "has_chat_template", True):
         raise TempoError("prompt is chat messages, but the model has no chat template")
     checked = [_checked(f"prompt[{i}]", message) for i, message in enumerate(messages)]
-    check_text("prompt", _rendered(tokenizer, checked))
-    _require_all_used(tokenizer, checked)
-    ids: list[int] = tokenizer.apply_chat_template(checked, add_generation_prompt=True)
+    arguments = {"add_generation_prompt": True, **(config or {})}
+    check_text("prompt", _rendered(tokenizer, checked, arguments))
+    _require_all_used(tokenizer, checked, arguments)
+    ids: list[int] = tokenizer.apply_chat_template(checked, **arguments)
     return ids
 
 
@@ -62,18 +66,18 @@ def _part(name: str, part: Any) -> str:
     return text
 
 
-def _rendered(tokenizer: Any, messages: list[dict[str, Any]]) -> str:
+def _rendered(tokenizer: Any, messages: list[dict[str, Any]], arguments: dict[str, Any]) -> str:
     try:
-        text: str = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=False
-        )
+        text: str = tokenizer.apply_chat_template(messages, **arguments, tokenize=False)
     except Exception as error:  # a template is a program that comes with the model
         why = " ".join(str(error).split()) or type(error).__name__
         raise TempoError(f"the model's chat template refuses the messages: {why}") from error
     return text
 
 
-def _require_all_used(tokenizer: Any, messages: list[dict[str, Any]]) -> None:
+def _require_all_used(
+    tokenizer: Any, messages: list[dict[str, Any]], arguments: dict[str, Any]
+) -> None:
     """Raise TempoError if the template ignores a message, as some do whose role they do not know.
 
     Marks at the end of each content must come out again.
@@ -84,7 +88,7 @@ def _require_all_used(tokenizer: Any, messages: list[dict[str, Any]]) -> None:
         for i, message in enumerate(messages)
     ]
     try:
-        text = _rendered(tokenizer, marked)
+        text = _rendered(tokenizer, marked, arguments)
     except TempoError:
         return  # it looks at the contents, so that it ignores none
     for i, mark in marks.items():
