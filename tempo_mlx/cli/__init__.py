@@ -22,6 +22,7 @@ from ..text.printable import visible
 #: Commands in the order of the help, each a module of this package -> what it does.
 COMMANDS = {
     "generate": "Generate text with parallel token sets.",
+    "chat": "Talk with a model; each answer shows its parallel sets as they come.",
     "search": "Search for a text by Monte Carlo tree search over one shared cache.",
     "score": "Score words that may follow contexts, and rank them.",
     "rescore": "Rank the hypotheses of a decoder again: n-best lists, lattices, tuning.",

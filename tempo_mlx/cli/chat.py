@@ -1,0 +1,137 @@
+"""``tempo-mlx chat``: a conversation in the terminal."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any
+
+import typer
+
+from ..arguments import check_text
+from ..conversation import Conversation
+from ..errors import TempoError
+from ..io.console import Console
+from ..settings import Settings
+from ..text.vocabulary import add_end_token
+from ..weights import load
+from .chat_session import ChatSession, SessionEnd
+from .effects import require_effect, setting_needs
+from .options import Model
+from .setting_options import SettingsCommand, with_settings
+
+DEFAULTS = Settings()
+
+PROMPT = "> "
+
+
+def register(app: typer.Typer) -> None:
+    app.command("chat", cls=SettingsCommand)(with_settings(Settings)(chat))
+
+
+def chat(
+    context: typer.Context,
+    model: Model = "smollm2-135m",
+    adapter_path: Annotated[
+        str | None, typer.Option(help="Folder of trained adapter weights and their config.")
+    ] = None,
+    system_prompt: Annotated[str | None, typer.Option(help="System message.")] = None,
+    no_chat: Annotated[
+        bool,
+        typer.Option(
+            "--no-chat", help="Continue the text without a template, for models that have none."
+        ),
+    ] = False,
+    chat_template_config: Annotated[
+        str | None,
+        typer.Option(
+            metavar="JSON",
+            help="Further arguments of the chat template, such as '{\"enable_thinking\": false}'.",
+        ),
+    ] = None,
+    settings: Settings = DEFAULTS,
+    extra_eos_token: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Treat this token, its text or its id, as an end of text, too. Repeatable."
+        ),
+    ] = None,
+    verbose: Annotated[
+        bool,
+        typer.Option(
+            "--verbose", "-v", help="After each answer, say how fast it came and what was read."
+        ),
+    ] = False,
+) -> None:
+    """Talk with a model; each answer shows its parallel sets as they come.
+
+    /help lists what can be done with an answer: see why, choose another path, continue it, take it
+    back. What the cache holds of the conversation is not read again.
+    """
+    require_effect(context, setting_needs(), settings.values())
+    if settings.branching == "replicate":
+        raise TempoError("chat keeps one cache, and --branching replicate has none to keep")
+    if system_prompt is not None:
+        check_text("--system-prompt", system_prompt)
+    if no_chat and chat_template_config is not None:
+        raise TempoError("--chat-template-config has no effect with --no-chat; leave one out")
+    config = template_config(chat_template_config)
+    out, notes = (Console(stderr=err, highlight=False, soft_wrap=True) for err in (False, True))
+    for note in settings.notes():
+        notes.print(f"note: {note}", style="yellow")
+    language_model, tokenizer = load(model, adapter_path=adapter_path)
+    for token in extra_eos_token or ():
+        add_end_token(tokenizer, token)
+    conversation = Conversation(
+        language_model, tokenizer, settings, system_prompt, not no_chat, config
+    )
+    session = ChatSession(conversation, out, notes, verbose)
+    on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    if on_terminal:
+        notes.print(f"{conversation.model.name or model}: /help lists the commands", style="dim")
+    lines = _typed(notes) if on_terminal else (line.rstrip("\n") for line in sys.stdin)
+    try:
+        for line in lines:
+            session.take(line)
+    except SessionEnd:
+        pass
+
+
+def template_config(given: str | None) -> dict[str, Any]:
+    """What --chat-template-config says.
+
+    Raises:
+        TempoError: if it is no JSON object.
+    """
+    if given is None:
+        return {}
+    try:
+        config = json.loads(given)
+    except ValueError:
+        config = None
+    if not isinstance(config, dict):
+        raise TempoError(
+            "--chat-template-config must be a JSON object such as '{\"enable_thinking\": false}', "
+            f"got {given}"
+        )
+    return config
+
+
+def _typed(notes: Console) -> Iterator[str]:
+    """Lines that are typed at a terminal; ends with Ctrl-D, or with Ctrl-C twice."""
+    from prompt_toolkit import PromptSession
+
+    ask: Callable[[str], str] = PromptSession().prompt
+    interrupted = False
+    while True:
+        try:
+            line = ask(PROMPT)
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            if interrupted:
+                return
+            interrupted = True
+            notes.print("Ctrl-C once more, or Ctrl-D, ends the session", style="dim")
+            continue
+        interrupted = False
+        yield line
