@@ -49,6 +49,7 @@ def load(
     path_or_hf_repo: str | Path = "smollm2-135m",
     *,
     tokenizer_config: dict[str, Any] | None = None,
+    model_config: dict[str, Any] | None = None,
     adapter_path: str | Path | None = None,
     lazy: bool = False,
     revision: str | None = None,
@@ -61,7 +62,8 @@ def load(
             layout, quantised or not. Or the id of such a repository on the Hub.
         tokenizer_config: keyword arguments for the tokenizer. Code that comes with a model is not
             run unless "trust_remote_code" is True here, and then the tokenizer's only.
-        adapter_path: a folder with adapters to put over the weights.
+        model_config: fields of config.json that are to have other values.
+        adapter_path: a folder with adapters of mlx-lm to put over the weights.
         lazy: leave the weights on the disk until they are used.
         revision: branch, tag or commit of a repository on the Hub.
 
@@ -75,13 +77,13 @@ def load(
     """
     folder = locate(path_or_hf_repo, revision)
     _check_folder(folder)
-    if adapter_path is not None and not (Path(adapter_path) / "adapters.safetensors").is_file():
-        raise ModelLoadError(f"adapter_path {adapter_path} has no adapters.safetensors")
-    config = _read_config(folder)
+    if adapter_path is not None:
+        _check_adapters(Path(adapter_path))
+    config = _read_config(folder) | (model_config or {})
     if (own := config.get("model_file")) is not None:
         raise ModelLoadError(f"{folder} needs custom code ({own}), which is not run")
     check_layers(folder, config)
-    model = _load_model(folder, config["model_type"], lazy)
+    model = _load_model(folder, config["model_type"], lazy, model_config)
     if adapter_path is not None:
         model = _load_adapters(model, Path(adapter_path))
     # What results call the model: a recipe with its variant, a folder, or a Hub id.
@@ -211,9 +213,11 @@ def _layer_counts(config: dict[str, Any]) -> Iterator[int]:
             yield value
 
 
-def _load_model(folder: Path, model_type: str, lazy: bool) -> nn.Module:
+def _load_model(
+    folder: Path, model_type: str, lazy: bool, model_config: dict[str, Any] | None = None
+) -> nn.Module:
     try:
-        model, _ = mlx_lm.utils.load_model(folder, lazy=lazy)
+        model, _ = mlx_lm.utils.load_model(folder, lazy=lazy, model_config=model_config)
     except RuntimeError as error:
         raise ModelLoadError(
             f"the weights in {folder} are damaged or incomplete ({_line(error)}); fetch them again"
@@ -233,6 +237,19 @@ def _load_model(folder: Path, model_type: str, lazy: bool) -> nn.Module:
             f"mlx-lm's file for {model_type!r} needs a package that is not installed"
         ) from error
     return model
+
+
+def _check_adapters(folder: Path) -> None:
+    """ModelLoadError unless the folder has adapters as mlx-lm trains them."""
+    if (folder / "adapters.safetensors").is_file():
+        return
+    if found := sorted(folder.glob("adapter_model.*")):
+        raise ModelLoadError(
+            f"adapter_path {folder} holds adapters of PEFT ({found[0].name}), which mlx-lm does "
+            "not read; merge them into their model with PEFT (merge_and_unload, save_pretrained) "
+            "and convert what that writes with mlx_lm.convert"
+        )
+    raise ModelLoadError(f"adapter_path {folder} has no adapters.safetensors")
 
 
 def _load_adapters(model: nn.Module, adapter_path: Path) -> nn.Module:

@@ -100,6 +100,18 @@ def test_adapters_change_the_model(original, tmp_path):
     assert not adapted.training
 
 
+def test_fields_of_the_configuration_can_be_given_other_values(original):
+    model, _ = load(original, model_config={"rope_theta": 500.0})
+    assert model.args.rope_theta == 500.0
+    assert load(original)[0].args.rope_theta != 500.0
+
+
+def test_adapters_of_peft_are_refused_with_what_to_do(original, tmp_path):
+    (tmp_path / "adapter_model.safetensors").touch()
+    told = fail(original, adapter_path=tmp_path)
+    assert "PEFT" in told and "merge_and_unload" in told and "mlx_lm.convert" in told
+
+
 def save_adapters(folder, path):
     """Random adapters for the model in the folder."""
     path.mkdir()
