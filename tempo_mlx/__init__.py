@@ -2,6 +2,7 @@
 
 import sys
 from importlib import import_module
+from importlib.metadata import version
 from importlib.util import find_spec
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -11,12 +12,18 @@ from . import blas
 
 blas.preload()
 
+__version__: str
+
 if TYPE_CHECKING:
+    from .conversation import Conversation as Conversation
     from .decode.prompt_cache import PromptCache as PromptCache
+    from .decode.result import GenerationResult as GenerationResult
+    from .decode.result import Path as Path
     from .generation import batch_generate as batch_generate
     from .generation import generate as generate
     from .generation import stream_batch_generate as stream_batch_generate
     from .generation import stream_generate as stream_generate
+    from .lattice.lattice import Lattice as Lattice
     from .models import PositionedModel as PositionedModel
     from .models import UnsupportedModelError as UnsupportedModelError
     from .rules.combining import CombiningRule as CombiningRule
@@ -33,6 +40,10 @@ if TYPE_CHECKING:
 _HOMES = {
     "CombiningRule": "rules.combining",
     "ContinuationScorer": "scoring",
+    "Conversation": "conversation",
+    "GenerationResult": "decode.result",
+    "Lattice": "lattice.lattice",
+    "Path": "decode.result",
     "PositionedModel": "models",
     "PromptCache": "decode.prompt_cache",
     "Pruning": "rules.pruning",
@@ -59,7 +70,10 @@ class _Package(ModuleType):
     """
 
     def __getattr__(self, name: str) -> Any:
-        if name in _HOMES:
+        value: Any
+        if name == "__version__":
+            value = version("tempo-mlx")
+        elif name in _HOMES:
             value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
         elif not name.startswith("_") and find_spec(f"{__name__}.{name}"):
             value = import_module(f".{name}", __name__)
@@ -74,7 +88,7 @@ class _Package(ModuleType):
             super().__setattr__(name, value)
 
     def __dir__(self) -> list[str]:
-        return sorted({*super().__dir__(), *__all__})
+        return sorted({*super().__dir__(), *__all__, "__version__"})
 
 
 sys.modules[__name__].__class__ = _Package

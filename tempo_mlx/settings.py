@@ -1,5 +1,6 @@
 """Settings of a run: frozen, validated when they are made, with errors that name the argument."""
 
+import difflib
 import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
@@ -498,7 +499,11 @@ def given(settings: S | None, kwargs: Mapping[str, Any], kind: type[S]) -> S:
         known = [f.name for f in fields(cast(Any, kind))]
         unknown = sorted(set(kwargs) - {*known, *renamed(kind)})
         if unknown:
-            raise TypeError(f"unknown setting {unknown[0]!r}; settings are {', '.join(known)}")
+            near = difflib.get_close_matches(unknown[0], known, 1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise TypeError(
+                f"unknown setting {unknown[0]!r}; {hint}settings are {', '.join(sorted(known))}"
+            )
         return kind(**kwargs)
     if kwargs:
         raise TypeError(f"{sorted(kwargs)[0]!r} beside settings; put it into the settings")

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..arguments import check_count
+from ..arguments import check_count, shown
 from ..errors import TempoError
 from ..lattice.lattice import Lattice
 from ..models import PlainModel, PositionedModel
@@ -98,6 +98,17 @@ class GenerationResult:
     verification: Verification | None = None
     #: paths that were found, by which beam, and the slots that there were then
     _found: tuple[list[Path], int, int] | None = field(default=None, repr=False)
+
+    def __repr__(self) -> str:
+        """Prompt, text and number of steps, a line each."""
+        known = self.knows_paths(1) or self.known_best() is not None
+        text = shown(self.text) if known else "not known; find_paths finds it"
+        return (
+            f"GenerationResult of {shown(self.prompt)}\n"
+            f"  text: {text}\n"
+            f"  {len(self.lattice)} steps, {self.lattice.n_tokens} tokens, "
+            f"ended by {self.finish_reason}"
+        )
 
     @property
     def text(self) -> str:
