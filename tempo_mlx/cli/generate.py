@@ -108,6 +108,8 @@ def generate(
     prompt_cache: Annotated[
         Path | None,
         typer.Option(
+            "--prompt-cache",
+            "--prompt-cache-file",
             metavar="FILE",
             parser=output_file,
             help="A prompt that has been read: prompts that begin with it go on from there, others "
@@ -235,6 +237,8 @@ def generate(
         notes.print("note: --chat has no effect: no prompt of the file is a text", style="yellow")
 
     language_model, tokenizer = load(model, adapter_path=adapter_path)
+    if notes.is_terminal and not chat and rows is None and tokenizer.has_chat_template:
+        notes.print("the text is continued as it is; --chat uses the model's template", style="dim")
     for token in extra_eos_token or ():
         add_end_token(tokenizer, token)
     if plot_attention:
