@@ -69,7 +69,7 @@ class Reading:
     anew: str | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Held:
     """What the latest run left in the cache.
 
