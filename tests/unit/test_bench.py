@@ -502,7 +502,7 @@ def test_rescore_bench_finds_the_scores_of_a_padded_batch(tmp_path, run):
     folder = save_tiny_model(tmp_path / "tiny", max_position_embeddings=512)
     sizes = ("--beams", 4, "--hypotheses", 5, "--lists", 2)
     common = ("--model", folder, "-n", 1, *sizes)
-    report, rows, _ = measured(run, "rescore", tmp_path / "bench.json", *common)
+    _, _, report = measured(run, "rescore", tmp_path / "bench.json", *common)
     differences = [row for row in report["rows"] if row["measure"] == "largest difference"]
     assert len(differences) == 6 and all(row["median"] < 1e-3 for row in differences)
     assert [target["wanted"] for target in report["targets"]] == [5, 2, 3]
