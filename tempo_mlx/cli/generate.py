@@ -14,12 +14,12 @@ from ..decode.scheduler import BATCH_SIZE
 from ..errors import TempoError
 from ..generation import stream_generate
 from ..io.console import Console
-from ..io.files import STANDARD_INPUT, replaceable
+from ..io.files import STANDARD_INPUT, replaceable, write_atomically
 from ..io.inputs import HYPHEN
 from ..lattice.rendering import StepWriter, plain
 from ..models import PositionedModel
 from ..needs import Need, Needs
-from ..plots import check_plot, plot_lattice, plot_mask
+from ..plots import check_plot, plot_mask
 from ..settings import Settings
 from ..text.printable import running
 from ..text.vocabulary import add_end_token
@@ -29,6 +29,7 @@ from .effects import PRINTED, require_effect, setting_needs
 from .one_prompt import AS_IN_AN_EDITOR, read_prompt
 from .options import Overwrite, at_least, output_file
 from .outputs import (
+    PAGE,
     Output,
     Written,
     check_outputs,
@@ -57,6 +58,7 @@ OPTIONS: Needs = setting_needs() | {
     "system_prompt": (Need("chat"),),
     "explain": (Need("prune"), _ONE_PROMPT, *PRINTED),
     "plot": (_ONE_PROMPT,),
+    "html": (_ONE_PROMPT,),
     "plot_attention": (Need("plot"), _SHARED),
     "verify": (_SHARED,),
 }
@@ -142,6 +144,13 @@ def generate(
             "'mask', who saw whom. Repeatable."
         ),
     ] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Write a page that shows sets and lattice in a browser, without a server.",
+        ),
+    ] = None,
     plot_attention: Annotated[
         bool,
         typer.Option("--plot-attention", help="Draw attention to earlier sets as arcs, too."),
@@ -205,6 +214,7 @@ def generate(
         [
             Output("--output", output, is_result if prompts_file is None else RESULTS),
             Output("--prompt-cache", None if known_prompt else prompt_cache),
+            Output("--html", html, PAGE),
             *(Output("--plot", path, picture("lattice", "mask")) for path in plot or (None,)),
         ],
         {
@@ -353,18 +363,15 @@ def generate(
     if output is not None:
         with written.output(output):
             write_json(output, data)
+    if html is not None:
+        with written.output(html):
+            write_atomically(html, result.to_html())
     for drawing in plot or ():
         with written.output(drawing, "drawn"):
             if is_mask(drawing):
                 plot_mask(result, settings.visibility_rule, drawing)
             else:
-                chain = result.paths(1)[0].tokens if result.lattice.sets else None
-                plot_lattice(
-                    result,
-                    drawing,
-                    best=chain,
-                    attention=result.received_attention() if plot_attention else None,
-                )
+                result.plot(drawing, attention=plot_attention)
     written.finish()
     if interrupted:
         raise KeyboardInterrupt

@@ -20,6 +20,7 @@ from ..io.files import (
 )
 from ..plots.figure import drawn
 from ..text.printable import finite, json_text
+from ..view.html import BEGINNING
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,10 @@ def ending_with(mark: str) -> Callable[[Path], bool]:
 def picture(*kinds: str) -> Callable[[Path], bool]:
     """Recognises pictures of these kinds."""
     return lambda path: drawn(path.read_bytes(), kinds)
+
+
+#: Recognises pages of :mod:`tempo_mlx.view`.
+PAGE = beginning(BEGINNING.encode())
 
 
 class Written:

@@ -24,6 +24,7 @@ from .effects import PRINTED, require_effect, typed
 from .one_prompt import AS_IN_AN_EDITOR, read_prompt
 from .options import Model, Overwrite, output_file
 from .outputs import (
+    PAGE,
     Output,
     Written,
     beginning,
@@ -84,6 +85,13 @@ def search(
     plot: Annotated[
         Path | None, typer.Option(help="Draw the choices into this file (.svg, .png, .pdf).")
     ] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Write a page that shows the choices in a browser, without a server.",
+        ),
+    ] = None,
     dot: Annotated[
         Path | None,
         typer.Option(
@@ -121,6 +129,7 @@ def search(
         [
             Output("--output", output, is_result),
             Output("--dot", dot, DOT),
+            Output("--html", html, PAGE),
             Output("--plot", plot, picture("search")),
         ],
         {
@@ -198,6 +207,9 @@ def search(
     if dot is not None:
         with written.output(dot):
             write_atomically(dot, result.tree.to_dot(result.label))
+    if html is not None:
+        with written.output(html):
+            write_atomically(html, result.to_html())
     if plot is not None:
         with written.output(plot, "drawn"):
             plot_search(result, plot)

@@ -5,21 +5,34 @@ A result is data. What runs the model says so.
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from pathlib import Path as FilePath
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..arguments import check_count, shown
-from ..errors import TempoError
+from ..errors import MissingExtraError, TempoError
 from ..lattice.lattice import Lattice
 from ..models import PlainModel, PositionedModel
+from ..plots.lattice import plot_lattice
 from ..rules.posterior import viterbi
 from ..settings import Settings
 from ..text.vocabulary import Vocabulary
-from .verification import Verification, received_attention
+from ..view import page, snippet
+from .verification import Verification, received_attention, replayed_attention
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
 
 #: Version of the dictionary that :meth:`GenerationResult.to_dict` returns.
 SCHEMA = 2
+
+#: Columns of :meth:`GenerationResult.to_frame`.
+FRAME_COLUMNS = (
+    *("step", "position", "threshold", "kind", "id", "text", "probability"),
+    *("slot", "parent", "logprob", "pruned_at", "pruned_by", "score"),
+)
 
 #: Hypotheses that the search for the best paths keeps at each step, at least.
 BEAM = 8
@@ -40,6 +53,25 @@ class Path:
     tokens: list[int]
     logprob: float
     ended: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Attention:
+    """Attention weights of a run: how much the row of each slot attended to each slot.
+
+    Args:
+        weights: [L, H, T, S], fp32; T queries and S keys are the run's slots, the prompt's first.
+            Each row sums to 1, or to less where the model has attention sinks.
+        layers: number of each layer, [L].
+        slots: the text of each slot, [S].
+    """
+
+    weights: np.ndarray
+    layers: tuple[int, ...]
+    slots: list[str]
+
+    #: names of the axes of ``weights``
+    axes = ("layer", "head", "query", "key")
 
 
 def cut_at_stop(text: str, stops: Sequence[str]) -> str:
@@ -109,6 +141,26 @@ class GenerationResult:
             f"  {len(self.lattice)} steps, {self.lattice.n_tokens} tokens, "
             f"ended by {self.finish_reason}"
         )
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the sets in their places and the lattice, drawn by a script."""
+        return snippet(self._data_to_show(), self._as_text())
+
+    def to_html(self) -> str:
+        """A page with the picture that a notebook shows; it needs no server and no network."""
+        return page(self._data_to_show(), self._as_text())
+
+    def _as_text(self) -> str:
+        return self.prompt + self.lattice.as_text()
+
+    def _data_to_show(self) -> dict[str, Any]:
+        """:meth:`to_dict` as far as it is known without running the model."""
+        known = next((k for k in (5, 1) if self.knows_paths(k)), 0)
+        if known or self.known_best() is not None:
+            return self.to_dict(known)
+        lattice = self.lattice
+        steps = {"steps": lattice.steps_to_dict(), "prompt_tokens": lattice.prompt_tokens}
+        return {"prompt": self.prompt, "finish_reason": self.finish_reason, **steps}
 
     @property
     def text(self) -> str:
@@ -237,9 +289,84 @@ class GenerationResult:
             UnsupportedModelError: if the model's attention cannot be captured, or layers are
                 recurrent.
         """
+        return received_attention(self._capturing(), self.lattice, self.settings)
+
+    def _capturing(self) -> PositionedModel:
         if not isinstance(self.model, PositionedModel):
             raise TempoError("attention is captured with branching shared")
-        return received_attention(self.model, self.lattice, self.settings)
+        return self.model
+
+    def attention(self, layers: Sequence[int] | None = None) -> Attention:
+        """Attention weights of every slot to every slot, by one more pass of the model.
+
+        Args:
+            layers: attention layers by order of execution, from 0; None means all.
+
+        Raises:
+            ValueError: for a layer that the model does not have, or branching "replicate".
+            UnsupportedModelError: if the model's attention cannot be captured, or layers are
+                recurrent.
+        """
+        model = self._capturing()
+        chosen = tuple(range(model.n_layers) if layers is None else layers)
+        for layer in chosen:
+            check_count("layers", layer, 0, model.n_layers - 1)
+        found = replayed_attention(model, self.lattice, self.settings, chosen)
+        texts = [self.vocabulary.text(id) for id in self.lattice.prompt_tokens]
+        texts += [token.text for step in self.lattice.steps for token in step.tokens]
+        weights = np.stack([np.array(found[layer]) for layer in chosen])
+        return Attention(weights, chosen, texts)
+
+    def plot(self, path: str | FilePath | None = None, *, attention: bool = False) -> "Figure":
+        """Draw the lattice with the best path, as ``tempo-mlx generate --plot`` does.
+
+        Args:
+            path: file to save the picture in, ending in .svg, .png or .pdf; None for none.
+            attention: draw the strongest attention to earlier sets as arcs, by one more pass.
+
+        Returns:
+            Matplotlib's figure, which a notebook shows.
+
+        Raises:
+            ValueError: for a path that cannot be written or has another ending.
+            ImportError: if Matplotlib is missing.
+        """
+        best = self.known_best()
+        if best is None and self.knows_paths(1):
+            best = self.paths(1)[0].tokens
+        return plot_lattice(
+            self,
+            FilePath(path) if path is not None else None,
+            best=best if self.lattice.sets else None,
+            attention=self.received_attention() if attention else None,
+        )
+
+    def to_frame(self) -> "DataFrame":
+        """A pandas frame with a row for each token and each possible ending, in order of steps.
+
+        Its columns are those of the JSON's tokens and of their steps: ``step``, ``position``,
+        ``threshold``, ``kind`` ("token" or "ending"), ``id``, ``text``, ``probability``, ``slot``,
+        ``parent``, ``logprob`` (nats), ``pruned_at``, ``pruned_by``, ``score``. What a row does
+        not have is missing.
+
+        Raises:
+            ImportError: if pandas is missing.
+        """
+        try:
+            from pandas import DataFrame
+        except ModuleNotFoundError as error:
+            raise MissingExtraError("to_frame needs pandas: pip install pandas") from error
+        rows = []
+        for step in self.lattice.steps:
+            head = {"step": step.step, "position": step.position, "threshold": step.threshold}
+            for token in step.tokens:
+                rows.append({**head, "kind": "token", **token.to_dict()})
+            for ending in step.endings:
+                text = self.vocabulary.text(ending.id)
+                rows.append({**head, "kind": "ending", "text": text, **asdict(ending)})
+        frame = DataFrame(rows, columns=FRAME_COLUMNS)
+        whole = dict.fromkeys(("slot", "parent", "pruned_at"), "Int64")
+        return frame.astype(whole | {"logprob": float, "score": float})
 
     def chain(self) -> Path:
         """The best chain through the transitions that the run saw, without another pass.

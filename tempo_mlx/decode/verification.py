@@ -191,14 +191,28 @@ def received_attention(
         UnsupportedModelError: if the model's attention cannot be captured, or layers are recurrent.
         TempoError: see :func:`require_known`.
     """
-    model.require_capture()
-    model.require_replay()
-    recorder = AttentionRecorder(Capture(full=True))
-    mx.eval(replay(model, lattice, settings, recorder)[:1])
-    layers = [weights[0].mean(axis=0) for weights in recorder.weights.values()]  # [S, S] each
-    mean = np.array(mx.stack(layers).mean(axis=0))
+    found = replayed_attention(model, lattice, settings)
+    mean = np.array(mx.stack([weights.mean(axis=0) for weights in found.values()]).mean(axis=0))
     slots = {step.step: [token.slot for token in step.tokens] for step in lattice.steps}
     return {step: mean[rows].mean(axis=0) for step, rows in slots.items() if rows}
+
+
+def replayed_attention(
+    model: PositionedModel,
+    lattice: Lattice,
+    settings: Settings,
+    layers: tuple[int, ...] | None = None,
+) -> dict[int, mx.array]:
+    """Attention weights [H, S, S], queries x keys, of each layer, by one uncached pass.
+
+    Raises:
+        As :func:`received_attention`.
+    """
+    model.require_capture()
+    model.require_replay()
+    recorder = AttentionRecorder(Capture(layers, full=True))
+    mx.eval(replay(model, lattice, settings, recorder)[:1])
+    return {layer: weights[0] for layer, weights in recorder.weights.items()}
 
 
 def replay(

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from ..view import snippet
+
 #: ``pruned_at`` of a slot that lives.
 NEVER = np.iinfo(np.int64).max
 
@@ -271,6 +273,19 @@ class Lattice:
             if pruned:
                 token.pruned_at, token.pruned_by = decision.step, rule
                 self._pruned_at[slot] = ERASED if erase else decision.step
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows, drawn by a script; a lattice does not know its prompt's text."""
+        data = {"prompt_tokens": self.prompt_tokens, "steps": self.steps_to_dict()}
+        return snippet(data, self.as_text())
+
+    def as_text(self) -> str:
+        """The steps as a terminal shows them, pruned tokens between tildes."""
+        from .rendering import StepWriter, plain
+
+        writer = StepWriter()
+        spans = [span for step in self.steps for span in writer.write(step)]
+        return plain([*spans, *writer.finish()])
 
     def __len__(self) -> int:
         """Steps with tokens."""

@@ -8,7 +8,6 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..decode.result import GenerationResult
 from ..errors import MissingExtraError, TempoError
 from ..io.files import check_writable, write_atomically
 from ..lattice.lattice import Lattice
@@ -17,6 +16,8 @@ from .labels import fonts, readable, width
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from ..decode.result import GenerationResult
 
 MISSING = "plots need Matplotlib: pip install 'tempo-mlx[plots]'"
 
@@ -108,9 +109,9 @@ def _quiet(name: str) -> Iterator[None]:
 
 def blank(width: float, height: float) -> tuple["Figure", Any]:
     """A figure of width x height points, and axes that fill it; y grows downwards."""
-    from matplotlib.figure import Figure
+    from .picture import Picture
 
-    figure = Figure(figsize=(width / POINTS_PER_INCH, height / POINTS_PER_INCH))
+    figure = Picture(figsize=(width / POINTS_PER_INCH, height / POINTS_PER_INCH))
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0))
     axes.set_axis_off()
     return figure, axes
@@ -154,7 +155,7 @@ SHOWN = ("rule", "threshold", "visibility")
 UNSEEN = ("max_tokens", "prefill_step_size", "stop", "compact_above")
 
 
-def draw_title(axes: Any, page_width: float, run: GenerationResult | Lattice, note: str) -> None:
+def draw_title(axes: Any, page_width: float, run: "GenerationResult | Lattice", note: str) -> None:
     """The prompt, and below it the settings that make the run what it is, and a note."""
     if isinstance(run, Lattice):
         title, details = f"{len(run.prompt_tokens)} prompt tokens, {len(run)} steps", []

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..decode.result import GenerationResult
 from ..errors import TempoError
 from ..lattice.lattice import Lattice
 from .figure import (
@@ -42,6 +41,8 @@ from .layout import (
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from ..decode.result import GenerationResult
+
 #: Arcs of one step at most, the strongest.
 ARCS = 3
 
@@ -60,19 +61,19 @@ HIGHLIGHT: dict[str, Any] = {"color": ORANGE, "alpha": 0.45, "linewidth": 7, "zo
 
 
 def plot_lattice(
-    run: GenerationResult | Lattice,
-    path: Path,
+    run: "GenerationResult | Lattice",
+    path: Path | None = None,
     *,
     best: Sequence[int] | None = None,
     attention: Mapping[int, np.ndarray] | None = None,
-) -> None:
-    """Draw a lattice and save it as SVG, PNG or PDF.
+) -> "Figure":
+    """Draw a lattice, and save it as SVG, PNG or PDF where a path is given.
 
     A token is the larger, the more probable it is; pruned ones are faded and struck through.
 
     Args:
         run: a result, or its lattice alone, which does not know the prompt's text.
-        path: the file; its ending names the format.
+        path: of the file, whose ending names the format; None for none.
         best: token ids of the path to draw through, one for each set that has live tokens.
         attention: step -> the attention that its rows paid to each slot, [n_slots]. Drawn as arcs
             to tokens of earlier sets of several, the strongest :data:`ARCS` of each step.
@@ -82,17 +83,21 @@ def plot_lattice(
             a path of this lattice, or attention of a step that it does not have.
         ImportError: if Matplotlib is missing.
     """
-    check_plot(path)
+    if path is not None:
+        check_plot(path)
     with look():
-        save(lattice_figure(run, best, attention), path, "lattice")
+        figure = lattice_figure(run, best, attention)
+        if path is not None:
+            save(figure, path, "lattice")
+    return figure
 
 
 def lattice_figure(
-    run: GenerationResult | Lattice,
+    run: "GenerationResult | Lattice",
     best: Sequence[int] | None = None,
     attention: Mapping[int, np.ndarray] | None = None,
 ) -> "Figure":
-    """The figure that :func:`plot_lattice` saves, made inside :func:`~.figure.look`.
+    """The figure that :func:`plot_lattice` draws, made inside :func:`~.figure.look`.
 
     Its artists have names: ``token-SLOT``, ``strike-SLOT``, ``best-path``, ``arc-STEP-SLOT``.
     """

@@ -6,12 +6,15 @@ Lengths are in points, y grows downwards.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from ..decode.result import GenerationResult
 from ..errors import TempoError
 from ..lattice.lattice import Lattice, Step, Token
 from .figure import MARGIN, TITLE
 from .labels import label, width
+
+if TYPE_CHECKING:
+    from ..decode.result import GenerationResult
 
 #: Prompt tokens that are shown, the last ones.
 PROMPT_TOKENS = 6
@@ -189,7 +192,7 @@ def stack(columns: list[Column], top: float) -> float:
     return lowest
 
 
-def prompt_columns(run: GenerationResult | Lattice) -> list[Column]:
+def prompt_columns(run: "GenerationResult | Lattice") -> list[Column]:
     """The last tokens of the prompt, behind an ellipsis if there are more."""
     ids = (run if isinstance(run, Lattice) else run.lattice).prompt_tokens
     first = max(0, len(ids) - PROMPT_TOKENS)

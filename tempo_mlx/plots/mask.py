@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..decode.result import GenerationResult
 from ..lattice.lattice import NEVER, Lattice, Slots
 from ..rules.visibility import Visibility, may_attend, visibility_of
 from .figure import (
@@ -28,6 +27,8 @@ from .labels import label, width
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from ..decode.result import GenerationResult
+
 #: Prompt tokens that are shown, the last ones.
 PROMPT_TOKENS = 8
 
@@ -47,7 +48,7 @@ NUMBERS = 20
 NUMBER_SIZE = 6.5
 
 
-def plot_mask(run: GenerationResult | Lattice, visibility: Visibility | str, path: Path) -> None:
+def plot_mask(run: "GenerationResult | Lattice", visibility: Visibility | str, path: Path) -> None:
     """Draw which slot saw which, and save it as SVG, PNG or PDF.
 
     Args:
@@ -82,7 +83,7 @@ def visibility_matrix(slots: Slots, visibility: Visibility | str, shown: np.ndar
     return np.where(allowed, 1, np.where(by_rule, 2, 0))
 
 
-def mask_figure(run: GenerationResult | Lattice, visibility: Visibility | str) -> "Figure":
+def mask_figure(run: "GenerationResult | Lattice", visibility: Visibility | str) -> "Figure":
     """The figure that :func:`plot_mask` saves, made inside :func:`~.figure.look`."""
     from matplotlib.colors import ListedColormap
 
@@ -136,7 +137,7 @@ def mask_figure(run: GenerationResult | Lattice, visibility: Visibility | str) -
     return figure
 
 
-def slot_labels(run: GenerationResult | Lattice, first: int) -> list[str]:
+def slot_labels(run: "GenerationResult | Lattice", first: int) -> list[str]:
     """The texts of the slots from ``first`` on."""
     lattice = run if isinstance(run, Lattice) else run.lattice
     texts = []

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import TempoError
-from ..search import SearchResult
 from .figure import (
     BLUE,
     GREY,
@@ -26,6 +25,8 @@ from .layout import Placed, page_width, place
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from ..search import SearchResult
 
 #: Children drawn for each token, the most visited ones; and the height of one, in points.
 SHOWN, ROW = 8, 26.0
@@ -59,7 +60,7 @@ class Column(Placed):
         return min(WIDEST, max(NARROWEST, widest + VALUE))
 
 
-def plot_search(result: SearchResult, path: Path) -> None:
+def plot_search(result: "SearchResult", path: Path) -> None:
     """Draw a search into a file: a column for each token, its candidates by visits.
 
     Bars are as long as a candidate's share of the visits; the chosen ones are joined.
@@ -77,7 +78,7 @@ def plot_search(result: SearchResult, path: Path) -> None:
         save(search_figure(result), path, "search")
 
 
-def search_figure(result: SearchResult) -> "Figure":
+def search_figure(result: "SearchResult") -> "Figure":
     """The figure that :func:`plot_search` saves, made inside :func:`~.figure.look`."""
     if not result.choices:
         raise TempoError("a search that chose no token has nothing to draw")

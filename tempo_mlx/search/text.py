@@ -18,6 +18,7 @@ from ..rules.rule import name_of
 from ..settings import given
 from ..text.printable import quoted
 from ..text.vocabulary import Prompt, Vocabulary, encode_prompt
+from ..view import page, snippet
 from .environment import Batched, TextEnvironment, Value
 from .monte_carlo import SearchError, TreeSearch
 from .settings import SearchSettings
@@ -104,6 +105,14 @@ class SearchResult:
         action = int(tree.action[node])
         text = self.vocabulary.text(action) if action >= 0 else ""
         return f"{quoted(text)} {int(tree.visits[node])} x {tree.value[node]:.3f}"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: each token with what was tried for it, drawn by a script."""
+        return snippet(self.to_dict(), self.prompt + self.text)
+
+    def to_html(self) -> str:
+        """A page with the picture that a notebook shows; it needs no server and no network."""
+        return page(self.to_dict(), self.prompt + self.text)
 
     def to_dict(self) -> dict[str, Any]:
         """The search as JSON-ready data, schema version 2."""

@@ -1,10 +1,14 @@
 """What a Python user sees: public names, a result in three lines, hints at typing errors."""
 
+import sys
 from importlib.metadata import version
 
 import tempo_mlx
 from tempo_mlx import GenerationResult, Lattice, Path, Settings, generate, load
+from tempo_mlx.lattice.lattice import Ending
+from tempo_mlx.plots import plot_lattice
 
+import numpy as np
 import pytest
 
 
@@ -41,3 +45,62 @@ def test_a_typing_error_gets_a_hint_and_the_names_in_order(folder):
     with pytest.raises(TypeError) as error:
         generate(model, tokenizer, "The cat", qqq=0.1)
     assert "did you mean" not in str(error.value)
+
+
+def test_attention_is_that_of_each_layer_and_sums_to_what_was_received(folder):
+    model, tokenizer = load(folder)
+    result = generate(model, tokenizer, "The cat", max_tokens=4, threshold=0.01, max_parallel=3)
+    found = result.attention()
+    layers, heads, queries, keys = found.weights.shape
+    assert found.axes == ("layer", "head", "query", "key")
+    assert found.layers == tuple(range(layers)) and len(found.slots) == queries == keys
+    np.testing.assert_allclose(found.weights.sum(axis=-1), 1, atol=1e-5)
+    mean = found.weights.mean(axis=(0, 1))
+    for step, paid in result.received_attention().items():
+        rows = [token.slot for token in result.lattice.steps[step].tokens]
+        np.testing.assert_allclose(mean[rows].mean(axis=0), paid, atol=1e-6)
+    # A token of a set with parents sees the prompt, its ancestors and itself: nothing else.
+    token = result.lattice.steps[-1].tokens[-1]
+    chain = {each.slot for each in result.lattice.tokens_to(token.slot)}
+    prompt = set(range(len(result.lattice.prompt_tokens)))
+    assert set(np.flatnonzero(found.weights[:, :, token.slot].max(axis=(0, 1)))) == chain | prompt
+    assert found.slots[token.slot] == token.text
+    np.testing.assert_array_equal(result.attention([1]).weights[0], found.weights[1])
+    with pytest.raises(ValueError, match=f"layers must be at most {layers - 1}, got {layers}"):
+        result.attention(layers=[layers])
+
+
+def test_a_frame_has_a_row_for_each_token_and_ending(folder):
+    model, tokenizer = load(folder)
+    result = generate(model, tokenizer, "The cat", max_tokens=4, threshold=0.01, max_parallel=3)
+    end = result.vocabulary.end_tokens
+    result.lattice.steps[1].endings.append(Ending(next(iter(end)), 0.25))
+    frame = result.to_frame()
+    tokens = frame[frame["kind"] == "token"]
+    data = [token for step in result.to_dict()["steps"] for token in step["tokens"]]
+    assert len(tokens) == len(data) and len(frame) == len(data) + 1
+    for name in ("id", "text", "probability", "slot", "parent", "logprob"):
+        assert tokens[name].tolist() == [token[name] for token in data]
+    assert tokens["pruned_at"].isna().all() and tokens["pruned_at"].dtype == "Int64"
+    ending = frame[frame["kind"] == "ending"].iloc[0]
+    assert (ending["step"], ending["probability"]) == (1, 0.25)
+
+
+def test_without_pandas_a_frame_is_refused_in_one_line(folder, monkeypatch):
+    model, tokenizer = load(folder)
+    result = generate(model, tokenizer, "The cat", max_tokens=1)
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ImportError, match="^to_frame needs pandas: pip install pandas$"):
+        result.to_frame()
+
+
+def test_plot_draws_what_the_command_draws_and_shows_itself(folder, tmp_path):
+    model, tokenizer = load(folder)
+    result = generate(model, tokenizer, "The cat", max_tokens=4, threshold=0.01, max_parallel=3)
+    figure = result.plot(tmp_path / "a.svg")
+    plot_lattice(result, tmp_path / "b.svg", best=result.paths(1)[0].tokens)
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+    assert figure._repr_png_().startswith(b"\x89PNG")
+    assert "best-path" in [artist.get_gid() for artist in figure.axes[0].get_children()]
+    result.plot(tmp_path / "c.svg", attention=True)
+    assert 'id="arc-' in (tmp_path / "c.svg").read_text()
