@@ -8,14 +8,9 @@ import numpy as np
 
 from ..errors import TempoError
 from ..plots.figure import (
-    BLUE,
-    GREEN,
     GREY,
     INK,
-    ORANGE,
     PALE,
-    PURPLE,
-    SKY,
     check_plot,
     cut,
     look,
@@ -32,8 +27,9 @@ if TYPE_CHECKING:
 #: Kind of picture, in the metadata of the files.
 KIND = "experiment"
 
-#: Colours and markers of the conditions; they repeat after the last.
-COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY, GREY)
+#: Colours and markers of the conditions, the same in every picture; they repeat after the last.
+#: Paul Tol's muted ones, none of which the pictures of single runs use.
+COLOURS = ("#332288", "#cc6677", "#44aa99", "#999933", "#882255", "#88ccee")
 MARKS = "osD^vP"
 #: Opacity of bands and of single prompts.
 FAINT = 0.18
@@ -157,7 +153,7 @@ def prompts_figure(analysis: "Analysis", measure: str) -> "Figure | None":
     axes.axhline(y + 0.1, color=PALE, linewidth=1)
     gap = 0.5 / max(1, len(conditions))
     for i, condition in enumerate(conditions):
-        style = _style(i)
+        style = _style(analysis, condition)
         shift = (i - (len(conditions) - 1) / 2) * gap
         mine = found[(found["condition"] == condition) & found["prompt_id"].isin(rows)]
         heights = mine["prompt_id"].map(rows).to_numpy(float) + shift
@@ -197,7 +193,7 @@ def categories_figure(analysis: "Analysis", measure: str) -> "Figure | None":
     axes.axhline(0, color=GREY, linewidth=0.8)
     width = 0.8 / max(1, len(conditions))
     for i, condition in enumerate(conditions):
-        style = _style(i)
+        style = _style(analysis, condition)
         for place, category in enumerate(categories):
             middle = place + (i - (len(conditions) - 1) / 2) * width
             mine = found[(found["condition"] == condition) & (found["category"] == category)]
@@ -240,8 +236,8 @@ def distances_figure(analysis: "Analysis", measure: str) -> "Figure | None":
     figure, panels = _panels(len(conditions), 3.0, share=True)
     for axes, condition in zip(panels, conditions, strict=True):
         mine = found[found["condition"] == condition].sort_values("distance")
-        for name, colour, mark in (("siblings", ORANGE, "o"), ("controls", BLUE, "s")):
-            style = {"color": colour, "marker": mark}
+        siblings, controls = _style(analysis, condition), {"color": GREY, "marker": "x"}
+        for name, style in (("siblings", siblings), ("controls", controls)):
             _band(axes, mine["distance"], mine, name, style, name)
         _title(axes, cut(condition, TITLE_ROOM))
         axes.set_xlabel("distance from the query, in steps")
@@ -265,11 +261,12 @@ def kl_figure(analysis: "Analysis", measure: str) -> "Figure | None":
         mine = found[(found["condition_a"] == first) & (found["condition_b"] == second)]
         mine = mine.sort_values("step")
         a, b = cut(first, CONDITION_ROOM), cut(second, CONDITION_ROOM)
-        for name, label, (colour, mark) in (
-            ("kl_ab", f"KL({a} ‖ {b})", (BLUE, "o")),
-            ("kl_ba", f"KL({b} ‖ {a})", (ORANGE, "s")),
+        for name, label, condition in (
+            ("kl_ab", f"KL({a} ‖ {b})", first),
+            ("kl_ba", f"KL({b} ‖ {a})", second),
         ):
-            _band(axes, mine["step"], mine, name, {"color": colour, "marker": mark}, label)
+            # Of the condition whose distribution the divergence is an average over.
+            _band(axes, mine["step"], mine, name, _style(analysis, condition), label)
         axes.set_xlabel("step (after step 0 the sets may differ)")
         axes.legend(frameon=False, loc="upper left", labelcolor=INK)
         _whole(axes.xaxis)
@@ -310,7 +307,8 @@ def _whole_effects(analysis: "Analysis", measure: str) -> "DataFrame":
     return effects[(effects["grouping"] == "overall") & effects["mean"].notna()]
 
 
-def _style(i: int) -> dict[str, Any]:
+def _style(analysis: "Analysis", condition: str) -> dict[str, Any]:
+    i = list(analysis.info["conditions"]).index(condition)
     return {"color": COLOURS[i % len(COLOURS)], "marker": MARKS[i % len(MARKS)]}
 
 

@@ -6,6 +6,7 @@ The words are in ``templates/report.md.j2``; the HTML is that Markdown, rendered
 import re
 from base64 import b64encode
 from collections.abc import Mapping
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,14 @@ from .summary import each
 
 HTML, MARKDOWN = "report.html", "report.md"
 PLOTS = "plots"
+
+#: The line below a table's head, what separates cells, and what a cell of numbers holds: one with
+#: its sign or unit, one with another in brackets, an interval with a note, or nothing.
+RULE, CELLS = re.compile(r"\|(---\|)+"), re.compile(r"(?<!\\)\|")
+_NUMBER = r"[+\-−]?(\d[\d.]*(e[+-]?\d+)?|inf|nan)%?"
+NUMERIC = re.compile(
+    rf"–?|n too small|{_NUMBER}( \({_NUMBER}\))?|({_NUMBER} )?\[{_NUMBER}, {_NUMBER}\]( .*)?"
+)
 
 #: Last line of both files, a comment in both languages, which marks a file as a report.
 MARK = "<!-- tempo-mlx experiment report -->\n"
@@ -94,7 +103,21 @@ def to_markdown(analysis: Analysis, title: str, pictures: Mapping[str, str]) -> 
             with_holm=with_holm,
         )
     )
-    return re.sub(r"\n{3,}", "\n\n", text)
+    return right_aligned(re.sub(r"\n{3,}", "\n\n", text))
+
+
+def right_aligned(markdown: str) -> str:
+    """The Markdown with every column of a table that holds only numbers aligned to the right."""
+    lines = markdown.split("\n")
+    for i, line in enumerate(lines):
+        if not RULE.fullmatch(line):
+            continue
+        rows = list(takewhile(lambda row: row.startswith("|"), lines[i + 1 :]))
+        cells = ([cell.strip() for cell in CELLS.split(row)[1:-1]] for row in rows)
+        columns = zip(*cells, strict=True)
+        marks = ("---:" if all(map(NUMERIC.fullmatch, column)) else "---" for column in columns)
+        lines[i] = f"|{'|'.join(marks)}|"
+    return "\n".join(lines)
 
 
 def to_html(markdown: str, title: str, folder: Path) -> str:

@@ -40,9 +40,17 @@ MARKS = (
     (b"%PDF", b"/Creator (", b")"),
 )
 
-# Okabe and Ito's colours, which the common kinds of colour blindness keep apart, and greys.
-INK, GREY, PALE = "#1a1a1a", "#7a7a7a", "#ededed"
-BLUE, SKY, GREEN, ORANGE, PURPLE = "#0072b2", "#56b4e9", "#009e73", "#e69f00", "#a3447e"
+# Each colour means one thing in all pictures. They are Okabe and Ito's, which the common kinds of
+# colour blindness keep apart, and greys.
+INK = "#1a1a1a"  # the text that was chosen
+GREY = "#7a7a7a"  # axes, notes, and what was pruned
+PALE = "#ededed"  # the ground
+BLUE = "#0072b2"  # tokens, and what concerns their probabilities
+SKY = "#56b4e9"  # the same, of tokens that were not chosen
+ORANGE = "#e69f00"  # the path that was chosen
+GREEN = "#009e73"  # attention
+MINT = "#7fceb9"  # what may be attended to
+PURPLE = "#a3447e"  # the end of a text
 
 
 def check_plot(path: Path, argument: str = "--plot") -> None:

@@ -54,7 +54,7 @@ LOOKS: dict[str, dict[str, Any]] = {
     "prompt": {"color": GREY},
     "token": {"color": BLUE},
     "best": {"color": INK, "weight": "bold"},
-    "pruned": {"color": GREY, "alpha": 0.6},
+    "pruned": {"color": GREY, "alpha": 0.85},
     "ending": {"color": PURPLE, "style": "italic"},
 }
 HIGHLIGHT: dict[str, Any] = {"color": ORANGE, "alpha": 0.45, "linewidth": 7, "zorder": 2}
@@ -154,7 +154,8 @@ def draw_cell(axes: Any, cell: Cell) -> None:
     style = {"size": cell.size, "ha": "center", "parse_math": False, "zorder": 3}
     axes.text(cell.x, cell.y, cell.text, gid=name, **style, **LOOKS[cell.kind])
     if cell.kind == "pruned":
-        stroke = {"color": GREY, "linewidth": 0.8, "zorder": 4}
+        # Behind the letters, which stay readable.
+        stroke = {"color": GREY, "alpha": 0.6, "linewidth": 0.6, "zorder": 2}
         name = f"strike-{cell.token.slot}" if cell.token is not None else None
         axes.plot([cell.left - 1, cell.right + 1], [cell.middle] * 2, gid=name, **stroke)
 

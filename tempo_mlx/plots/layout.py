@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from ..errors import TempoError
 from ..lattice.lattice import Lattice, Step, Token
 from .figure import MARGIN, TITLE
-from .labels import label, width
+from .labels import aside, label, width
 
 if TYPE_CHECKING:
     from ..decode.result import GenerationResult
@@ -221,9 +221,10 @@ def step_columns(lattice: Lattice, best: Sequence[Token]) -> list[Column]:
         found: list[tuple[float, Cell]] = []
         for token in step.tokens:
             kind = "best" if token.slot in on_path else "token"
+            text = label(token.text, token.id)
             if token.pruned_at is not None:
-                kind = "pruned"
-            cell = Cell(label(token.text, token.id), font_size(token.probability), kind, token)
+                kind, text = "pruned", aside(text)
+            cell = Cell(text, font_size(token.probability), kind, token)
             found.append((token.probability, cell))
         for ending in step.endings:
             size = font_size(ending.probability)

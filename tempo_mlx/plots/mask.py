@@ -12,9 +12,8 @@ from .figure import (
     GREY,
     INK,
     MARGIN,
-    ORANGE,
+    MINT,
     PALE,
-    SKY,
     TITLE,
     blank,
     check_plot,
@@ -22,7 +21,7 @@ from .figure import (
     look,
     save,
 )
-from .labels import label, width
+from .labels import aside, label, width
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
 PROMPT_TOKENS = 8
 
 #: Meaning and colour of each number in :func:`visibility_matrix`.
-MEANINGS = (("not visible", PALE), ("visible", SKY), ("pruned", ORANGE))
+MEANINGS = (("not visible", PALE), ("visible", MINT), ("pruned", GREY))
 
 # Lengths are in points.
 LARGEST_CELL = 12.0
@@ -122,7 +121,7 @@ def mask_figure(run: "GenerationResult | Lattice", visibility: Visibility | str)
     )
     draw_lines(axes, left, top, cell, lattice.slots[shown])
     for i in labelled:
-        # On a baseline, so that a full stop looks like one.
+        # On a baseline, so that a comma looks like one.
         baseline = (i + 0.5) * cell + 0.28 * size
         name = {"size": size, "parse_math": False}
         axes.text(left - 3, top + baseline, texts[i], ha="right", **name)
@@ -142,9 +141,10 @@ def slot_labels(run: "GenerationResult | Lattice", first: int) -> list[str]:
     lattice = run if isinstance(run, Lattice) else run.lattice
     texts = []
     for id in lattice.prompt_tokens[first:]:
-        texts.append(label("" if isinstance(run, Lattice) else run.vocabulary.text(id), id))
+        text = "" if isinstance(run, Lattice) else run.vocabulary.text(id)
+        texts.append(aside(label(text, id)))
     for step in lattice.steps:
-        texts.extend(label(token.text, token.id) for token in step.tokens)
+        texts.extend(aside(label(token.text, token.id)) for token in step.tokens)
     # The last set has no slots where nothing was computed from it.
     return texts[: lattice.n_slots - first]
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..rules.schedules import Bezier, Relu, Schedule
-from .figure import BLUE, GREY, INK, ORANGE, PALE, check_plot, look, save
+from .figure import BLUE, GREY, INK, PALE, check_plot, look, save
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -60,10 +60,10 @@ def schedule_figure(schedule: Schedule, total_steps: int, base: float) -> "Figur
         axes.plot(steps, heights, "o", color=BLUE, markersize=3, clip_on=False, gid="steps")
     points = [(t * total_steps, base * f) for t, f in control_points(schedule)]
     if points:
-        axes.plot(*zip(*points, strict=True), "--", color=ORANGE, linewidth=1, zorder=1)
+        axes.plot(*zip(*points, strict=True), "--", color=GREY, linewidth=1, zorder=1)
     for i, (t, f) in enumerate(control_points(schedule)[1:-1], start=1):
         point = (t * total_steps, base * f)
-        axes.plot(*[[value] for value in point], "s", color=ORANGE, markersize=5, gid="control")
+        axes.plot(*[[value] for value in point], "s", color=GREY, markersize=5, gid="control")
         name = f"p{i} = {f:g}" if isinstance(schedule, Bezier) else f"activation {t:g}"
         # On the side where the curve is not.
         above = f >= schedule(t)

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import TempoError
 from .figure import (
-    BLUE,
     GREY,
     INK,
     MARGIN,
+    ORANGE,
     PALE,
     SKY,
     TITLE,
@@ -104,13 +104,13 @@ def search_figure(result: "SearchResult") -> "Figure":
             if candidate.chosen:
                 middle = y + 15.5
                 if before is not None:
-                    axes.plot([before[0], column.left], [before[1], middle], color=BLUE, lw=1)
+                    axes.plot([before[0], column.left], [before[1], middle], color=ORANGE, lw=1.5)
                 after = column.right, middle
         before = after
     axes.text(
         MARGIN,
         top + height + 18,
-        "bars: share of the visits; small numbers: values; in blue what was chosen",
+        "bars: share of the visits; small numbers: values; in orange what was chosen",
         size=8,
         color=GREY,
     )
@@ -122,7 +122,7 @@ def _draw(axes: Any, column: Column, candidate: Candidate, y: float) -> None:
     left, right, bar = column.left, column.right, (y + 13, y + 18)
     axes.fill_between([left, right], *bar, color=PALE, linewidth=0)
     filled = left + column.width * candidate.share
-    axes.fill_between([left, filled], *bar, color=BLUE if candidate.chosen else SKY, linewidth=0)
+    axes.fill_between([left, filled], *bar, color=ORANGE if candidate.chosen else SKY, linewidth=0)
     text = cut(candidate.text, (column.width - VALUE + 4) / SIZE, bold=candidate.chosen)
     axes.text(
         left,

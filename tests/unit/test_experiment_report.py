@@ -23,7 +23,13 @@ from tempo_mlx.experiments.pictures import (
     plot_experiment,
     prompts_figure,
 )
-from tempo_mlx.experiments.report import MOST_ROWS, markdown_cell, to_markdown, write_report
+from tempo_mlx.experiments.report import (
+    MOST_ROWS,
+    markdown_cell,
+    right_aligned,
+    to_markdown,
+    write_report,
+)
 from tempo_mlx.plots.figure import look
 from tests.synthetic_experiment import CATEGORIES, Planted
 
@@ -120,13 +126,36 @@ def test_rows_of_a_table_are_as_long_as_its_head(folder, analysis):
     widths = [len(re.findall(r"(?<!\\)\|", line)) for line in lines]
     tables = 0
     for i, line in enumerate(lines):
-        if re.fullmatch(r"\|(---\|)+", line):
+        if re.fullmatch(r"\|(---:?\|)+", line):
             tables += 1
             assert widths[i - 1] == widths[i] and lines[i - 2] == ""
             rows = list(itertools.takewhile(lambda row: row > 0, widths[i + 1 :]))
             assert rows and set(rows) == {widths[i]}, lines[i - 1]
     page = Page((folder / "report.html").read_text())
     assert tables == page.tags.count("table") > 12
+
+
+def test_the_report_begins_with_its_answer_and_one_picture(folder, analysis):
+    text = (folder / "report.md").read_text()
+    answer = text.split("## ")[1]
+    assert answer.startswith("Answer") and answer.count("![") == 1 and "|" not in answer
+    effects = analysis["effects"]
+    whole = effects[(effects["grouping"] == "overall") & (effects["measure"] == "token")]
+    assert len(whole) == answer.count("\n- ") > 1
+    for row in whole.itertuples():
+        assert f"- {row.condition}: more, {number(row.mean, signed=True)} of" in answer
+    # What only a machine asks for stands at the end.
+    assert text.index("## Limits") < text.index("Where it was run") < text.index("## All tables")
+
+
+def test_columns_of_numbers_are_aligned_to_the_right():
+    table = """
+| a | b | c | d |
+|---|---|---|---|
+| x\\|1 | +0.1 | [-0.1, +2e-05] | 0.01 (0.2) |
+| 1 | – | n too small | 7% |
+"""
+    assert right_aligned(table) == table.replace("|---|---|---|---|", "|---|---:|---:|---:|")
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from tempo_mlx.decode.result import GenerationResult
 from tempo_mlx.lattice.lattice import Ending, Lattice, Step, Token
 from tempo_mlx.plots import check_plot, plot_lattice, plot_mask, plot_schedule
 from tempo_mlx.plots.figure import DPI, drawn, look
-from tempo_mlx.plots.labels import LONGEST, label
+from tempo_mlx.plots.labels import LONGEST, aside, label
 from tempo_mlx.plots.lattice import ARCS, lattice_figure
 from tempo_mlx.plots.layout import MARGIN, NARROWEST_PAGE, PAGE_WIDTH
 from tempo_mlx.plots.mask import PROMPT_TOKENS, mask_figure
@@ -123,8 +123,11 @@ def test_every_token_of_the_lattice_is_text_of_the_svg(tmp_path):
     lattice = busy_lattice()
     plot_lattice(make_result(lattice), tmp_path / "lattice.svg")
     expected = Counter(
-        label(token.text, token.id) for step in lattice.steps for token in step.tokens
+        label(token.text, token.id) if token.pruned_at is None else aside(label(token.text, 0))
+        for step in lattice.steps
+        for token in step.tokens
     )
+    assert expected["“,”"] > 1 and expected[","] > 1
     assert expected["·determined"] > 1 and expected["⏎"] > 1
     found = svg_texts(tmp_path / "lattice.svg")
     # What else is written: the key repeats no token's text.
@@ -327,6 +330,8 @@ def test_the_title_names_settings_that_differ_from_their_defaults():
         ("\x00" + "0" * 8, "\\x000×8"),
         ("\n" * 9, "⏎×9"),
         ("\U0010fffd", "\\U0010fffd"),
+        ("⟨e3 81⟩", "⟨e3 81⟩"),
+        ("a ⟨e3 81⟩ b", "a␣⟨e3 81⟩␣b"),
         ("$x^2$", "$x^2$"),
         ("café", "café"),
         ("abc" * 20, ("abc" * 20)[: LONGEST - 1] + "…"),
@@ -334,6 +339,14 @@ def test_the_title_names_settings_that_differ_from_their_defaults():
 )
 def test_labels(text, shown):
     assert label(text, 7) == shown
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [(",", "“,”"), (" -", "“·-”"), (" cat", "·cat"), ("'s", "'s"), ("\n", "⏎"), (" ", "␣")],
+)
+def test_punctuation_that_stands_apart_is_in_quotes(text, shown):
+    assert aside(label(text, 7)) == shown
 
 
 @given(st.text(max_size=60))
