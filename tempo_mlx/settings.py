@@ -52,7 +52,11 @@ BRANCHING = ("shared", "replicate")
 
 
 _TREES = "Trees"
+_SPEED = "Speed"
 _MLX = "As in mlx-lm"
+
+#: Sources of drafts.
+DRAFTS = ("auto", "lookup", "recycle", "none")
 
 #: Largest penalty on a logit.
 MOST_PENALTY = 1e6
@@ -239,6 +243,18 @@ class Settings:
     json_schema: Mapping[str, Any] | None = json_schema_setting()
     regex: str | None = regex_setting()
     grammar: str | None = lark_setting()
+    draft: str = setting(
+        "auto",
+        Choice(DRAFTS),
+        "Where tokens come from that are read before they are known to be right, several in one "
+        "pass; results are the same. lookup: what followed the text's last tokens before. recycle: "
+        "what last followed each token. auto: lookup, where it is measured to be faster. none: "
+        "nothing is drafted.",
+        panel=_SPEED,
+    )
+    num_draft_tokens: int = setting(
+        16, Count(), "Tokens drafted in one pass at most. At least 1.", panel=_SPEED
+    )
     prefill_step_size: int = setting(
         2048, Count(), "Prompt tokens in one forward pass; smaller needs less memory. At least 1."
     )
@@ -470,6 +486,10 @@ class Settings:
         own = {n: source_of(rule) for n, rule in self.values().items() if isinstance(rule, Named)}
         settings = first_names(self.to_dict(), Settings)
         for name, entry in table(Settings).items():
+            if entry.panel == _SPEED:
+                # Results are the same.
+                del settings[name]
+                continue
             # Settings that earlier versions did not have.
             later = entry.panel in (_MLX, GRAMMARS) or entry.kind.python_only
             if later and getattr(self, name) == getattr(Settings, name):

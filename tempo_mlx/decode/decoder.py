@@ -6,12 +6,25 @@ combines the rows of that pass into the next distributions.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import mlx.core as mx
 import numpy as np
 from mlx_lm.generate import generation_stream
 
+from ..drafts import (
+    Draft,
+    Drafter,
+    FollowerTable,
+    PassCosts,
+    Source,
+    SuffixLookup,
+    TokenRecycling,
+    pass_costs,
+    plan,
+)
+from ..drafts.recycling import FOLLOWERS
 from ..errors import TempoError
 from ..models import Capture, PositionedModel, SlotStore
 from ..numerics import log_softmax, softmax
@@ -30,6 +43,21 @@ CLEAR_CACHE_EVERY = 256
 
 class CacheBudgetError(TempoError):
     """A run does not fit into the memory that its cache may take."""
+
+
+@dataclass(frozen=True, eq=False)
+class Offer:
+    """Rows of a pass that make one or several of a run's next distributions.
+
+    Args:
+        request: the run.
+        weights: of the rows: selection probabilities of the tokens that were read, [n].
+        ahead: drafted tokens that lead from the last set to the one token that was read.
+    """
+
+    request: Request
+    weights: np.ndarray
+    ahead: tuple[int, ...] = ()
 
 
 class BatchDecoder:
@@ -51,6 +79,8 @@ class BatchDecoder:
         self.failed: list[Request] = []
         self.steps = 0
         self._max_kv_bytes = max_kv_bytes
+        #: what last followed each token, where a run drafts by it
+        self._table: FollowerTable | None = None
         self._reading: tuple[list[Request], Batch, Iterator[tuple[int, int]]] | None = None
 
     @property
@@ -115,11 +145,12 @@ class BatchDecoder:
         )
         self.requests += requests
         for request in requests:
+            request.drafter = self._drafter(request)
             if request.stop_watch is not None:
                 request.stop_watch.prompt_slots = partial(self.batch.prompt_slots, request.sequence)
         if len(found) > len(places):
             logits = logits[mx.array([place for place, _ in found])]
-        self._offer(requests, logits, [np.ones(1)] * len(requests))
+        self._offer([Offer(request, np.ones(1)) for request in requests], logits)
         mx.eval(self.batch.cache.state)
         if all(request.sequence.is_line for request in self.requests):
             self.batch.cache.align()
@@ -132,7 +163,7 @@ class BatchDecoder:
         """
         # A set of one is one token wide whatever its value: the next pass starts before the host
         # has seen it.
-        ahead = all(request.reads_ahead for request in self.requests)
+        ahead = all(request.reads_ahead for request in self.requests) and not self._expects_draft()
         if ahead:
             going = [request for request in self.requests if request.more]
             for request in going:
@@ -151,7 +182,7 @@ class BatchDecoder:
             if request.finished:
                 self.leave(request)
         if not ahead:
-            self._advance(list(self.requests), ahead)
+            self._advance([each for each in self.requests if not each.follow_draft()], ahead)
         for request in self.requests:
             request.step_candidates = request.upcoming
         self.steps += 1
@@ -161,7 +192,10 @@ class BatchDecoder:
 
     def _advance(self, requests: list[Request], ahead: bool) -> None:
         """Append the runs' next sets in one forward pass and start computing what may follow."""
-        self._make_room(requests)
+        for request in requests:
+            self.batch.drop_draft(request.sequence)
+        drafts = {} if ahead else self._drafts(requests)
+        self._make_room(requests, drafts)
         requests = sorted(
             (request for request in requests if request in self.requests),
             key=lambda request: request.sequence.row,
@@ -169,62 +203,116 @@ class BatchDecoder:
         if not requests:
             return
         with mx.stream(generation_stream):
-            growth = {request.sequence: len(request.pending) for request in requests}
+            growth = {each.sequence: _growth(each, drafts.get(each)) for each in requests}
             self.batch.compact(
                 min(request.settings.compact_above for request in self.requests), growth
             )
             requests.sort(key=lambda request: request.sequence.row)
+            read = [drafts.get(request) for request in requests]
             if ahead:
                 tokens = first_choices(requests)
-                probabilities = [np.ones(1)] * len(requests)
+                sets = [np.ones(1)] * len(requests)
             else:
-                tokens = mx.array(np.concatenate([request.chosen.ids for request in requests]))
-                probabilities = [request.chosen.probabilities for request in requests]
-            capture = _capture(requests, probabilities)
+                ids = [
+                    ids
+                    for request, draft in zip(requests, read, strict=True)
+                    for ids in (request.chosen.ids, *([] if draft is None else [draft.tokens]))
+                ]
+                tokens = mx.array(np.concatenate(ids))
+                sets = [request.chosen.probabilities for request in requests]
+            capture = _capture(requests, sets)
             parts = [(request.sequence, request.pending) for request in requests]
-            logits, attention = self.batch.append(tokens, parts, capture)
+            logits, attention = self.batch.append(tokens, parts, capture, drafts=read)
             captured = PassAttention(attention) if attention else None
-            self._offer(requests, logits, probabilities, captured)
+            offers = [
+                offer
+                for request, own, draft in zip(requests, sets, read, strict=True)
+                for offer in (Offer(request, own), *_drafted(request, draft))
+            ]
+            self._offer(offers, logits, captured)
+
+    def _drafter(self, request: Request) -> Drafter | None:
+        """What guesses how a run goes on; None if it does not draft."""
+        kind, text = request.settings.draft, request.lattice.prompt_tokens
+        if kind == "none" or not request.can_draft:
+            return None
+        sources: list[Source] = []
+        if kind in ("auto", "lookup"):
+            sources.append(SuffixLookup(text))
+        if kind == "recycle":
+            self._table = self._table or FollowerTable(self.model.vocabulary_size)
+            sources.append(TokenRecycling(self._table, text))
+        return Drafter(sources, request.settings.num_draft_tokens)
+
+    @property
+    def _costs(self) -> PassCosts:
+        return pass_costs(self.model)
+
+    def _expects_draft(self) -> bool:
+        """Whether a run has drafted, or probably will once its next token is known."""
+        return any(
+            request.drafter is not None
+            and (request.sequence.drafted is not None or request.drafter.expects(self._costs))
+            for request in self.requests
+        )
+
+    def _drafts(self, requests: list[Request]) -> dict[Request, Draft]:
+        """What is worth drafting of the runs that take the next pass."""
+        drafters = [request.drafter if request.drafts_now else None for request in requests]
+        if not any(drafters):
+            return {}
+        rows = sum(len(request.pending) for request in requests)
+        found = plan(drafters, rows, self._costs, [request.steps_left for request in requests])
+        return {r: draft for r, draft in zip(requests, found, strict=True) if draft is not None}
 
     def _offer(
         self,
-        requests: list[Request],
+        offers: list["Offer"],
         logits: mx.array,
-        probabilities: list[np.ndarray],
         attention: PassAttention | None = None,
     ) -> None:
-        """Start computing what may come next in each run, and all that the host will read."""
-        sizes = [
-            request.sizes(len(each)) for request, each in zip(requests, probabilities, strict=True)
-        ]
+        """Start computing what may come next in each run, and all that the host will read.
+
+        Args:
+            offers: for each run its last set, then the tokens of its draft.
+            logits: of all their rows, [N, V].
+            attention: that the rows paid, if it was captured.
+        """
+        for offer in offers:
+            if not offer.ahead:
+                offer.request.begin_draws()
+        sizes = [offer.request.sizes(len(offer.weights)) for offer in offers]
+        requests = [offer.request for offer in offers if not offer.ahead]
         attending = _attending(requests) if attention is not None else ()
-        groups = [request for request, each in zip(requests, sizes, strict=True) for _ in each]
-        temps = [request.settings.temp for request in groups]
-        processed = _processed(requests, logits, [len(each) for each in probabilities])
+        groups = [offer for offer, each in zip(offers, sizes, strict=True) for _ in each]
+        temps = [offer.request.settings.temp for offer in groups]
+        processed = _processed(offers, logits)
         if (
             processed is logits
             and all(request.wants_best_only for request in requests)
             and len(groups) == len(logits)
+            and self._table is None
         ):
             ids, p = most_probable_of(logits, temps)
             step_candidates = StepCandidates(ids, p, p, sizes, attention, attending)
         else:
             weights = [
-                np.ones(1) if request.visibility.branches else each
-                for request, each, own in zip(requests, probabilities, sizes, strict=True)
+                np.ones(1) if offer.request.visibility.branches else offer.weights
+                for offer, own in zip(offers, sizes, strict=True)
                 for _ in own
             ]
-            rules = [request.combining for request in groups]
+            rules = [offer.request.combining for offer in groups]
             p, rows = combine(processed, rules, weights, temps)
             if processed is not logits:
                 rows = remaining(rows, softmax(logits.astype(mx.float32)))
             scores = candidate_scores(
                 p,
-                [request.sampling for request in groups],
-                [request.noise() for request in groups],
+                [offer.request.sampling for offer in groups],
+                [offer.request.noise(len(offer.ahead)) for offer in groups],
             )
-            scores = _sampled(scores, processed, groups)
-            ids = most_probable(scores, max(request.k for request in requests))
+            scores = _sampled(scores, processed, [offer.request for offer in groups])
+            k = max(request.k for request in requests)
+            ids = most_probable(scores, k if self._table is None else max(k, FOLLOWERS))
             step_candidates = StepCandidates.of_rows(
                 ids,
                 p,
@@ -236,8 +324,12 @@ class BatchDecoder:
             )
         if any(request.wants_logprobs for request in requests):
             step_candidates.logprobs = log_softmax(logits.astype(mx.float32))
-        for place, request in enumerate(requests):
+        for place, offer in enumerate(offers):
+            if offer.ahead:
+                continue
+            request = offer.request
             request.upcoming = step_candidates, place
+            request.offer_ahead(step_candidates, place + 1)
             if request.step_candidates is None:
                 request.step_candidates = request.upcoming
         mx.async_eval(*step_candidates.state, *self.batch.cache.state)
@@ -255,7 +347,7 @@ class BatchDecoder:
                 np.array([token.probability for token in request.lattice.steps[-1].live])
                 for request in requests
             ]
-            self._offer(requests, logits, live)
+            self._offer([Offer(*each) for each in zip(requests, live, strict=True)], logits)
         for request in requests:
             request.step_candidates = request.upcoming
             try:
@@ -276,15 +368,15 @@ class BatchDecoder:
                 self.model, request.lattice, request.settings, request.sequence.logits
             )
 
-    def _make_room(self, requests: list[Request]) -> None:
-        """Let runs go, the youngest first, until the next sets fit into the memory."""
+    def _make_room(self, requests: list[Request], drafts: dict[Request, Draft]) -> None:
+        """Let drafts and then runs go, the youngest first, until the next sets fit the memory."""
         if self._max_kv_bytes is None:
             return
         budget = self._max_kv_bytes - (self._reading[1].cache.nbytes if self._reading else 0)
         compacted = False
         while self.requests:
             growth = {
-                request.sequence: len(request.pending)
+                request.sequence: _growth(request, drafts.get(request))
                 for request in requests
                 if request in self.requests
             }
@@ -292,7 +384,9 @@ class BatchDecoder:
             if needed <= budget:
                 self.batch.limit_room(growth, budget)
                 return
-            if not compacted:
+            if drafts:
+                drafts.clear()
+            elif not compacted:
                 compacted = True
                 self.batch.shrink()
             elif len(self.requests) > 1:
@@ -323,22 +417,32 @@ def first_choices(requests: list[Request]) -> mx.array:
     return mx.concatenate([each.ids[place, :1] for each, place in step_candidates])
 
 
-def _processed(requests: list[Request], logits: mx.array, sizes: list[int]) -> mx.array:
-    """Logits [N, V] as the requests' processors leave them, each request's rows in turn.
-
-    Args:
-        sizes: rows of each request.
-    """
-    if not any(request.processors for request in requests):
+def _processed(offers: list[Offer], logits: mx.array) -> mx.array:
+    """Logits [N, V] as the requests' processors leave them, each offer's rows in turn."""
+    if not any(offer.request.processors for offer in offers):
         return logits
     parts, first = [], 0
-    for request, n in zip(requests, sizes, strict=True):
+    for offer in offers:
+        request, n = offer.request, len(offer.weights)
         part = logits[first : first + n]
         if request.processors:
-            part = request.processors(part, request.texts(), request.uniform(n))
+            texts = [[*text, *offer.ahead] for text in request.texts()]
+            part = request.processors(part, texts, request.uniform(n, len(offer.ahead)))
         parts.append(part)
         first += n
     return mx.concatenate(parts)
+
+
+def _growth(request: Request, draft: Draft | None) -> int:
+    """Slots that a run appends in the next pass."""
+    return len(request.pending) + (0 if draft is None else len(draft))
+
+
+def _drafted(request: Request, draft: Draft | None) -> list[Offer]:
+    """What each drafted token offers."""
+    if draft is None:
+        return []
+    return [Offer(request, np.ones(1), tuple(draft.path(i))) for i in range(len(draft))]
 
 
 def _sampled(scores: mx.array, logits: mx.array, groups: list[Request]) -> mx.array:

@@ -77,6 +77,7 @@ class RowTree:
         logits = self.model(tokens, cache=self.cache)[:, -1]
         p = rows = softmax(logits.astype(mx.float32))
         if self.request.processors:
+            self.request.begin_draws()
             texts, draws = self.request.texts(), self.request.uniform(len(logits))
             p = softmax(self.request.processors(logits, texts, draws).astype(mx.float32))
             rows = remaining(p, rows)

@@ -6,6 +6,7 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 
+from ..drafts import TEXT, Drafter
 from ..errors import TempoError
 from ..lattice.lattice import NEVER, Slots, Step, Token
 from ..models import PositionedModel, SlotStore
@@ -65,6 +66,12 @@ class Request:
         self.prompt_slots: SlotStore | None = None
         self.settings = settings = result.settings
         self.lattice = result.lattice
+        #: guesses what follows, if the run may draft; the decoder gives it its sources
+        self.drafter: Drafter | None = None
+        #: the token of the draft that the last set is, :data:`TEXT` for the set before the draft
+        self._reached = TEXT
+        #: candidates of what follows each drafted token, and the place of the first of them
+        self._ahead: tuple[StepCandidates, int] | None = None
         # Looked up once: every step asks.
         self.visibility = rule = settings.visibility_rule
         self.combining, self.sampling = settings.combining_rule, settings.sampling_rule
@@ -135,22 +142,80 @@ class Request:
         return self.step + 1 < self.limit
 
     @property
+    def steps_left(self) -> int:
+        """Steps that may follow the last one recorded, but one."""
+        return self.limit - self.step - 1
+
+    @property
     def finished(self) -> bool:
         return self.result.finish_reason is not None or self.error is not None
 
-    def noise(self) -> np.ndarray:
-        """A new key for the draws of a step, uint32 [2]; the same one where nothing is drawn."""
+    def begin_draws(self) -> None:
+        """Let the draws of a step be others than those before."""
+        self._draws += 1
+
+    def noise(self, ahead: int = 0) -> np.ndarray:
+        """The key for the draws of a step, uint32 [2]; the same one where nothing is drawn.
+
+        Args:
+            ahead: drafted tokens on the way to what is drawn.
+        """
         if not self.sampling.draws:
             return NO_NOISE
-        self._draws += 1
-        return noise_key(self.settings.seed or 0, self._draws)
+        return noise_key(self.settings.seed or 0, self._draws + ahead)
 
-    def uniform(self, n: int) -> np.ndarray | None:
+    def uniform(self, n: int, ahead: int = 0) -> np.ndarray | None:
         """Uniform draws in [0, 1) for the processors of n rows; None where they draw nothing."""
         if not self.processors.needs_draws:
             return None
-        self._draws += 1
-        return np.random.default_rng([self.settings.seed or 0, self._draws]).random(n)
+        return np.random.default_rng([self.settings.seed or 0, self._draws + ahead]).random(n)
+
+    @property
+    def can_draft(self) -> bool:
+        """Whether tokens may be read before they are known to be right.
+
+        Not where a pass depends on what is selected only after it (pruning, weights, captured
+        attention), where somebody else's function would be called for tokens that never come, or
+        where a rule of one's own may see more than the text so far.
+        """
+        settings, rule = self.settings, self.visibility
+        functions = settings.sampler is not None or settings.logits_processors
+        return (
+            isinstance(self.result.model, PositionedModel)
+            and not self.result.model.is_recurrent
+            and self.pruner is None
+            and self.observer is None
+            and settings.weighting == "none"
+            and not functions
+            and rule.full_context
+            and rule.monotone
+        )
+
+    @property
+    def drafts_now(self) -> bool:
+        """Whether a draft may follow the set that was recorded last."""
+        one_end = not self.visibility.has_parents or len(self._last) == 1
+        return self.drafter is not None and one_end and self.steps_left > 0
+
+    def offer_ahead(self, candidates: StepCandidates, first: int) -> None:
+        """Take what may follow each drafted token: computed with other runs', from a place on."""
+        self._ahead, self._reached = (candidates, first), TEXT
+
+    def follow_draft(self) -> bool:
+        """Go on from a drafted token, if the set that was recorded last is it."""
+        drafted = self.sequence.drafted
+        if drafted is None or self._ahead is None or self.finished:
+            return False
+        tokens = self.lattice.steps[-1].tokens
+        child = drafted.draft.child(self._reached, tokens[0].id) if len(tokens) == 1 else None
+        if child is None:
+            return False
+        self.sequence.accept(child, tokens[0].slot)
+        self._reached = child
+        candidates, first = self._ahead
+        self.upcoming = candidates, first + child
+        self.begin_draws()
+        return True
 
     def texts(self) -> list[list[int]]:
         """Ids of prompt and text up to each live token of the last set, or of the prompt.
@@ -326,6 +391,8 @@ class Request:
         last = not self.more
         record = Step(step, self.length + step, self._threshold, tokens, kept.endings)
         lattice.steps.append(record)
+        if self.drafter is not None and tokens:
+            self.drafter.append(tokens[0].id)
         lattice.transitions.append(kept.transitions)
         if self.pruner:
             self.pruner.weigh()

@@ -8,12 +8,28 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from ..drafts import Draft
 from ..lattice.lattice import NEVER, Lattice, Slots
 from ..models import Capture, PositionedModel, SlotStore
 from ..rules.visibility import Visibility, may_attend, visibility_of, weighted_rows
 
 #: Largest share of unused slots after sequences are repacked into rows.
 REPACKED_WASTE = 0.1
+
+
+@dataclass(frozen=True, eq=False)
+class Drafted:
+    """A draft that a pass has read.
+
+    Args:
+        draft: its tokens.
+        at: their places in the row, [D].
+        logits: of the pass, [D, V].
+    """
+
+    draft: Draft
+    at: np.ndarray
+    logits: mx.array
 
 
 @dataclass(eq=False)
@@ -44,6 +60,8 @@ class SequenceState:
     #: (lattice slots [N], logits [N, V]) of each pass, if they are kept
     logits: list[tuple[np.ndarray, mx.array]] = field(default_factory=list)
     last: tuple[np.ndarray, mx.array] | None = None
+    #: what follows the last set in the row and was neither accepted nor dropped yet
+    drafted: "Drafted | None" = None
     #: what :meth:`seen_by` found last, and what it was asked of
     _seen: tuple[Slots, np.ndarray, np.ndarray] | None = None
 
@@ -61,6 +79,33 @@ class SequenceState:
             seen = may_attend(self.visibility, queries, keys)
         self._seen = queries, self.held, seen
         return seen
+
+    def seen_with(self, queries: Slots, draft: Draft) -> np.ndarray:
+        """As :meth:`seen_by`, with a draft behind the new slots: [N + D, S + N + D].
+
+        A drafted token sees what it would see as the one token of its step, and of the draft only
+        the tokens that lead to it.
+        """
+        seen = self.seen_by(queries)
+        N, S = seen.shape
+        rule = visibility_of(self.visibility)
+        if self.is_line or rule.has_parents:
+            # All of the text that the one new token ends.
+            before = np.repeat(seen[-1:], len(draft), axis=0)
+        else:
+            keys = self.lattice.slots[np.concatenate([self.held, queries.index])]
+            ahead = self.lattice.ahead(int(queries.step[-1]) + draft.depths)
+            before = may_attend(rule, ahead, keys)
+        none = np.zeros((N, len(draft)), bool)
+        return np.block([[seen, none], [before, draft.sees()]])
+
+    def accept(self, place: int, index: int) -> None:
+        """Hold a drafted token as the lattice's slot ``index``, which it has become."""
+        drafted = self.drafted
+        assert drafted is not None
+        self.held = np.append(self.held, index)
+        self.at = np.append(self.at, drafted.at[place])
+        self.take(self.lattice.slots[index : index + 1], drafted.logits[place : place + 1])
 
     def seen_by_next(self) -> np.ndarray:
         """Which held slots the pending set, and so any later one, may see, [S]."""
@@ -179,31 +224,51 @@ class Batch:
         parts: Sequence[tuple[SequenceState, Slots]],
         capture: Capture | None = None,
         note: bool = True,
+        drafts: Sequence[Draft | None] | None = None,
     ) -> tuple[mx.array, dict[int, Any]]:
         """Append tokens in one forward pass, each at the position of its step.
 
         Args:
-            tokens: ids of all parts, one after another, [N].
+            tokens: ids of all parts, one after another, each with its draft behind it, [N].
             parts: sequences and their new slots, reserved in the lattice; no sequence twice.
             capture: attention to report; row weights for the N tokens.
             note: let the sequences know their logits.
+            drafts: of each part what is read with it, and becomes its sequence's ``drafted``.
 
         Returns:
             logits [N, V]; by layer what the capture reports of the attention over the slots of
             the rows, empty without a capture.
         """
-        sizes = [len(queries) for _, queries in parts]
+        drafts = [None] * len(parts) if drafts is None else drafts
+        sizes = [
+            len(queries) + (0 if draft is None else len(draft))
+            for (_, queries), draft in zip(parts, drafts, strict=True)
+        ]
         rows = np.array([s.row for (s, _), n in zip(parts, sizes, strict=True) for _ in range(n)])
-        positions = np.concatenate([len(s.lattice.prompt_tokens) + q.step for s, q in parts])
-        causal = self._is_causal(parts)
-        seen = [] if causal else [sequence.seen_by(queries) for sequence, queries in parts]
+        positions = np.concatenate(
+            [
+                len(s.lattice.prompt_tokens) + _steps(queries, draft)
+                for (s, queries), draft in zip(parts, drafts, strict=True)
+            ]
+        )
+        causal = self._is_causal(parts, drafts)
+        seen = (
+            []
+            if causal
+            else [
+                sequence.seen_by(queries) if draft is None else sequence.seen_with(queries, draft)
+                for (sequence, queries), draft in zip(parts, drafts, strict=True)
+            ]
+        )
         used = self.cache.counts.copy()
+        ahead = []
         for (sequence, queries), n in zip(parts, sizes, strict=True):
-            sequence.held = np.concatenate([sequence.held, queries.index])
             places = np.arange(used[sequence.row], used[sequence.row] + n)
-            sequence.at = np.concatenate([sequence.at, places])
+            sequence.held = np.concatenate([sequence.held, queries.index])
+            sequence.at = np.concatenate([sequence.at, places[: len(queries)]])
+            ahead.append(places[len(queries) :])
             used[sequence.row] += n
-        mask = "causal" if causal else self._mask(parts, seen, int(used.max()))
+        mask = "causal" if causal else self._mask(parts, seen, ahead, int(used.max()))
         parents = self._parents(parts) if self.model.is_recurrent else None
         attention: dict[int, Any] = {}
         arguments = tokens[None], positions[None], mask, self.cache
@@ -214,9 +279,32 @@ class Batch:
         logits = logits.squeeze(0)
         if note:
             ends = accumulate(sizes)
-            for (sequence, queries), n, end in zip(parts, sizes, ends, strict=True):
-                sequence.take(queries, logits[end - n : end] if len(parts) > 1 else logits)
+            for (sequence, queries), draft, at, n, end in zip(
+                parts, drafts, ahead, sizes, ends, strict=True
+            ):
+                own = logits[end - n : end] if len(parts) > 1 else logits
+                if draft is not None:
+                    sequence.drafted = Drafted(draft, at, own[len(queries) :])
+                    own = own[: len(queries)]
+                sequence.take(queries, own)
         return logits, attention
+
+    def drop_draft(self, sequence: SequenceState) -> None:
+        """Let go of what is left of a sequence's draft.
+
+        Where nothing came after it in its row, its slots are free again, and what was accepted
+        follows the slots before it without a gap.
+        """
+        drafted, sequence.drafted = sequence.drafted, None
+        if drafted is None or self.cache.counts[sequence.row] != drafted.at[-1] + 1:
+            return
+        accepted = sequence.at >= drafted.at[0]
+        end = drafted.at[0] + np.count_nonzero(accepted)
+        moved = np.arange(drafted.at[0], end)
+        if (sequence.at[accepted] != moved).any():
+            self.cache.move(sequence.row, sequence.at[accepted], int(drafted.at[0]))
+            sequence.at = np.concatenate([sequence.at[~accepted], moved])
+        self.cache.truncate(int(end), sequence.row)
 
     def _parents(self, parts: Sequence[tuple[SequenceState, Slots]]) -> np.ndarray | None:
         """The place in its row of the slot that each new token continues, [N]; None for prompts."""
@@ -233,9 +321,17 @@ class Batch:
             found.append(sequence.at[np.searchsorted(sequence.held, slots)])
         return np.concatenate(found)
 
-    def _is_causal(self, parts: Sequence[tuple[SequenceState, Slots]]) -> bool:
+    def _is_causal(
+        self, parts: Sequence[tuple[SequenceState, Slots]], drafts: Sequence[Draft | None]
+    ) -> bool:
         """Whether all rows grow alike and hold nothing that a new token may not see."""
         n, held = len(parts[0][1]), self.cache.n_slots
+        if any(draft is not None for draft in drafts):
+            # One line, and a chain behind it.
+            alone = len(parts) == len(self.sequences) == self.cache.batch_size == 1
+            (sequence, _), draft = parts[0], drafts[0]
+            chain = alone and n == 1 and len(sequence.held) == held and sequence.is_line
+            return chain and draft is not None and draft.is_chain
         alike = len(parts) == len(self.sequences) == self.cache.batch_size and all(
             len(queries) == n and len(sequence.held) == held and not sequence.weighted
             for sequence, queries in parts
@@ -247,26 +343,31 @@ class Batch:
         return all(bool((queries.step < 0).all()) for _, queries in parts)
 
     def _mask(
-        self, parts: Sequence[tuple[SequenceState, Slots]], seen: list[np.ndarray], width: int
+        self,
+        parts: Sequence[tuple[SequenceState, Slots]],
+        seen: list[np.ndarray],
+        ahead: list[np.ndarray],
+        width: int,
     ) -> mx.array:
         """What each new token sees of the slots of its row, [1, 1, N, S].
 
         Args:
             parts: sequences, which hold their new slots.
-            seen: what these see of what their sequence holds.
+            seen: what these see of what their sequence holds, and of its draft.
+            ahead: places of the drafts' tokens.
             width: S.
         """
         weighted = any(sequence.weighted for sequence, _ in parts)
         mask = np.full((sum(map(len, seen)), width), -np.inf if weighted else False)
         done = 0
-        for (sequence, queries), rows in zip(parts, seen, strict=True):
+        for (sequence, queries), rows, drafted in zip(parts, seen, ahead, strict=True):
             if weighted:
                 weights = np.ones(len(sequence.held))
                 if sequence.weighted:
                     weights = sequence.lattice.weights_seen_by(queries)[sequence.held]
                 keys = sequence.lattice.slots[sequence.held]
                 rows = weighted_rows(rows, queries, keys, weights)
-            mask[done : done + len(rows), sequence.at] = rows
+            mask[done : done + len(rows), np.concatenate([sequence.at, drafted])] = rows
             done += len(rows)
         return mx.array((mask.astype(np.float32) if weighted else mask)[None, None])
 
@@ -398,7 +499,8 @@ class Batch:
             above: share of all slots, [0, 1].
             growth: slots that sequences will append next; they count.
         """
-        if self._is_full_line():
+        if self._is_full_line() or any(s.drafted is not None for s in self.sequences):
+            # What is drafted is accepted or dropped within a few steps.
             return False
         live = [sequence.seen_by_next() for sequence in self.sequences]
         growth = growth or {}
@@ -410,7 +512,9 @@ class Batch:
         return True
 
     def shrink(self) -> None:
-        """Drop what no later step can see, and the room for more."""
+        """Drop what no later step can see, what is drafted, and the room for more."""
+        for sequence in self.sequences:
+            self.drop_draft(sequence)
         self.keep([sequence.seen_by_next() for sequence in self.sequences])
 
     def _is_full_line(self) -> bool:
@@ -442,6 +546,13 @@ class Batch:
             sequence.keep(chosen, at)
         self.cache.rearrange(rows, slots, counts)
         self.sequences.sort(key=lambda sequence: sequence.row)
+
+
+def _steps(queries: Slots, draft: Draft | None) -> np.ndarray:
+    """Steps of a part's tokens with those of its draft."""
+    if draft is None:
+        return queries.step
+    return np.concatenate([queries.step, queries.step[-1] + draft.depths])
 
 
 def spread_evenly(loads: np.ndarray, waste: float) -> tuple[np.ndarray, np.ndarray]:

@@ -214,6 +214,12 @@ class Lattice:
             self._chains = dict(zip(index.tolist(), chains, strict=True))
         return Slots(index, self._step[new], self._set_size[new], self._pruned_at[new], chains)
 
+    def ahead(self, steps: np.ndarray) -> Slots:
+        """Slots that single tokens of these later steps would have, [n]; nothing is reserved."""
+        n = len(steps)
+        index = self.n_slots + np.arange(n)
+        return Slots(index, steps, np.ones(n, np.int64), np.full(n, NEVER))
+
     def with_chains(self, slots: Slots) -> Slots:
         """The slots with the chains that lead to them; none for the prompt's."""
         parents = {token.slot: token.parent for step in self.steps for token in step.tokens}

@@ -462,11 +462,22 @@ class SlotStore:
             self._places = np.full((B, S), NONE, np.int32)
             self._places[:, -1] = self.states.give(states, B) + np.arange(B)
 
-    def truncate(self, n: int) -> None:
-        """Keep the first n slots of each row that has more."""
-        self.counts = np.minimum(self.counts, n)
+    def truncate(self, n: int, row: int | None = None) -> None:
+        """Keep the first n slots of each row that has more, or of one row."""
+        if row is None:
+            self.counts = np.minimum(self.counts, n)
+        else:
+            self.counts[row] = min(self.counts[row], n)
         for layer in self.kv:
             layer.n_slots = min(layer.n_slots, self.n_slots)
+
+    def move(self, row: int, slots: np.ndarray, start: int) -> None:
+        """Copy slots of a row to the places from ``start`` on, which are not after any of them."""
+        index, end = mx.array(slots.astype(np.int32)), start + len(slots)
+        for layer in self.kv:
+            for buffer in layer.state:
+                buffer[row, :, start:end] = mx.take(buffer[row], index, axis=1)
+        self._table[row, start:end] = self._table[row, slots]
 
     def align(self) -> None:
         """Let all rows append at the same slot from now on; what is skipped stays unused.

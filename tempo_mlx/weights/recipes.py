@@ -104,6 +104,11 @@ def root() -> Path:
         return Path(home).expanduser()
     if (checkout := checkout_folder()) is not None:
         return checkout / "models"
+    return cache_folder()
+
+
+def cache_folder() -> Path:
+    """The user's folder for what can be made again."""
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Caches" / "tempo-mlx"
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"

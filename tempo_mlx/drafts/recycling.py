@@ -1,0 +1,79 @@
+"""Guesses from tokens that were computed and thrown away: what last followed each token.
+
+Source: Luo et al., "Turning Trash into Treasure: Accelerating Inference of Large Language Models
+with Token Recycling", arXiv:2408.08696. Their tree has a fixed shape; here its shape follows from
+how often each rank was right so far.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from .draft import Candidate
+from .estimate import HitRates
+
+#: Followers that are kept for each token.
+FOLLOWERS = 4
+
+#: A token whose followers are not known.
+UNKNOWN = -1
+
+
+class FollowerTable:
+    """The most probable followers of each token where it was read last, [V, FOLLOWERS] ids.
+
+    Texts that are generated together share one.
+    """
+
+    def __init__(self, vocabulary_size: int):
+        self.followers = np.full((vocabulary_size, FOLLOWERS), UNKNOWN, np.int32)
+        self._rates = HitRates(FOLLOWERS)
+
+    def note(self, tokens: np.ndarray, followers: np.ndarray) -> None:
+        """Keep what a pass made of its tokens.
+
+        Args:
+            tokens: ids that were read, [N].
+            followers: their most probable next tokens, most probable first, [N, K].
+        """
+        k = min(FOLLOWERS, followers.shape[1])
+        self.followers[tokens, :k] = followers[:, :k]
+
+    def learn(self, token: int, next_token: int) -> None:
+        """Take note of which follower came."""
+        for rank, follower in enumerate(self.followers[token].tolist()):
+            if follower != UNKNOWN:
+                self._rates.learn(rank, follower == next_token)
+
+    def candidates(self, token: int) -> list[Candidate]:
+        """The followers of a token, with the share of the time that their rank was right."""
+        left, found = 1.0, []
+        for rank, follower in enumerate(self.followers[token].tolist()):
+            if follower != UNKNOWN:
+                chance = min(left, self._rates[rank])
+                left -= chance
+                found.append(Candidate(follower, chance, follower))
+        return found
+
+
+class TokenRecycling:
+    """Guesses by the followers of a text's last token.
+
+    Args:
+        table: of what follows; filled by whoever computes rows.
+        tokens: ids of the text so far, at least one.
+    """
+
+    def __init__(self, table: FollowerTable, tokens: Sequence[int]):
+        self._table = table
+        self._last = int(tokens[-1])
+
+    def append(self, token: int) -> None:
+        self._table.learn(self._last, token)
+        self._last = token
+
+    def begin(self) -> int:
+        return self._last
+
+    def candidates(self, place: int) -> list[Candidate]:
+        return self._table.candidates(place)
