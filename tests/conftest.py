@@ -19,6 +19,8 @@ for name in [*TERMINAL, *LOOK, "TEMPO_MLX_DEBUG"]:
 os.environ["TERM"] = "xterm"
 
 from tempo_mlx import cli  # noqa: E402
+from tempo_mlx.decode import decoder  # noqa: E402
+from tempo_mlx.drafts import PassCosts  # noqa: E402
 from tempo_mlx.weights.loading import load  # noqa: E402
 
 import mlx.core as mx  # noqa: E402
@@ -39,6 +41,14 @@ def uncompiled():
     mx.disable_compile()
     yield
     mx.enable_compile()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def dear_passes():
+    """A pass costs what its tokens cost one by one, so that nothing is drafted; not measured."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoder, "pass_costs", lambda model: PassCosts((1, 64), (1.0, 64.0)))
+        yield
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ ORDER = (
     "conversation",
     "generation",
     "decode",
+    "drafts",
     "plots",
     "weights",
     "settings",

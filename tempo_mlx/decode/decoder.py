@@ -173,6 +173,7 @@ class BatchDecoder:
         for request in made:
             try:
                 request.select()
+                request.note_followers()
             except TempoError as error:
                 request.error = error
         self._repair([request for request in made if request.pruned is not None])
@@ -194,7 +195,7 @@ class BatchDecoder:
         """Append the runs' next sets in one forward pass and start computing what may follow."""
         for request in requests:
             self.batch.drop_draft(request.sequence)
-        drafts = {} if ahead else self._drafts(requests)
+        drafts = {} if ahead or self._captures() else self._drafts(requests)
         self._make_room(requests, drafts)
         requests = sorted(
             (request for request in requests if request in self.requests),
@@ -241,6 +242,7 @@ class BatchDecoder:
             sources.append(SuffixLookup(text))
         if kind == "recycle":
             self._table = self._table or FollowerTable(self.model.vocabulary_size)
+            request.follower_table = self._table
             sources.append(TokenRecycling(self._table, text))
         return Drafter(sources, request.settings.num_draft_tokens)
 
@@ -255,6 +257,10 @@ class BatchDecoder:
             and (request.sequence.drafted is not None or request.drafter.expects(self._costs))
             for request in self.requests
         )
+
+    def _captures(self) -> bool:
+        """Whether a run may want the attention of a pass, which is that of its sets alone."""
+        return any(r.pruner is not None or r.observer is not None for r in self.requests)
 
     def _drafts(self, requests: list[Request]) -> dict[Request, Draft]:
         """What is worth drafting of the runs that take the next pass."""
@@ -426,7 +432,7 @@ def _processed(offers: list[Offer], logits: mx.array) -> mx.array:
         request, n = offer.request, len(offer.weights)
         part = logits[first : first + n]
         if request.processors:
-            texts = [[*text, *offer.ahead] for text in request.texts()]
+            texts = [[*text, *offer.ahead] for text in request.texts()[:n]]
             part = request.processors(part, texts, request.uniform(n, len(offer.ahead)))
         parts.append(part)
         first += n

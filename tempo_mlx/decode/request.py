@@ -6,7 +6,7 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 
-from ..drafts import TEXT, Drafter
+from ..drafts import TEXT, Drafter, FollowerTable
 from ..errors import TempoError
 from ..lattice.lattice import NEVER, Slots, Step, Token
 from ..models import PositionedModel, SlotStore
@@ -68,6 +68,8 @@ class Request:
         self.lattice = result.lattice
         #: guesses what follows, if the run may draft; the decoder gives it its sources
         self.drafter: Drafter | None = None
+        #: takes what follows each token, if the run drafts by it
+        self.follower_table: FollowerTable | None = None
         #: the token of the draft that the last set is, :data:`TEXT` for the set before the draft
         self._reached = TEXT
         #: candidates of what follows each drafted token, and the place of the first of them
@@ -175,18 +177,18 @@ class Request:
         """Whether tokens may be read before they are known to be right.
 
         Not where a pass depends on what is selected only after it (pruning, weights, captured
-        attention), where somebody else's function would be called for tokens that never come, or
-        where a rule of one's own may see more than the text so far.
+        attention), where somebody else's function or a grammar would be asked about tokens that
+        never come, or where a rule of one's own may see more than the text so far.
         """
         settings, rule = self.settings, self.visibility
-        functions = settings.sampler is not None or settings.logits_processors
+        asked = settings.sampler is not None or settings.logits_processors or settings.has_grammar
         return (
             isinstance(self.result.model, PositionedModel)
             and not self.result.model.is_recurrent
             and self.pruner is None
             and self.observer is None
             and settings.weighting == "none"
-            and not functions
+            and not asked
             and rule.full_context
             and rule.monotone
         )
@@ -200,6 +202,18 @@ class Request:
     def offer_ahead(self, candidates: StepCandidates, first: int) -> None:
         """Take what may follow each drafted token: computed with other runs', from a place on."""
         self._ahead, self._reached = (candidates, first), TEXT
+
+    def note_followers(self) -> None:
+        """Let the table know what the distributions say that were read last."""
+        if self.follower_table is None or self.step_candidates is None:
+            return
+        candidates, place = self.step_candidates
+        last = self.lattice.steps[-1].tokens[0].id if self.step else self.lattice.prompt_tokens[-1]
+        self.follower_table.note(last, candidates.ids_of(place))
+        if self.sequence.drafted is not None and self._ahead is not None and self._reached == TEXT:
+            candidates, first = self._ahead
+            for i, token in enumerate(self.sequence.drafted.draft.tokens.tolist()):
+                self.follower_table.note(token, candidates.ids_of(first + i))
 
     def follow_draft(self) -> bool:
         """Go on from a drafted token, if the set that was recorded last is it."""

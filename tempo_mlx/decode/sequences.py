@@ -1,7 +1,7 @@
 """Sequences in one cache: which slot of which row holds what, and what each token may see."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
 
@@ -116,10 +116,18 @@ class SequenceState:
             return self.lattice.slots[self.held].pruned_at >= self.pending.step.max()
         return np.any(self.seen_by(self.pending)[:, : len(self.held)], axis=0)
 
+    def places_of(self, chosen: np.ndarray) -> np.ndarray:
+        """Places of the chosen ones of the held slots, and of the draft."""
+        ahead = [] if self.drafted is None else [self.drafted.at]
+        return np.concatenate([self.at[chosen], *ahead])
+
     def keep(self, chosen: np.ndarray, at: np.ndarray | None = None) -> None:
-        """Hold only the chosen ones of the held slots, at these places."""
+        """Hold only the chosen ones of the held slots, and the draft, at these places."""
         self.held = self.held[chosen]
-        self.at = self.at[chosen] if at is None else at
+        n = len(self.held)
+        self.at = self.at[chosen] if at is None else at[:n]
+        if self.drafted is not None and at is not None:
+            self.drafted = replace(self.drafted, at=at[n:])
 
     def take(self, queries: Slots, logits: mx.array) -> None:
         """Note the logits [N, V] of a pass over these slots."""
@@ -490,7 +498,12 @@ class Batch:
     def waste(self) -> float:
         """Share of the slots in the cache that hold nothing of a running sequence."""
         slots = self.cache.batch_size * self.cache.n_slots
-        return 1 - sum(len(sequence.held) for sequence in self.sequences) / max(slots, 1)
+        used = sum(len(sequence.held) for sequence in self.sequences) + self._n_drafted()
+        return 1 - used / max(slots, 1)
+
+    def _n_drafted(self) -> int:
+        """Slots of drafts, of which some have been accepted at most."""
+        return sum(len(s.drafted.draft) for s in self.sequences if s.drafted is not None)
 
     def compact(self, above: float, growth: Mapping[SequenceState, int] | None = None) -> bool:
         """Drop what no later step can see, if unused slots are more than a share ``above``.
@@ -499,13 +512,12 @@ class Batch:
             above: share of all slots, [0, 1].
             growth: slots that sequences will append next; they count.
         """
-        if self._is_full_line() or any(s.drafted is not None for s in self.sequences):
-            # What is drafted is accepted or dropped within a few steps.
+        if self._is_full_line():
             return False
         live = [sequence.seen_by_next() for sequence in self.sequences]
         growth = growth or {}
         slots = self.cache.batch_size * self.width_after(growth)
-        used = sum(map(np.count_nonzero, live)) + sum(growth.values())
+        used = sum(map(np.count_nonzero, live)) + sum(growth.values()) + self._n_drafted()
         if slots - used <= above * slots:
             return False
         self.keep(live)
@@ -526,21 +538,21 @@ class Batch:
 
     def keep(self, live: list[np.ndarray]) -> None:
         """Keep only these of each sequence's held slots, in as many rows as waste little."""
+        kept = [s.places_of(chosen) for s, chosen in zip(self.sequences, live, strict=True)]
         if len(self.sequences) == 1:
-            sequence, chosen = self.sequences[0], live[0]
-            self.cache.rearrange_row(sequence.row, sequence.at[chosen])
+            sequence = self.sequences[0]
+            self.cache.rearrange_row(sequence.row, kept[0])
             sequence.row = 0
-            sequence.keep(chosen, np.arange(int(chosen.sum())))
+            sequence.keep(live[0], np.arange(len(kept[0])))
             return
-        loads = np.array([chosen.sum() for chosen in live])
-        row_of, counts = spread_evenly(loads, REPACKED_WASTE)
+        row_of, counts = spread_evenly(np.array([len(places) for places in kept]), REPACKED_WASTE)
         rows = np.zeros((len(counts), counts.max()), np.int64)
         slots = np.zeros_like(rows)
         filled = np.zeros(len(counts), np.int64)
-        for sequence, chosen, row in zip(self.sequences, live, row_of, strict=True):
-            at = np.arange(filled[row], filled[row] + chosen.sum())
+        for sequence, chosen, places, row in zip(self.sequences, live, kept, row_of, strict=True):
+            at = np.arange(filled[row], filled[row] + len(places))
             rows[row, at] = sequence.row
-            slots[row, at] = sequence.at[chosen]
+            slots[row, at] = places
             filled[row] += len(at)
             sequence.row = int(row)
             sequence.keep(chosen, at)

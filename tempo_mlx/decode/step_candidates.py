@@ -91,6 +91,12 @@ class StepCandidates:
             self._seen = [np.array(array) for array in self._observed]
         return [array[self._groups[run]] for array in self._seen]
 
+    def ids_of(self, run: int) -> np.ndarray:
+        """Ids [K] of one run's first distribution, best first; once :meth:`of` has been called."""
+        assert self._read is not None
+        ids: np.ndarray = self._read[0][self._groups[run]]
+        return ids
+
     def of(self, run: int, k: int | None = None, leaves: bool = False) -> Candidates:
         """The first k candidates of one run. Reads the device: the step's one synchronisation.
 

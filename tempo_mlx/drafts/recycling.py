@@ -29,15 +29,10 @@ class FollowerTable:
         self.followers = np.full((vocabulary_size, FOLLOWERS), UNKNOWN, np.int32)
         self._rates = HitRates(FOLLOWERS)
 
-    def note(self, tokens: np.ndarray, followers: np.ndarray) -> None:
-        """Keep what a pass made of its tokens.
-
-        Args:
-            tokens: ids that were read, [N].
-            followers: their most probable next tokens, most probable first, [N, K].
-        """
-        k = min(FOLLOWERS, followers.shape[1])
-        self.followers[tokens, :k] = followers[:, :k]
+    def note(self, token: int, followers: np.ndarray) -> None:
+        """Keep what a pass made of a token: ids that may follow, most probable first, [K]."""
+        k = min(FOLLOWERS, len(followers))
+        self.followers[token, :k] = followers[:k]
 
     def learn(self, token: int, next_token: int) -> None:
         """Take note of which follower came."""

@@ -155,7 +155,8 @@ def test_run_ids_depend_on_every_field():
     known = {f.name for f in dataclasses.fields(Settings)}
     together = {"final_threshold", "schedule", "pruning", "branching"}
     functions = {"logits_processors", "sampler"}
-    assert known == OTHER.keys() | together | functions | {"json_schema", "regex", "grammar"}
+    grammars, speed = {"json_schema", "regex", "grammar"}, {"draft", "num_draft_tokens"}
+    assert known == OTHER.keys() | together | functions | grammars | speed
     assert {f.name for f in dataclasses.fields(Pruning)} == OTHER_PRUNING.keys()
     runs = [base, *(dataclasses.replace(base, settings=settings) for settings in variants)]
     runs += [
@@ -163,6 +164,8 @@ def test_run_ids_depend_on_every_field():
         dataclasses.replace(base, captures="full"),
     ]
     ids = [run.id("model") for run in runs] + [base.id("other")]
+    same = dataclasses.replace(base.settings, draft="none", num_draft_tokens=3)
+    assert dataclasses.replace(base, settings=same).id("model") == ids[0]
     assert len(set(ids)) == len(ids)
 
 

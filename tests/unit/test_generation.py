@@ -376,7 +376,7 @@ def test_one_forward_pass_a_step(model, tokenizer, monkeypatch):
         return forward(self, tokens, *args, **kwargs)
 
     monkeypatch.setattr(PositionedModel, "__call__", counting)
-    result = generate(positioned, tokenizer, PROMPT, threshold=0.05, max_tokens=10)
+    result = generate(positioned, tokenizer, PROMPT, threshold=0.05, max_tokens=10, draft="none")
     sizes = [len(ids) for ids in tokens_of(result)]
     assert calls == [(1, len(PROMPT) - 1), (1, 1)] + [(1, n) for n in sizes[:-1]]
 
