@@ -105,7 +105,13 @@ class Subject:
         self, variants: Mapping[str, Callable[[], T]], within: str = ""
     ) -> dict[str, list[T]]:
         """Variants by turns, as :func:`.timing.alternate`; ``within`` precedes their names."""
-        return alternate(variants, self.rounds, lambda name: self.progress.tick(within + name))
+        return self.alternate_for(variants, self.rounds, within)
+
+    def alternate_for(
+        self, variants: Mapping[str, Callable[[], T]], rounds: int, within: str = ""
+    ) -> dict[str, list[T]]:
+        """The same for another number of rounds."""
+        return alternate(variants, rounds, lambda name: self.progress.tick(within + name))
 
     def require_room(self, prompt_tokens: int, steps: int) -> None:
         """Raise TempoError unless the model's context holds a prompt and the steps after it."""

@@ -9,6 +9,7 @@ import typer
 from ..arguments import check_count, parse_bytes
 from ..bench.batch import bench_batch
 from ..bench.decode import bench_decode
+from ..bench.draft import bench_draft
 from ..bench.host import bench_host
 from ..bench.pruning import bench_pruning
 from ..bench.rescore import bench_rescore
@@ -250,6 +251,39 @@ def tree(
         return bench_tree(subject, prompt_tokens, leaves, max_tokens)
 
     measure_model("tree", model, rounds, output, overwrite, run)
+
+
+@bench.command("draft")
+def draft(
+    model: Model = "smollm2-135m",
+    prompts: Annotated[
+        int,
+        typer.Option(
+            "--prompts", callback=at_least(1, MOST_TOKENS), help="Of each kind of text, at least 1."
+        ),
+    ] = 20,
+    max_tokens: Annotated[
+        int,
+        typer.Option(
+            "--max-tokens",
+            "-m",
+            callback=at_least(2, MOST_TOKENS),
+            help="Tokens of each run, at least 2.",
+        ),
+    ] = 60,
+    output: Measurements = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Decoding at threshold 1 with drafts, beside mlx-lm, on prose, questions, copies and code.
+
+    Every prompt is run by mlx-lm and by ours without drafts and with each source of drafts, by
+    turns. Speeds are of the tokens after the first; ratios are of each prompt, their median shown.
+    """
+
+    def run(subject: Subject) -> Result:
+        return bench_draft(subject, prompts, max_tokens)
+
+    measure_model("draft", model, 1, output, overwrite, run)
 
 
 @bench.command("search")

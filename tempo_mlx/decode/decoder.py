@@ -78,6 +78,8 @@ class BatchDecoder:
         #: runs that do not fit even alone
         self.failed: list[Request] = []
         self.steps = 0
+        #: forward passes over sets
+        self.passes = 0
         self._max_kv_bytes = max_kv_bytes
         #: what last followed each token, where a run drafts by it
         self._table: FollowerTable | None = None
@@ -224,6 +226,7 @@ class BatchDecoder:
             capture = _capture(requests, sets)
             parts = [(request.sequence, request.pending) for request in requests]
             logits, attention = self.batch.append(tokens, parts, capture, drafts=read)
+            self.passes += 1
             captured = PassAttention(attention) if attention else None
             offers = [
                 offer

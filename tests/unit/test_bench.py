@@ -506,3 +506,15 @@ def test_rescore_bench_finds_the_scores_of_a_padded_batch(tmp_path, run):
     differences = [row for row in report["rows"] if row["measure"] == "largest difference"]
     assert len(differences) == 6 and all(row["median"] < 1e-3 for row in differences)
     assert [target["wanted"] for target in report["targets"]] == [5, 2, 3]
+
+
+@pytest.mark.slow
+def test_draft_bench_finds_the_same_texts(tmp_path, run):
+    folder = save_tiny_model(tmp_path / "tiny", max_position_embeddings=1024)
+    common = ("--model", folder, "--prompts", 2, "-m", 8)
+    out, rows, report = measured(run, "draft", tmp_path / "bench.json", *common)
+    assert "copy or rewrite: lookup" in out
+    same = [row for row in report["rows"] if row["measure"].startswith("prompts with the text")]
+    assert len(same) == 12 and all(row["median"] == 2 for row in same)
+    assert rows["prose: no drafts", "tokens a pass"]["median"] == pytest.approx(8 / 7)
+    assert len(report["targets"]) == 12
