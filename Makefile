@@ -19,7 +19,8 @@ help:
 	@echo "make test-all  the same with the tests that take long, or that only mlx-lm or chance breaks"
 	@echo "make setup     set up .venv alone"
 	@echo "make lint      set up, then lint and type-check"
-	@echo "make docs      draw the map of docs/architecture.md, compare every architecture with mlx-lm"
+	@echo "make docs      draw the map of docs/architecture.md, compare every architecture with mlx-lm,"
+	@echo "               run the notebooks"
 	@echo "make lock      resolve $(LOCK) again (needs uv)"
 	@echo "make cuda      replace mlx's CPU backend in .venv by the one for CUDA 12"
 	@echo "make clean     remove .venv and caches; fetched models stay"
@@ -85,6 +86,7 @@ test-all: lint
 docs: setup
 	$(BIN)/python -m tests.rooms
 	$(BIN)/python -m tests.architectures
+	$(BIN)/python -m tests.notebooks
 
 lock:
 	@command -v uv >/dev/null 2>&1 || { echo "make: lock needs uv (pip install uv)" >&2; exit 1; }

@@ -106,6 +106,15 @@ class SearchResult:
         text = self.vocabulary.text(action) if action >= 0 else ""
         return f"{quoted(text)} {int(tree.visits[node])} x {tree.value[node]:.3f}"
 
+    def __repr__(self) -> str:
+        """Prompt, text and what it took, a line each."""
+        return (
+            f"SearchResult of {shown(self.prompt)}\n"
+            f"  text: {shown(self.text)}\n"
+            f"  {len(self.choices)} tokens, {self.simulations} simulations, "
+            f"ended by {self.finish_reason}"
+        )
+
     def _repr_html_(self) -> str:
         """What a notebook shows: each token with what was tried for it, drawn by a script."""
         return snippet(self.to_dict(), self.prompt + self.text)
