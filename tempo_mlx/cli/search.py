@@ -13,7 +13,7 @@ from ..errors import TempoError
 from ..io.console import Console
 from ..io.files import STANDARD_INPUT, STANDARD_OUTPUT, write_atomically
 from ..needs import Need, Needs
-from ..plots import check_plot, plot_search
+from ..plots import check_plot
 from ..rules.own import load_object
 from ..search import SearchError, SearchResult, SearchSettings, stream_search
 from ..search.environment import Batched
@@ -212,7 +212,7 @@ def search(
             write_atomically(html, result.to_html())
     if plot is not None:
         with written.output(plot, "drawn"):
-            plot_search(result, plot)
+            result.plot(plot)
     written.finish()
     if interrupted:
         raise KeyboardInterrupt

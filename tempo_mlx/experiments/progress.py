@@ -1,4 +1,4 @@
-"""How far a suite is, read from its folder. A command may be running there."""
+"""The progress of a suite, read from its folder. A command may be running there."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ INTERRUPTED, DAMAGED = "interrupted", "damaged"
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a suite is.
+    """The progress of a suite.
 
     Args:
         suite: its name.
@@ -65,7 +65,7 @@ class Progress:
 
 
 def read_progress(folder: Path) -> Progress:
-    """How far the suite in a folder is.
+    """The progress of the suite in a folder.
 
     Raises:
         TempoError: if the folder holds no suite, or its manifest is damaged.

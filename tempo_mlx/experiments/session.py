@@ -90,7 +90,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Status:
-    """How far a suite is.
+    """The progress of a suite.
 
     Args:
         total, done, failed: numbers of runs.

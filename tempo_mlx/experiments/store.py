@@ -301,7 +301,7 @@ def _check_schema(folder: Path, data: dict[str, Any]) -> None:
 
 
 def states(folder: Path) -> dict[str, str]:
-    """State of every run that left a file; the others are pending."""
+    """State of every run that has left a file; the others are pending."""
     found: dict[str, str] = {}
     for state, ending in MARKS.items():
         for path in (folder / RESULTS).glob(f"*{ending}"):

@@ -31,7 +31,7 @@ from .suite_keys import STRICT, Grid, SettingsSpec
 #: Version of what identifies a run.
 SCHEMA = 1
 
-#: What is kept of a run beside its tokens.
+#: What is kept of a run besides its tokens.
 CAPTURES = ("reductions", "full", "none")
 
 
@@ -76,7 +76,7 @@ class Suite(BaseModel):
     )
     captures: Literal["reductions", "full", "none"] = Field(
         "reductions",
-        description="What is kept beside the tokens: reductions of attention and distributions, "
+        description="What is kept besides the tokens: reductions of attention and distributions, "
         "attention matrices as well, or nothing.",
     )
 

@@ -2,7 +2,7 @@
 
 import logging
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
@@ -143,6 +143,23 @@ def save(figure: "Figure", path: Path, kind: str) -> None:
         metadata={**dates[ending], "Creator": CREATOR.format(kind)},
     )
     write_atomically(path, picture.getvalue())
+
+
+def finished(draw: Callable[[], "Figure"], path: Path | None, kind: str) -> "Figure":
+    """Draw a figure with our look, and save it where a path is given.
+
+    Args:
+        draw: makes the figure.
+        path: of the file, checked before anything is drawn; None for none.
+        kind: as in :func:`save`.
+    """
+    if path is not None:
+        check_plot(path)
+    with look():
+        figure = draw()
+        if path is not None:
+            save(figure, path, kind)
+    return figure
 
 
 def drawn(picture: bytes, kinds: Sequence[str]) -> bool:

@@ -59,7 +59,7 @@ def label(text: str, id: int) -> str:
 def aside(label: str) -> str:
     """A label that stands apart from its text, or is struck: in quotes if all of it is punctuation.
 
-    A full stop beside a mask's row, or a comma with a line through it, is not seen otherwise.
+    A full stop next to a row of a mask, or a comma with a line through it, is easily missed.
     """
     marks = label.removeprefix(BEFORE_WORD)
     alone = bool(marks) and all(unicodedata.category(mark)[0] in "PS" for mark in marks)

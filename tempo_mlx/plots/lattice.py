@@ -17,10 +17,8 @@ from .figure import (
     ORANGE,
     PURPLE,
     blank,
-    check_plot,
     draw_title,
-    look,
-    save,
+    finished,
 )
 from .labels import BEFORE_WORD, width
 from .layout import (
@@ -83,13 +81,7 @@ def plot_lattice(
             a path of this lattice, or attention of a step that it does not have.
         ImportError: if Matplotlib is missing.
     """
-    if path is not None:
-        check_plot(path)
-    with look():
-        figure = lattice_figure(run, best, attention)
-        if path is not None:
-            save(figure, path, "lattice")
-    return figure
+    return finished(lambda: lattice_figure(run, best, attention), path, "lattice")
 
 
 def lattice_figure(

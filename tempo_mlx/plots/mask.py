@@ -16,10 +16,8 @@ from .figure import (
     PALE,
     TITLE,
     blank,
-    check_plot,
     draw_title,
-    look,
-    save,
+    finished,
 )
 from .labels import aside, label, width
 
@@ -47,21 +45,21 @@ NUMBERS = 20
 NUMBER_SIZE = 6.5
 
 
-def plot_mask(run: "GenerationResult | Lattice", visibility: Visibility | str, path: Path) -> None:
-    """Draw which slot saw which, and save it as SVG, PNG or PDF.
+def plot_mask(
+    run: "GenerationResult | Lattice", visibility: Visibility | str, path: Path | None = None
+) -> "Figure":
+    """Draw which slot saw which, and save it as SVG, PNG or PDF where a path is given.
 
     Args:
         run: a result, or its lattice alone, which does not know the prompt's text.
         visibility: a rule, or its name in :data:`tempo_mlx.rules.visibility.VISIBILITY`.
-        path: the file; its ending names the format.
+        path: of the file, whose ending names the format; None for none.
 
     Raises:
         ValueError: for another visibility, a path that cannot be written or has another ending.
         ImportError: if Matplotlib is missing.
     """
-    check_plot(path)
-    with look():
-        save(mask_figure(run, visibility), path, "mask")
+    return finished(lambda: mask_figure(run, visibility), path, "mask")
 
 
 def visibility_matrix(slots: Slots, visibility: Visibility | str, shown: np.ndarray) -> np.ndarray:

@@ -14,11 +14,9 @@ from .figure import (
     SKY,
     TITLE,
     blank,
-    check_plot,
     cut,
     draw_heading,
-    look,
-    save,
+    finished,
 )
 from .labels import label, width
 from .layout import Placed, page_width, place
@@ -60,22 +58,20 @@ class Column(Placed):
         return min(WIDEST, max(NARROWEST, widest + VALUE))
 
 
-def plot_search(result: "SearchResult", path: Path) -> None:
-    """Draw a search into a file: a column for each token, its candidates by visits.
+def plot_search(result: "SearchResult", path: Path | None = None) -> "Figure":
+    """Draw a search: a column for each token, its candidates by visits.
 
     Bars are as long as a candidate's share of the visits; the chosen ones are joined.
 
     Args:
         result: of :func:`tempo_mlx.search`, with at least one token.
-        path: ending in .svg, .png or .pdf.
+        path: of a file to save it in, ending in .svg, .png or .pdf; None for none.
 
     Raises:
         ValueError: for another ending, or a search that chose nothing.
         ImportError: if Matplotlib is missing.
     """
-    check_plot(path)
-    with look():
-        save(search_figure(result), path, "search")
+    return finished(lambda: search_figure(result), path, "search")
 
 
 def search_figure(result: "SearchResult") -> "Figure":

@@ -4,7 +4,8 @@ import copy
 import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
-from typing import Any, cast
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,6 +15,7 @@ from mlx_lm.generate import generation_stream, wired_limit
 from ..arguments import shown
 from ..errors import TempoError
 from ..models import PositionedModel
+from ..plots.search import plot_search
 from ..rules.rule import name_of
 from ..settings import given
 from ..text.printable import quoted
@@ -23,6 +25,9 @@ from .environment import Batched, TextEnvironment, Value
 from .monte_carlo import SearchError, TreeSearch
 from .settings import SearchSettings
 from .tree import ROOT, Tree
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SCHEMA = 2
 
@@ -122,6 +127,22 @@ class SearchResult:
     def to_html(self) -> str:
         """A page with the picture that a notebook shows; it needs no server and no network."""
         return page(self.to_dict(), self.prompt + self.text)
+
+    def plot(self, path: str | Path | None = None) -> "Figure":
+        """Draw the choices, as ``tempo-mlx search --plot`` does.
+
+        Args:
+            path: file to save the picture in, ending in .svg, .png or .pdf; None for none.
+
+        Returns:
+            Matplotlib's figure, which a notebook shows.
+
+        Raises:
+            ValueError: for a path that cannot be written or has another ending, or a search that
+                chose no token.
+            ImportError: if Matplotlib is missing.
+        """
+        return plot_search(self, Path(path) if path is not None else None)
 
     def to_dict(self) -> dict[str, Any]:
         """The search as JSON-ready data, schema version 2."""

@@ -199,7 +199,7 @@ class View {
     sheet.replaceSync(STYLE);
     this.root.adoptedStyleSheets = [sheet];
     this.body = make("div", { lang: "und" });
-    this.tip = make("div", { class: "tip", role: "tooltip", hidden: "" });
+    this.tip = make("div", { class: "tip", role: "status", hidden: "" });
     this.root.replaceChildren(this.body, this.tip);
     this.root.addEventListener("keydown", (event) => this.walk(event));
     this.update(data);
@@ -422,8 +422,12 @@ class View {
       node.style.backgroundColor = `rgb(var(--blue) / ${(0.45 * shade).toFixed(3)})`;
     }
     node.setAttribute("tabindex", "-1");
-    node.setAttribute("role", this.actions.commit ? "button" : "img");
-    node.setAttribute("aria-label", `${visible(cell.text)}, ${percent(cell.probability)}`);
+    // In the text a token is text; what is told of it is read out when it gets the focus.
+    const role = this.actions.commit ? "button" : node instanceof SVGElement ? "img" : null;
+    if (role) {
+      node.setAttribute("role", role);
+      node.setAttribute("aria-label", `${visible(cell.text)}, ${percent(cell.probability)}`);
+    }
     node.addEventListener("pointerenter", () => this.tell(node, cell, column));
     node.addEventListener("focus", () => this.tell(node, cell, column));
     node.addEventListener("pointerleave", () => this.hide());
