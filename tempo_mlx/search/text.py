@@ -158,7 +158,7 @@ class SearchResult:
             "logprob": self.logprob,
             "choices": [vars(choice) for choice in self.choices],
             "finish_reason": self.finish_reason,
-            "tree": self.tree.to_dict(),
+            "tree": self._tree_to_dict(),
             "stats": {
                 "simulations": self.simulations,
                 "forward_tokens": self.forward_tokens,
@@ -168,6 +168,13 @@ class SearchResult:
                 "peak_memory_gb": self.peak_memory_gb,
             },
         }
+
+    def _tree_to_dict(self) -> dict[str, Any]:
+        """The tree with the text of each node; "" for a root without a token."""
+        data = self.tree.to_dict()
+        for node in data["nodes"]:
+            node["text"] = "" if node["action"] is None else self.vocabulary.text(node["action"])
+        return data
 
 
 def search(

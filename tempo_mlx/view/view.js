@@ -186,6 +186,7 @@ function fill(element, attributes, children) {
   return element;
 }
 
+const many = (count, what) => `${count ?? "?"} ${what}${count === 1 ? "" : "s"}`;
 const percent = (p) => (p == null ? "" : p >= 0.0995 ? `${(100 * p).toFixed(0)} %` : `${(100 * p).toPrecision(2)} %`);
 const nats = (x, digits = 2) => (x == null || !isFinite(x) ? "" : x.toFixed(digits));
 
@@ -220,7 +221,9 @@ class View {
       ? new Set(this.columns.flatMap((column) => column.cells.filter((cell) => cell.chosen)))
       : cellsOf(this.columns, this.paths[this.chosen]?.tokens ?? []);
     const bar = make("div", { class: "bar", role: "group", "aria-label": "View" });
-    for (const [mode, name] of [["text", "Text"], ["lattice", this.isSearch ? "Choices" : "Lattice"]]) {
+    const modes = [["text", "Text"], ["lattice", this.isSearch ? "Choices" : "Lattice"]];
+    if (this.data.tree?.nodes.length > 1) modes.push(["tree", "Tree of the last token"]);
+    for (const [mode, name] of modes) {
       const button = make("button", { type: "button", "aria-pressed": String(mode === this.mode) }, name);
       button.addEventListener("click", () => {
         this.mode = mode;
@@ -229,7 +232,7 @@ class View {
       bar.append(button);
     }
     bar.append(make("span", { class: "note" }, this.summary()));
-    const picture = this.mode === "text" ? this.text() : this.lattice();
+    const picture = this[this.mode]();
     this.body.replaceChildren(bar, picture, this.key(), ...this.list());
     const first = this.nodes.values().next().value;
     if (first) first.setAttribute("tabindex", "0");
@@ -240,12 +243,14 @@ class View {
     const tokens = this.columns.reduce((sum, column) => sum + column.cells.length, 0);
     const ended = data.finish_reason ? `, ended by ${data.finish_reason}` : "";
     return this.isSearch
-      ? `${data.choices.length} tokens, ${data.stats?.simulations ?? ""} simulations${ended}`
-      : `${this.columns.length} steps, ${tokens} tokens${ended}`;
+      ? `${many(data.choices.length, "token")}, ${many(data.stats?.simulations, "simulation")}${ended}`
+      : `${many(this.columns.length, "step")}, ${many(tokens, "token")}${ended}`;
   }
 
   key() {
-    const what = this.isSearch
+    const what = this.mode === "tree"
+      ? "width and size: visits; from the token before on"
+      : this.isSearch
       ? "colour and height: share of the visits; bold: chosen"
       : "colour and height: probability; bold: the chosen path; purple line: entropy of the set";
     const kinds = new Set(this.columns.flatMap((column) => column.cells.map((cell) => cell.kind)));
@@ -291,6 +296,7 @@ class View {
       if (held) {
         held.node.textContent = running(rest ? held.text + only.text : decode(bytes));
         this.nodes.set(only, held.node);
+        only.column = column;
         held = rest ? { ...held, bytes, text: held.text + only.text } : null;
         continue;
       }
@@ -317,11 +323,8 @@ class View {
   // The lattice: columns are positions, height is probability.
 
   lattice() {
-    const canvas = document.createElement("canvas").getContext("2d");
-    canvas.font = "600 12px system-ui, sans-serif";
-    const measure = (text) => canvas.measureText(text).width;
+    const measure = measuring();
     const line = 15, top = 14, height = 190, tall = (p) => top + height * (1 - Math.sqrt(p));
-    const short = (text) => (text.length > 18 ? `${text.slice(0, 17)}…` : text);
     const places = new Map(); // cell -> where its dot, its label and their ends are
     const marks = [0, 0.01, 0.1, 0.25, 0.5, 1];
     let left = 44, lowest = top + height;
@@ -411,10 +414,56 @@ class View {
     return group;
   }
 
-  // What every cell does, in both views.
+  // The tree that a search's last token was chosen from: the width of an edge is its visits.
+
+  tree() {
+    const nodes = this.data.tree.nodes, root = nodes[0];
+    const cells = nodes.map((token) => ({
+      token, step: null, id: token.action, text: token.text ?? String(token.action), bytes: [],
+      kind: "token", height: token.visits / (root.visits || 1), probability: token.prior,
+      visits: token.visits, value: token.value, children: [] }));
+    // Parents stand before their children. What was never visited is left out.
+    nodes.forEach(({ parent, visits }, number) => {
+      if (parent == null || !visits) return;
+      cells[parent].children.push(cells[number]);
+      cells[number].before = cells[parent];
+    });
+    const measure = measuring(), widths = [];
+    const reach = (cell, depth) => {
+      cell.short = cell === cells[0] ? "…" + label(cell.text) : short(label(cell.text));
+      widths[depth] = Math.max(widths[depth] ?? 0, measure(cell.short));
+      cell.children.sort((a, b) => b.visits - a.visits);
+      for (const child of cell.children) reach(child, depth + 1);
+    };
+    reach(cells[0], 0);
+    const lefts = [20], line = 20;
+    for (const width of widths) lefts.push(lefts.at(-1) + width + 60);
+    let row = 0;
+    const drawn = [], edges = [];
+    const put = (cell, depth, column) => {
+      const at = { x: lefts[depth], dot: 0, y: 0, text: cell.short, width: measure(cell.short) };
+      const below = { position: (this.data.prompt_tokens ?? []).length + (cell.token.depth ?? depth), cells: cell.children };
+      const first = row;
+      const ends = cell.children.map((child) => put(child, depth + 1, below));
+      if (!ends.length) row++;
+      at.y = at.dot = 16 + line * first;
+      ends.forEach((end, i) => edges.push(draw("path", { class: "edge",
+        d: curve({ x: at.x + 14 + at.width, y: at.y }, { x: end.x, y: end.y }),
+        "stroke-width": (0.5 + 6 * cell.children[i].height).toFixed(2) })));
+      drawn.push(this.node(cell, column, at));
+      return at;
+    };
+    put(cells[0], 0, { position: "", cells: [cells[0]] });
+    const svg = draw("svg", { width: lefts.at(-1), height: 16 + line * row, role: "group", "aria-label": "tree" },
+      ...edges, ...drawn.reverse());
+    return make("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "tree, scrolls sideways" }, svg);
+  }
+
+  // What every cell does, in every view.
 
   cell(node, cell, column) {
     this.nodes.set(cell, node);
+    cell.column = column;
     node.classList.add("cell", cell.kind);
     if (this.path.has(cell)) node.classList.add("best");
     const shade = Math.max(0.06, cell.height);
@@ -473,24 +522,41 @@ class View {
 
   /** Arrow keys: left and right along the steps, up and down within a set; Enter acts. */
   walk(event) {
-    const here = this.columns.findIndex((c) => c.cells.some((cell) => this.nodes.get(cell) === event.target));
-    if (here < 0) return;
-    const cells = this.columns[here].cells;
-    const rank = cells.findIndex((cell) => this.nodes.get(cell) === event.target);
+    const here = [...this.nodes].find(([, node]) => node === event.target)?.[0];
+    if (!here) return;
     if (event.key === "Escape") this.hide();
-    if (event.key === "Enter" || event.key === " ") this.act(event, cells[rank]);
-    const [sideways, down] = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[event.key] ?? [0, 0];
-    const beside = this.columns[here + sideways]?.cells;
-    const target = sideways
-      ? beside && (beside.find((cell) => this.path.has(cell)) ?? beside[0])
-      : cells[rank + down];
-    if ((sideways || down) && target) {
+    if (event.key === "Enter" || event.key === " ") this.act(event, here);
+    const target = this.nodes.get(this.neighbour(here, event.key));
+    if (target) {
       event.target.setAttribute("tabindex", "-1");
-      this.nodes.get(target).setAttribute("tabindex", "0");
-      this.nodes.get(target).focus();
+      target.setAttribute("tabindex", "0");
+      target.focus();
     }
-    if (sideways || down || event.key === " ") event.preventDefault();
+    if (event.key.startsWith("Arrow") || event.key === " ") event.preventDefault();
   }
+
+  neighbour(cell, key) {
+    const siblings = cell.column.cells, rank = siblings.indexOf(cell);
+    if (key === "ArrowUp") return siblings[rank - 1];
+    if (key === "ArrowDown") return siblings[rank + 1];
+    const sideways = { ArrowLeft: -1, ArrowRight: 1 }[key];
+    if (!sideways) return undefined;
+    if (cell.children) return sideways < 0 ? cell.before : cell.children[0];
+    const beside = this.columns[this.columns.indexOf(cell.column) + sideways]?.cells ?? [];
+    return beside.find((each) => this.path.has(each)) ?? beside[0];
+  }
+}
+
+/** The width of a text in a picture, in pixels. */
+function measuring() {
+  const canvas = document.createElement("canvas").getContext("2d");
+  canvas.font = "600 12px system-ui, sans-serif";
+  return (text) => canvas.measureText(text).width;
+}
+
+function short(text) {
+  const characters = [...text];
+  return characters.length > 18 ? `${characters.slice(0, 17).join("")}…` : text;
 }
 
 /** A curve that leaves and arrives level, after a straight stroke from `start` where there is one. */

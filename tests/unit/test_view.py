@@ -126,35 +126,70 @@ console.log(JSON.stringify({json.dumps(texts)}.map(visible)));
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+IN_A_BROWSER = pytest.mark.skipif(CHROMIUM is None, reason="draws in Chromium, which is not here")
+
+
+def drawn(html, tmp_path, probe):
+    """What a script finds in the page of ``html``, with ``root``, ``count`` and ``press`` at hand.
+
+    What is drawn stands in a shadow root, which --dump-dom does not show: the script puts what it
+    has found in place of the page.
+    """
+    path = tmp_path / "run.html"
+    script = f"""<script type="module">
+const root = document.querySelector(".tempo-mlx-view").shadowRoot, found = {{}};
+const count = (what) => root.querySelectorAll(what).length;
+const press = (name) =>
+  [...root.querySelectorAll("button")].find((each) => each.textContent.startsWith(name)).click();
+{probe}
+document.body.replaceChildren(JSON.stringify(found));
+</script></body>"""
+    path.write_text(html.replace("</body>", script))
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", path.as_uri()]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    return json.loads(Elements(run.stdout).text("body"))
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="draws in Chromium, which is not here")
+@IN_A_BROWSER
 def test_a_browser_draws_every_token_of_both_views(folder, tmp_path):
-    result = generate(
-        *load(folder), HOSTILE, max_tokens=5, threshold=0.01, max_parallel=3, stop=("\ufffd",)
-    )
-    # What is drawn stands in a shadow root: the page copies it to where --dump-dom shows it.
-    probe = """<script type="module">
-const root = document.querySelector(".tempo-mlx-view").shadowRoot;
-const count = (what) => root.querySelectorAll(what).length;
-const found = { text: count(".text .cell"), sets: count(".set") };
+    result = generate(*load(folder), HOSTILE, max_tokens=5, threshold=0.01, max_parallel=3)
+    probe = """
+Object.assign(found, { text: count(".text .cell"), sets: count(".set") });
 found.prompt = root.querySelector(".prompt").textContent;
-[...root.querySelectorAll("button")].find((button) => button.textContent === "Lattice").click();
+press("Lattice");
 Object.assign(found, { lattice: count("svg .cell"), best: count("svg text.best") });
 found.scripts = document.querySelectorAll("script").length;
-root.querySelector("svg .cell").focus();
+const first = root.querySelector("svg .cell");
+first.focus();
 found.tip = root.querySelector(".tip").textContent;
-document.body.replaceChildren(JSON.stringify(found));
-</script>"""
-    path = tmp_path / "run.html"
-    path.write_text(result.to_html().replace("</body>", f"{probe}</body>"))
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", path.as_uri()]
-    run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
-    found = json.loads(Elements(run.stdout).text("body"))
+first.dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowDown", bubbles: true }));
+found.below = root.activeElement.querySelector("text").textContent;
+"""
+    found = drawn(result.to_html(), tmp_path, probe)
     tokens = result.lattice.n_tokens
     assert found["text"] == found["lattice"] == tokens > len(result.lattice)
     assert found["sets"] == sum(len(step.tokens) > 1 for step in result.lattice.steps)
     assert found["best"] == len(result.lattice) and found["scripts"] == 3
     assert "</script>" in found["prompt"] and "⟨U+202E⟩" in found["prompt"]
     assert "text up to here" in found["tip"]
+    assert found["below"].lstrip("·") == result.lattice.steps[0].tokens[1].text.strip()
+
+
+@pytest.mark.slow
+@IN_A_BROWSER
+def test_a_browser_draws_the_choices_and_the_tree_of_a_search(folder, tmp_path):
+    result = search(*load(folder), "The cat", simulations=12, max_tokens=6)
+    probe = """
+found.text = count(".text .cell");
+press("Choices");
+Object.assign(found, { choices: count("svg .cell"), chosen: count("svg text.best") });
+press("Tree");
+Object.assign(found, { tree: count("svg .cell"), edges: count("svg .edge") });
+"""
+    found = drawn(result.to_html(), tmp_path, probe)
+    children = sum(len(choice.children) for choice in result.choices)
+    assert found["text"] == found["choices"] == children
+    assert found["chosen"] == len(result.choices)
+    visited = int((result.tree.visits > 0).sum())
+    assert found["tree"] == visited == found["edges"] + 1
