@@ -33,6 +33,7 @@ from .outputs import (
     Output,
     Written,
     check_outputs,
+    check_page,
     is_standard_output,
     json_where,
     picture,
@@ -210,6 +211,8 @@ def generate(
         raise TempoError(f"--prompt-cache {prompt_cache} must be a regular file")
     for drawing in plot or ():
         check_plot(drawing)
+    if html is not None:
+        check_page(html)
     check_outputs(
         [
             Output("--output", output, is_result if prompts_file is None else RESULTS),

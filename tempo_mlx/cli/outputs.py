@@ -128,6 +128,12 @@ def picture(*kinds: str) -> Callable[[Path], bool]:
     return lambda path: drawn(path.read_bytes(), kinds)
 
 
+def check_page(path: Path) -> None:
+    """Raise TempoError unless a page of :mod:`tempo_mlx.view` may have this name."""
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise TempoError(f"--html must end in .html, got {str(path)!r}")
+
+
 #: Recognises pages of :mod:`tempo_mlx.view`.
 PAGE = beginning(BEGINNING.encode())
 

@@ -29,6 +29,7 @@ from .outputs import (
     Written,
     beginning,
     check_outputs,
+    check_page,
     is_standard_output,
     json_where,
     picture,
@@ -125,6 +126,8 @@ def search(
         raise TempoError(f"--value {value} must be a function, got {shown(function)}")
     if plot is not None:
         check_plot(plot)
+    if html is not None:
+        check_page(html)
     check_outputs(
         [
             Output("--output", output, is_result),

@@ -187,7 +187,13 @@ function fill(element, attributes, children) {
 }
 
 const many = (count, what) => `${count ?? "?"} ${what}${count === 1 ? "" : "s"}`;
-const percent = (p) => (p == null ? "" : p >= 0.0995 ? `${(100 * p).toFixed(0)} %` : `${(100 * p).toPrecision(2)} %`);
+
+/** A probability in two digits. */
+function percent(p) {
+  if (p == null) return "";
+  return `${p >= 0.0995 ? (100 * p).toFixed(0) : (100 * p).toPrecision(2)} %`;
+}
+
 const nats = (x, digits = 2) => (x == null || !isFinite(x) ? "" : x.toFixed(digits));
 
 class View {
@@ -315,7 +321,8 @@ class View {
       node.textContent = visible(cell.text);
       return node;
     });
-    const set = make("span", { class: "set", role: "group", "aria-label": `set of ${nodes.length}` }, ...nodes);
+    const label = `set of ${nodes.length}`;
+    const set = make("span", { class: "set", role: "group", "aria-label": label }, ...nodes);
     if (!this.isSearch) set.style.borderBottomWidth = `${(2.5 * entropy(column)).toFixed(1)}px`;
     return set;
   }
@@ -360,7 +367,7 @@ class View {
         String(column.position)));
       for (const cell of column.cells) svg.append(this.node(cell, column, places.get(cell)));
     }
-    return make("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "lattice, scrolls sideways" }, svg);
+    return scrolling("lattice", svg);
   }
 
   /** From every token to what it continues: its parent, or each live token of the set before. */
@@ -401,7 +408,9 @@ class View {
 
   node(cell, column, { x, dot, y, text, width }) {
     const group = this.cell(draw("g"), cell, column);
-    if (Math.abs(y - dot) > 1) group.append(draw("path", { class: "leader", d: `M${x} ${dot}L${x + 9} ${y}` }));
+    if (Math.abs(y - dot) > 1) {
+      group.append(draw("path", { class: "leader", d: `M${x} ${dot}L${x + 9} ${y}` }));
+    }
     group.append(
       draw("circle", { class: `dot ${cell.kind}`, cx: x, cy: dot, r: 3 + 3 * Math.sqrt(cell.height) }),
       draw("text", { class: cell.kind, x: x + 11, y: y + 4 }, text),
@@ -418,6 +427,7 @@ class View {
 
   tree() {
     const nodes = this.data.tree.nodes, root = nodes[0];
+    const start = (this.data.prompt_tokens ?? []).length;
     const cells = nodes.map((token) => ({
       token, step: null, id: token.action, text: token.text ?? String(token.action), bytes: [],
       kind: "token", height: token.visits / (root.visits || 1), probability: token.prior,
@@ -442,7 +452,7 @@ class View {
     const drawn = [], edges = [];
     const put = (cell, depth, column) => {
       const at = { x: lefts[depth], dot: 0, y: 0, text: cell.short, width: measure(cell.short) };
-      const below = { position: (this.data.prompt_tokens ?? []).length + (cell.token.depth ?? depth), cells: cell.children };
+      const below = { position: start + (cell.token.depth ?? depth), cells: cell.children };
       const first = row;
       const ends = cell.children.map((child) => put(child, depth + 1, below));
       if (!ends.length) row++;
@@ -454,9 +464,9 @@ class View {
       return at;
     };
     put(cells[0], 0, { position: "", cells: [cells[0]] });
-    const svg = draw("svg", { width: lefts.at(-1), height: 16 + line * row, role: "group", "aria-label": "tree" },
-      ...edges, ...drawn.reverse());
-    return make("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "tree, scrolls sideways" }, svg);
+    const size = { width: lefts.at(-1), height: 16 + line * row };
+    const svg = draw("svg", { ...size, role: "group", "aria-label": "tree" }, ...edges, ...drawn.reverse());
+    return scrolling("tree", svg);
   }
 
   // What every cell does, in every view.
@@ -498,7 +508,7 @@ class View {
     for (const each of column.cells) {
       const values = this.isSearch
         ? [String(each.visits), each.visits ? nats(each.value) : "", percent(each.probability)]
-        : [percent(each.probability), nats(Math.log(each.probability)), nats(Math.log(each.probability / best))];
+        : [percent(each.probability), ...[1, best].map((of) => nats(Math.log(each.probability / of)))];
       table.append(make("tr", each === cell ? { class: "here" } : {},
         make("td", {}, label(each.text)), ...values.map((value) => make("td", {}, value))));
     }
@@ -510,7 +520,8 @@ class View {
     }
     this.tip.replaceChildren(table, make("div", { class: "note" }, notes.join(" · ")));
     this.tip.hidden = false;
-    const frame = this.root.host.getBoundingClientRect(), box = (node.closest(".set") ?? node).getBoundingClientRect();
+    const frame = this.root.host.getBoundingClientRect();
+    const box = (node.closest(".set") ?? node).getBoundingClientRect();
     const most = frame.width - this.tip.offsetWidth - 8;
     this.tip.style.left = `${Math.max(8, Math.min(box.left - frame.left, most))}px`;
     this.tip.style.top = `${box.bottom - frame.top + 6}px`;
@@ -545,6 +556,11 @@ class View {
     const beside = this.columns[this.columns.indexOf(cell.column) + sideways]?.cells ?? [];
     return beside.find((each) => this.path.has(each)) ?? beside[0];
   }
+}
+
+function scrolling(name, svg) {
+  const label = `${name}, scrolls sideways`;
+  return make("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": label }, svg);
 }
 
 /** The width of a text in a picture, in pixels. */

@@ -141,9 +141,15 @@ def test_the_report_begins_with_its_answer_and_one_picture(folder, analysis):
     assert answer.startswith("Answer") and answer.count("![") == 1 and "|" not in answer
     effects = analysis["effects"]
     whole = effects[(effects["grouping"] == "overall") & (effects["measure"] == "token")]
-    assert len(whole) == answer.count("\n- ") > 1
+    contrasts = analysis["contrasts"]
+    pairs = contrasts[(contrasts["grouping"] == "overall") & (contrasts["measure"] == "token")]
+    assert len(whole) + len(pairs) == answer.count("\n- ") and len(whole) > 1 and len(pairs)
     for row in whole.itertuples():
         assert f"- {row.condition}: more, {number(row.mean, signed=True)} of" in answer
+    for row in pairs.itertuples():
+        assert (
+            f"- {row.condition_b}, compared with {row.condition_a} in the same prompts: " in answer
+        )
     # What only a machine asks for stands at the end.
     assert text.index("## Limits") < text.index("Where it was run") < text.index("## All tables")
 

@@ -105,6 +105,8 @@ def test_commands_write_the_page_and_replace_only_their_own(run, folder, tmp_pat
     path.write_text("<!doctype html>\n<p>mine")
     code, _, err = run(*arguments)
     assert code == 2 and "--html" in err and path.read_text().endswith("mine")
+    code, _, err = run(*arguments[:-1], "-")
+    assert code == 2 and "--html must end in .html, got '-'" in err
 
 
 @pytest.mark.slow
