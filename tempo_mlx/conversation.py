@@ -243,7 +243,8 @@ class Conversation:
             else None,
         )
         request = Request(result, paths=PATHS, keeps_slots=True)
-        decoder = BatchDecoder(self.model)
+        assert isinstance(result.model, PositionedModel)
+        decoder = BatchDecoder(result.model)
         responses = steps_of(request, decoder, self._while_reading, known, PATHS)
         try:
             for response in responses:

@@ -22,7 +22,7 @@ from .decode.scheduler import BATCH_SIZE, BatchStatus, Scheduler, default_budget
 from .errors import TempoError
 from .lattice.lattice import Lattice, Step
 from .lattice.rendering import StepWriter, plain
-from .models import PlainModel, PositionedModel
+from .models import KVQuantization, PlainModel, PositionedModel
 from .settings import Settings, given
 from .text.vocabulary import Prompt, Vocabulary, encode_prompt, require_tokenizer
 
@@ -125,6 +125,7 @@ def stream_generate(
         return
     positioned = PositionedModel.of(model)
     known = PromptCache.of(prompt_cache, positioned, tokenizer)
+    _require_verifiable(verify, chosen)
     result = begin(positioned, tokenizer, prompt, chosen, model_name, prompt_cache=known)
     yield from steps(result, verify, prompt_progress_callback, known, paths)
 
@@ -138,7 +139,12 @@ def begin(
     vocabulary: Vocabulary | None = None,
     prompt_cache: PromptCache | None = None,
 ) -> GenerationResult:
-    """The result of a run that has not begun: its prompt is encoded, its seed is chosen."""
+    """The result of a run that has not begun: its prompt is encoded, its seed is chosen.
+
+    Its model is the one that is to run, whose caches are quantised where the settings ask for it.
+    """
+    if isinstance(model, PositionedModel):
+        model = model.quantizing(settings.kv_quantization)
     if prompt_cache is not None:
         assert isinstance(model, PositionedModel)
         joined = prompt_cache.join(model, tokenizer, prompt)
@@ -360,9 +366,11 @@ def stream_batch_generate(
         raise TempoError(
             f"settings must be one for each of {len(prompts)} prompts, got {len(each)}"
         )
-    positioned = PositionedModel.of(model)
+    positioned = PositionedModel.of(model).quantizing(_common_quantization(each, batch_size))
     prompt_cache = PromptCache.of(prompt_cache, positioned, tokenizer)
     require_tokenizer(tokenizer)
+    for one in each:
+        _require_verifiable(verify, one)
     vocabulary = Vocabulary(tokenizer)
 
     def new_request(i: int) -> Request:
@@ -396,6 +404,31 @@ def stream_batch_generate(
                 find_paths(finished, max(paths, BEAM), slots)
                 yield from held
                 held = []
+
+
+def _require_verifiable(verify: bool, settings: Settings) -> None:
+    if verify and settings.kv_bits is not None:
+        raise TempoError(
+            "verify replays a run with keys and values in full precision, which kv_bits changes; "
+            "leave one of them out"
+        )
+
+
+def _common_quantization(each: Sequence[Settings], batch_size: int) -> KVQuantization | None:
+    """How the keys and values of a batch are quantised."""
+    found = {settings.kv_quantization for settings in each}
+    if len(found) > 1:
+        raise TempoError(
+            "kv_bits, kv_group_size and quantized_kv_start must be the same for all prompts of a "
+            "batch, which share their arrays"
+        )
+    [common] = found or {None}
+    if common is not None and common.start > 0 and min(batch_size, len(each)) > 1:
+        raise TempoError(
+            "quantized_kv_start must be 0 in a batch, whose prompts share arrays and reach a "
+            f"number of tokens at different times, got {common.start}; or use batch_size 1"
+        )
+    return common
 
 
 def _as_python_writes(value: Any) -> Any:

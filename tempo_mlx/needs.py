@@ -64,6 +64,8 @@ NEEDS: Needs = {
     "repetition_context_size": (Need("repetition_penalty"),),
     "presence_context_size": (Need("presence_penalty"),),
     "frequency_context_size": (Need("frequency_penalty"),),
+    "kv_group_size": (Need("kv_bits"),),
+    "quantized_kv_start": (Need("kv_bits"),),
     # Where later steps do not see a set, nothing looks at its keys.
     "weighting": (_SEEN,),
     "pruning.threshold": (_THRESHOLD,),

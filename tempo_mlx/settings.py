@@ -8,7 +8,7 @@ from typing import Any, TypeVar, cast
 
 from .arguments import shown
 from .errors import TempoError
-from .models import PlainModel, PositionedModel
+from .models import KVQuantization, PlainModel, PositionedModel
 from .needs import NEEDS, told, unmet
 from .old_names import first_names, renamed, renames
 from .rules.combining import COMBINE, CombiningRule, combining_rule
@@ -26,6 +26,7 @@ from .rules.table import (
     Functions,
     Inner,
     Number,
+    OneOf,
     RuleChoice,
     ScheduleText,
     Seed,
@@ -57,6 +58,10 @@ _MLX = "As in mlx-lm"
 
 #: Sources of drafts.
 DRAFTS = ("auto", "lookup", "recycle", "none")
+
+#: Bits and sizes of groups that ``mx.quantize`` knows.
+KV_BITS = (2, 3, 4, 5, 6, 8)
+KV_GROUP_SIZES = (32, 64, 128)
 
 #: Largest penalty on a logit.
 MOST_PENALTY = 1e6
@@ -243,6 +248,25 @@ class Settings:
     json_schema: Mapping[str, Any] | None = json_schema_setting()
     regex: str | None = regex_setting()
     grammar: str | None = lark_setting()
+    kv_bits: int | None = setting(
+        None,
+        OneOf(KV_BITS),
+        "Keep keys and values as numbers of so many bits, as mlx-lm does: 2, 3, 4, 5, 6 or 8. "
+        "Less memory, other results.",
+        panel=_MLX,
+    )
+    kv_group_size: int = setting(
+        64,
+        OneOf(KV_GROUP_SIZES),
+        "Numbers of a key or value that share a scale with `kv_bits`: 32, 64 or 128.",
+        panel=_MLX,
+    )
+    quantized_kv_start: int = setting(
+        5000,
+        Count(0),
+        "Quantise with `kv_bits` once the text has so many tokens; in a batch it must be 0.",
+        panel=_MLX,
+    )
     draft: str = setting(
         "auto",
         Choice(DRAFTS),
@@ -275,6 +299,14 @@ class Settings:
             )
         if self.has_parents:
             self._check_parents()
+        if self.kv_bits is not None:
+            if self.branching == "replicate":
+                raise TempoError(
+                    "kv_bits needs branching shared: replicate keeps its rows in mlx-lm's batch "
+                    "caches, which cannot quantise"
+                )
+            if self.draft not in ("auto", "none"):
+                raise TempoError(f"draft must be auto or none with kv_bits, got {self.draft}")
         one = self.greedy and self.by_probability and self.branching != "replicate"
         if self.sampler is not None and not one:
             raise TempoError(
@@ -308,6 +340,13 @@ class Settings:
             )
         if self.branches and not self.by_probability:
             raise TempoError(f"sampling must be deterministic with {where}, got {self.sampling}")
+
+    @property
+    def kv_quantization(self) -> KVQuantization | None:
+        """How keys and values are quantised; None for not."""
+        if self.kv_bits is None:
+            return None
+        return KVQuantization(self.kv_bits, self.kv_group_size, self.quantized_kv_start)
 
     @property
     def visibility_rule(self) -> Visibility:

@@ -107,7 +107,7 @@ class PromptCache(ReadTokens):
             ValueError: if the prompt is empty or too long.
         """
         check_count("prefill_step_size", prefill_step_size)
-        positioned = PositionedModel.of(model)
+        positioned = PositionedModel.of(model).quantizing(None)
         tokens = encode_prompt(tokenizer, prompt, positioned)
         batch = Batch(positioned, [SequenceState(Lattice(tokens))])
         if positioned.is_recurrent:
@@ -225,7 +225,7 @@ class PromptCache(ReadTokens):
         Raises:
             ValueError: if the file is none, of another version, model or tokenizer.
         """
-        positioned = PositionedModel.of(model)
+        positioned = PositionedModel.of(model).quantizing(None)
         try:
             loaded: Any = mx.load(str(path), format="safetensors", return_metadata=True)
         except (RuntimeError, OSError, ValueError) as error:

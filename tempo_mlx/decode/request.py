@@ -178,7 +178,8 @@ class Request:
 
         Not where a pass depends on what is selected only after it (pruning, weights, captured
         attention), where somebody else's function or a grammar would be asked about tokens that
-        never come, or where a rule of one's own may see more than the text so far.
+        never come, where a rule of one's own may see more than the text so far, or where keys begin
+        to be quantised in the middle of a draft.
         """
         settings, rule = self.settings, self.visibility
         asked = settings.sampler is not None or settings.logits_processors or settings.has_grammar
@@ -188,6 +189,7 @@ class Request:
             and self.pruner is None
             and self.observer is None
             and settings.weighting == "none"
+            and settings.kv_bits is None
             and not asked
             and rule.full_context
             and rule.monotone

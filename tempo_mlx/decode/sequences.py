@@ -178,6 +178,7 @@ class Batch:
         self.model = model
         self.sequences = list(sequences)
         self.cache = model.make_cache(max(1, len(self.sequences))) if cache is None else cache
+        self.cache.continue_as(model.quantization)
         for row, sequence in enumerate(self.sequences):
             sequence.row = row
             sequence.held = np.arange(self.cache.counts[row])

@@ -189,6 +189,8 @@ class Session:
                     self.model, self.tokenizer, config.prompt, config.settings, "", vocabulary
                 )
                 run = Request(result, observer=observer)
+                if observer is not None and isinstance(result.model, PositionedModel):
+                    result.model.require_capture()
             except TempoError as error:
                 raise SuiteError(
                     f"suite {self.suite.name}, {config.prompt_id} ({config.condition}): {error}"

@@ -3,11 +3,13 @@
 from .attention import Capture
 from .model import PositionedModel, UnsupportedModelError
 from .plain import PlainModel
+from .quantization import KVQuantization
 from .store import SlotStore
 
 __all__ = [
     "SlotStore",
     "Capture",
+    "KVQuantization",
     "PlainModel",
     "PositionedModel",
     "UnsupportedModelError",

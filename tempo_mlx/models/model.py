@@ -1,5 +1,6 @@
 """An mlx-lm model that takes tokens at explicit positions under an explicit mask."""
 
+import copy
 from dataclasses import replace
 from typing import Any, cast, overload
 
@@ -15,6 +16,7 @@ from .architectures import EXACT, GROUPED_SCORES, ids_kept, names, refusal
 from .attention import AttentionRecorder, Capture
 from .backbone import MODEL_ERRORS, Backbone
 from .forward_pass import Spread, is_consecutive
+from .quantization import KVQuantization
 from .rows import TokenRows
 from .states import States
 from .store import Kind, SlotStore
@@ -53,6 +55,8 @@ class PositionedModel:
         )
         #: whether attention must be given each token's own copy of the keys of its sequence
         self.spreads_rows: Spread = False
+        #: how its caches quantise keys and values; None for not
+        self.quantization: KVQuantization | None = None
         attention.install(model)
         reused_keys.install(model)
         try:
@@ -99,10 +103,60 @@ class PositionedModel:
             self._kinds,
             spread_rows=self.spreads_rows,
             grouped_scores=self.grouped_scores,
+            quantization=self.quantization,
         )
+
+    def quantizing(self, how: KVQuantization | None) -> "PositionedModel":
+        """The model with caches that quantise keys and values so; the same weights.
+
+        Raises:
+            UnsupportedModelError: if its attention cannot read quantised keys.
+            TempoError: if its heads cannot be divided into such groups.
+        """
+        if how == self.quantization:
+            return self
+        other = copy.copy(self)
+        other.quantization = how
+        other.slot_bytes = other._quantized_slot_bytes()
+        return other
+
+    def _quantized_slot_bytes(self) -> int:
+        """Bytes of a slot as the caches keep it, from an unevaluated step of three tokens."""
+        how, cache = self.quantization, self.make_cache(1)
+        if how is None:
+            return self._full_slot_bytes
+        if not self._full_slot_bytes:
+            raise self._unsupported("kv_bits has no keys to quantise, all layers are recurrent")
+        if self.is_recurrent or self.grouped_scores or any(layer.window for layer in cache.kv):
+            raise self._unsupported(
+                "kv_bits needs layers of plain attention over all keys; mlx-lm itself quantises no "
+                "recurrent states, sliding windows or grouped scores; leave kv_bits out"
+            )
+        cache.quantize()
+        mask = mx.array(np.array([[1, 0, 0], [1, 1, 0], [1, 0, 1]], bool))[:, None, None]
+        cache.begin(np.array([[0], [1], [1]]), mask, None, TokenRows(np.zeros(3, int), 1))
+        try:
+            with attention.during(cache.running):
+                self.model(mx.zeros((3, 1), mx.int32), cache=cache.layers)
+        except MODEL_ERRORS as error:
+            if "[quantize]" in str(error):
+                raise TempoError(
+                    f"kv_group_size must divide the size of the model's heads, got "
+                    f"{how.group_size}: {error}"
+                ) from error
+            raise self._unsupported(
+                "kv_bits cannot quantise keys that the model computes with itself or shares "
+                f"between layers ({error}); leave kv_bits out"
+            ) from error
+        slots = sum(array.nbytes for layer in cache.kv for array in layer.state)
+        return slots // max(1, cache.capacity)
 
     def require_capture(self) -> None:
         """Raise UnsupportedModelError unless the model's attention can be captured."""
+        if self.quantization is not None:
+            raise self._unsupported(
+                "attention to quantised keys cannot be captured; leave kv_bits out"
+            )
         if not self.slot_bytes:
             raise self._unsupported("there is no attention to capture, all layers are recurrent")
         if not self.captures_attention:
@@ -317,7 +371,7 @@ class PositionedModel:
         #: bytes of one slot's keys and values in all layers, of one branch's states, and of what
         #: the layers make of one token
         slots = sum(array.nbytes for layer in cache.kv for array in layer.state)
-        self.slot_bytes = slots // max(1, cache.capacity)
+        self.slot_bytes = self._full_slot_bytes = slots // max(1, cache.capacity)
         self.state_bytes = cache.states.nbytes // 3
         self.hidden_bytes = hidden.nbytes // 3
         captures = trace.calls >= sum(n > 0 for n in appended) > 0

@@ -7,20 +7,26 @@ their beginnings, of which a pass reads some.
 
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models.cache import CacheList
 
 from ..errors import TempoError
 from .attention import AttentionRecorder
 from .forward_pass import ForwardPass, Spread
+from .quantization import KVQuantization
 from .rows import TokenRows
 from .states import NONE, BranchStates, RecurrentLayer, States
 
 #: Slots by which the buffers of a single row grow.
 BLOCK = 256
+
+#: Keys or values [B, H_kv, capacity, D]; quantised, three arrays: the packed numbers, their scales
+#: and their biases, which differ in the last axis only.
+Buffer = mx.array | tuple[mx.array, ...]
 
 
 class LayerCache:
@@ -31,12 +37,17 @@ class LayerCache:
         window: sliding window of the layer in logical positions; None where it sees everything.
     """
 
+    #: of the numbers that keys and values are kept as; only there once they are quantised: by
+    #: their being there mlx-lm chooses the attention for it
+    bits: int
+    group_size: int
+
     def __init__(self, owner: "SlotStore", window: int | None):
         # Weak, so that a cache that goes out of use frees its memory at once.
         self._owner = weakref.ref(owner)
         self.window = window
-        self.keys: mx.array | None = None  # [B, H_kv, capacity, D]
-        self.values: mx.array | None = None  # [B, H_kv, capacity, D_v]
+        self.keys: Any = None  # a Buffer, [B, H_kv, capacity, D]
+        self.values: Any = None  # a Buffer, [B, H_kv, capacity, D_v]
         self.n_slots = 0
         #: the pass that is running
         self.forward_pass: ForwardPass | None = None
@@ -58,30 +69,46 @@ class LayerCache:
         windows = [w for w in (self.window, window_size) if w is not None]
         return self.owner.mask_within(min(windows) if windows else None, return_array)
 
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Buffer, Buffer]:
         """Append keys [R, H_kv, T, D] and values; returns those of all slots."""
         running = self.forward_pass
         assert running is not None, "a cache is used by a PositionedModel only"
-        if self.keys is None or self.values is None or running.end > self.keys.shape[2]:
-            self.keys = self.owner.with_room(self.keys, keys, running.end)
-            self.values = self.owner.with_room(self.values, values, running.end)
-        running.write(self.keys, keys)
-        running.write(self.values, values)
+        for name, new in (("keys", self._stored(keys)), ("values", self._stored(values))):
+            buffer = self.owner.with_room(getattr(self, name), new, running.end)
+            tree_map(running.write, buffer, new)
+            setattr(self, name, buffer)
         self.n_slots = running.end
         return self.keys_and_values()
 
-    def keys_and_values(self) -> tuple[mx.array, mx.array]:
+    def keys_and_values(self) -> tuple[Buffer, Buffer]:
         """Keys and values of all slots, [B, H_kv, S, D]; in a pass, of those that its rows read."""
-        assert self.keys is not None and self.values is not None
-        keys, values = self.keys[..., : self.n_slots, :], self.values[..., : self.n_slots, :]
-        running = self.forward_pass
-        if running is None:
-            return keys, values
-        return running.fetched(keys), running.fetched(values)
+        running, n = self.forward_pass, self.n_slots
+
+        def fetched(buffer: mx.array) -> mx.array:
+            stored = buffer[..., :n, :]
+            return stored if running is None else running.fetched(stored)
+
+        return tree_map(fetched, self.keys), tree_map(fetched, self.values)
+
+    def quantize(self, how: KVQuantization) -> None:
+        """Keep keys and values as ``mx.quantize`` makes them, from now on."""
+        self.bits, self.group_size = how.bits, how.group_size
+        for name in ("keys", "values"):
+            if getattr(self, name) is not None:
+                setattr(self, name, self._stored(getattr(self, name)))
+        # So that one layer at a time exists twice.
+        mx.eval(self.state)
+
+    def _stored(self, new: mx.array) -> Buffer:
+        """Keys or values as the layer keeps them."""
+        if not hasattr(self, "bits"):
+            return new
+        return tuple(mx.quantize(new, group_size=self.group_size, bits=self.bits))
 
     @property
     def state(self) -> list[mx.array]:
-        return [buffer for buffer in (self.keys, self.values) if buffer is not None]
+        kept = [buffer for buffer in (self.keys, self.values) if buffer is not None]
+        return [array for _, array in cast(list[tuple[str, mx.array]], tree_flatten(kept))]
 
 
 #: What a layer keeps: a sliding window of its keys in logical positions, None for all of them;
@@ -124,6 +151,7 @@ class SlotStore:
         kinds: what each layer keeps.
         spread_rows: see :class:`.forward_pass.ForwardPass`.
         grouped_scores: give masks an axis for the query heads of a group, [B, 1, 1, T, S].
+        quantization: how keys and values are quantised, once a token is far enough; None for not.
     """
 
     def __init__(
@@ -132,12 +160,16 @@ class SlotStore:
         kinds: Sequence[Kind],
         spread_rows: Spread = False,
         grouped_scores: bool = False,
+        quantization: KVQuantization | None = None,
     ):
         if batch_size < 1:
             raise TempoError(f"batch_size must be at least 1, got {batch_size}")
         self._spread_rows = spread_rows
         self._grouped_scores = grouped_scores
         self._kinds = tuple(kinds)
+        self.quantization = quantization
+        #: whether keys and values are quantised by now
+        self.is_quantized = False
         #: keys and values of the attention layers, in order
         self.kv: list[LayerCache] = []
         recurrent: list[RecurrentLayer] = []
@@ -164,6 +196,8 @@ class SlotStore:
         #: slots that a row may have room for, where that is less than a whole block more
         self.capacity_limit: int | None = None
         self._running: ForwardPass | None = None
+        #: the last token's position of the pass, and 1
+        self._reached = 0
 
     @property
     def running(self) -> ForwardPass | None:
@@ -223,16 +257,48 @@ class SlotStore:
             return rounded
         return max(needed, min(rounded, self.capacity_limit))
 
-    def with_room(self, buffer: mx.array | None, new: mx.array, needed: int) -> mx.array:
+    def with_room(self, buffer: Any, new: Any, needed: int) -> Any:
         """A buffer [B, H, capacity, D] with room for ``needed`` slots of the new tokens' kind."""
+        if buffer is None:
+            return tree_map(lambda like: self._grown(None, like, needed), new)
+        return tree_map(lambda old, like: self._grown(old, like, needed), buffer, new)
+
+    def _grown(self, buffer: mx.array | None, like: mx.array, needed: int) -> mx.array:
         capacity = 0 if buffer is None else buffer.shape[2]
         if buffer is not None and needed <= capacity:
             return buffer
         self.capacity = self.room(needed)
-        _, H, _, D = new.shape
+        _, H, _, D = like.shape
         used = min(capacity, self.n_slots)
-        grown = mx.zeros((self.batch_size, H, self.capacity - used, D), new.dtype)
+        grown = mx.zeros((self.batch_size, H, self.capacity - used, D), like.dtype)
         return grown if buffer is None else mx.concatenate([buffer[..., :used, :], grown], axis=2)
+
+    def quantize(self) -> None:
+        """Keep keys and values as the store's quantisation says, from now on."""
+        assert self.quantization is not None
+        if not self.is_quantized:
+            self.is_quantized = True
+            for layer in self.kv:
+                layer.quantize(self.quantization)
+
+    def continue_as(self, quantization: KVQuantization | None) -> None:
+        """Let what is appended be quantised in another way than a former run's.
+
+        Raises:
+            TempoError: if it is too late for that.
+        """
+        if self.is_quantized and quantization != self.quantization:
+            raise TempoError(
+                "kv_bits and kv_group_size must stay as they were: the text that goes on has been "
+                "quantised with them"
+            )
+        self.quantization = quantization
+
+    def _quantize_with(self, others: "Sequence[SlotStore]") -> None:
+        """Before slots of other stores are taken over: all are quantised if one is."""
+        if any(store.is_quantized for store in (self, *others)):
+            for store in (self, *others):
+                store.quantize()
 
     def replicate(self, n: int) -> None:
         """Repeat every row n times, its copies side by side: rows 0, 0, 1, 1, ... for n = 2.
@@ -242,7 +308,10 @@ class SlotStore:
         if n < 1:
             raise TempoError(f"n must be at least 1, got {n}")
         for layer in self.kv:
-            layer.keys, layer.values = _repeated(layer.keys, n), _repeated(layer.values, n)
+            if layer.keys is not None:
+                layer.keys, layer.values = tree_map(
+                    lambda buffer: _repeated(buffer, n), (layer.keys, layer.values)
+                )
         self._table = np.repeat(self._table, n, axis=0)
         self._places = np.repeat(self._places, n, axis=0)
         self.counts = np.repeat(self.counts, n)
@@ -258,8 +327,10 @@ class SlotStore:
             raise TempoError(f"rows must be indices in [0, {self.batch_size}), got {rows.tolist()}")
         chosen = mx.array(rows.astype(np.int32))
         for layer in self.kv:
-            if layer.keys is not None and layer.values is not None:
-                layer.keys, layer.values = layer.keys[chosen], layer.values[chosen]
+            if layer.keys is not None:
+                layer.keys, layer.values = tree_map(
+                    lambda buffer: buffer[chosen], (layer.keys, layer.values)
+                )
         self._table, self._places = self._table[rows], self._places[rows]
         self.counts = self.counts[rows]
 
@@ -334,7 +405,7 @@ class SlotStore:
             for name in ("keys", "values"):
                 buffer = getattr(layer, name)
                 if buffer is not None:
-                    gathered = gather(buffer)
+                    gathered = tree_map(gather, buffer)
                     del buffer
                     setattr(layer, name, gathered)
                     # Evaluated layer by layer, so that one layer at a time exists twice.
@@ -352,10 +423,12 @@ class SlotStore:
             raise TempoError(f"row must be in [0, {self.batch_size}), got {row}")
         count = int(self.counts[row])
         alone = self._empty(1)
+        alone._quantize_with([self])
         for layer, copy in zip(self.kv, alone.kv, strict=True):
-            if layer.keys is not None and layer.values is not None:
-                copy.keys = layer.keys[row : row + 1, :, :count]
-                copy.values = layer.values[row : row + 1, :, :count]
+            if layer.keys is not None:
+                copy.keys, copy.values = tree_map(
+                    lambda buffer: buffer[row : row + 1, :, :count], (layer.keys, layer.values)
+                )
                 copy.n_slots = count
         alone._table = self._table[row : row + 1, :count].copy()
         alone.counts, alone.capacity = np.array([count]), count
@@ -370,6 +443,7 @@ class SlotStore:
         if not caches:
             raise TempoError("caches must name at least 1 cache")
         merged = caches[0]._empty(sum(cache.batch_size for cache in caches))
+        merged._quantize_with(caches)
         width = max(cache.n_slots for cache in caches)
         for i, layer in enumerate(merged.kv):
             parts = [cache.kv[i] for cache in caches]
@@ -381,7 +455,8 @@ class SlotStore:
                         _padded(getattr(part, name), like, cache.batch_size, width)
                         for part, cache in zip(parts, caches, strict=True)
                     ]
-                    setattr(layer, name, mx.concatenate(rows, axis=0))
+                    joined = tree_map(lambda *each: mx.concatenate(list(each), axis=0), *rows)
+                    setattr(layer, name, joined)
                     layer.n_slots = width
         merged._table = np.zeros((merged.batch_size, max(width, 1)), np.int32)
         merged.counts = np.concatenate([cache.counts for cache in caches])
@@ -401,12 +476,17 @@ class SlotStore:
         """Append the slots of a row of another cache to a row of this one; returns their slots."""
         count, start = int(other.counts[source]), int(self.counts[row])
         end = start + count
+        self._quantize_with([other])
+
+        def copy(buffer: mx.array, new: mx.array) -> None:
+            buffer[row, :, start:end] = new[source, :, :count]
+
         for layer, theirs in zip(self.kv, other.kv, strict=True):
             for name in ("keys", "values"):
                 new = getattr(theirs, name)
                 if new is not None:
                     buffer = self.with_room(getattr(layer, name), new, end)
-                    buffer[row, :, start:end] = new[source, :, :count]
+                    tree_map(copy, buffer, new)
                     setattr(layer, name, buffer)
                     layer.n_slots = max(layer.n_slots, end)
         self._widen(end)
@@ -492,7 +572,9 @@ class SlotStore:
         self.counts[row] = 0
 
     def _empty(self, batch_size: int) -> "SlotStore":
-        empty = SlotStore(batch_size, self._kinds, self._spread_rows, self._grouped_scores)
+        empty = SlotStore(
+            batch_size, self._kinds, self._spread_rows, self._grouped_scores, self.quantization
+        )
         empty.keeps_states = self.keeps_states
         return empty
 
@@ -623,6 +705,7 @@ class SlotStore:
             reads,
         )
         self._after = after
+        self._reached = int(positions.max()) + 1
         if self.states:
             self._load_states(R, T, rows, parents, reads is None)
 
@@ -702,6 +785,8 @@ class SlotStore:
             self._store_states()
         self.counts = self._after
         self.running = None
+        if self.quantization is not None and self._reached >= self.quantization.start:
+            self.quantize()
 
     def abandon(self) -> None:
         """Close a forward pass that failed: forget what it appended."""
@@ -711,19 +796,21 @@ class SlotStore:
         self.running = None
 
 
-def _repeated(buffer: mx.array | None, n: int) -> mx.array | None:
-    if buffer is None:
-        return None
+def _repeated(buffer: mx.array, n: int) -> mx.array:
     B = buffer.shape[0]
     views = mx.broadcast_to(buffer[:, None], (B, n, *buffer.shape[1:]))
     return mx.flatten(views, 0, 1)
 
 
-def _padded(buffer: mx.array | None, like: mx.array, rows: int, width: int) -> mx.array:
+def _padded(buffer: Any, like: Any, rows: int, width: int) -> Any:
     """The first ``width`` slots of a buffer, [rows, H, width, D]; zeros where it has none."""
-    _, H, _, D = like.shape
-    if buffer is None:
-        return mx.zeros((rows, H, width, D), like.dtype)
-    have = min(width, buffer.shape[2])
-    missing = mx.zeros((rows, H, width - have, D), like.dtype)
-    return mx.concatenate([buffer[:, :, :have], missing], axis=2)
+
+    def padded(like: mx.array, buffer: mx.array | None = None) -> mx.array:
+        _, H, _, D = like.shape
+        have = 0 if buffer is None else min(width, buffer.shape[2])
+        missing = mx.zeros((rows, H, width - have, D), like.dtype)
+        if buffer is None:
+            return missing
+        return mx.concatenate([buffer[:, :, :have], missing], axis=2)
+
+    return tree_map(padded, like) if buffer is None else tree_map(padded, like, buffer)

@@ -103,6 +103,29 @@ class Count(Kind):
 
 
 @dataclass(frozen=True)
+class OneOf(Kind):
+    """One of a few integers."""
+
+    words = "an integer"
+    option = int
+
+    values: tuple[int, ...]
+
+    def check(self, name: str, value: Any) -> Any:
+        if type(value) is not int or value not in self.values:
+            *first, last = map(str, self.values)
+            raise TempoError(f"{name} must be {', '.join(first)} or {last}, got {shown(value)}")
+        return value
+
+    @property
+    def bounds(self) -> dict[str, Any]:
+        return {"minimum": min(self.values), "maximum": max(self.values)}
+
+    def from_json(self, value: Any) -> Any:
+        return value if type(value) is int else NotImplemented
+
+
+@dataclass(frozen=True)
 class Seed(Count):
     """An integer in [0, 2^63)."""
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from ..models import KVQuantization
 from ..needs import Need, Needs, told, unmet
 from ..rules.grammar import compiled, json_schema_setting, lark_setting, regex_setting
 from ..rules.rule import Rule, find
@@ -21,6 +22,7 @@ from ..rules.table import (
     same,
     setting,
 )
+from ..settings import Settings
 from .monte_carlo import BackupRule, ChildRule, TreePolicy
 
 #: The longest time that may be set, in seconds: more than 30 years.
@@ -68,7 +70,11 @@ def evaluation_rule(given: Any) -> EvaluationRule:
 _ROLLOUT = Need("evaluation", ("rollout",), holds=lambda rule: evaluation_rule(rule).rolls_out)
 
 #: What settings need to have an effect.
-NEEDS: Needs = {"depth": (_ROLLOUT,), "rollout_temp": (_ROLLOUT,)}
+NEEDS: Needs = {
+    "depth": (_ROLLOUT,),
+    "rollout_temp": (_ROLLOUT,),
+    "kv_group_size": (Need("kv_bits"),),
+}
 
 #: Settings that say which of several continuations is chosen.
 _CHOICES = ("simulations", "selection", "exploration", "backup", "evaluation", "leaves_per_batch")
@@ -136,6 +142,8 @@ class SearchSettings:
     json_schema: Mapping[str, Any] | None = json_schema_setting()
     regex: str | None = regex_setting()
     grammar: str | None = lark_setting()
+    kv_bits: int | None = same(Settings, "kv_bits", None)
+    kv_group_size: int = same(Settings, "kv_group_size", 64)
     prefill_step_size: int = setting(
         2048, Count(), "Prompt tokens in one forward pass, at least 1.", option=False
     )
@@ -143,6 +151,11 @@ class SearchSettings:
     def __post_init__(self) -> None:
         check_all(self)
         compiled(self.json_schema, self.regex, self.grammar)
+
+    @property
+    def kv_quantization(self) -> KVQuantization | None:
+        """How keys and values are quantised; from the beginning, for texts of all lengths."""
+        return None if self.kv_bits is None else KVQuantization(self.kv_bits, self.kv_group_size)
 
     @property
     def uses_rng(self) -> bool:

@@ -233,7 +233,7 @@ def stream_search(
     chosen = given(settings, kwargs, SearchSettings)
     if value is not None and not isinstance(value, Batched) and not callable(value):
         raise TempoError(f"value must be a function or Batched, got {shown(value)}")
-    positioned = PositionedModel.of(model)
+    positioned = PositionedModel.of(model).quantizing(chosen.kv_quantization)
     if value is not None and chosen.evaluation != SearchSettings.evaluation:
         raise TempoError(
             f"evaluation {chosen.evaluation} has no effect with value, which says what a text is "

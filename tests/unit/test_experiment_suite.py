@@ -114,6 +114,9 @@ OTHER = {
     "beam_margin": 1.0,
     "weighting": "prior",
     "stop": ("x",),
+    "kv_bits": 8,
+    "kv_group_size": 32,
+    "quantized_kv_start": 0,
     "prefill_step_size": 9,
 }
 OTHER_PRUNING = {
