@@ -299,6 +299,8 @@ class GenerationResult:
     def attention(self, layers: Sequence[int] | None = None) -> Attention:
         """Attention weights of every slot to every slot, by one more pass of the model.
 
+        They take 4 L H S^2 bytes: 65 MB for 300 slots in 20 layers of 9 heads.
+
         Args:
             layers: attention layers by order of execution, from 0; None means all.
 
