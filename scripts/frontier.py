@@ -18,13 +18,14 @@ from tempo_mlx.cli.options import Overwrite
 from tempo_mlx.cli.outputs import Output, check_outputs, picture
 from tempo_mlx.generation import Failure
 from tempo_mlx.plots import check_plot
-from tempo_mlx.plots.figure import save
+from tempo_mlx.plots.figure import COMPARED, GREY, look, save
 from tempo_mlx.rules.pruning import Pruning
 from tempo_mlx.rules.schedules import Constant
 
 import numpy as np
 import typer
 from kept import Kept
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import track
 from scipy import stats
@@ -140,14 +141,20 @@ def main(
 
 def draw(points: list[tuple[Mode, float, float, float]], path: Path) -> None:
     """Quality against rows computed, a line for each family."""
-    from matplotlib import pyplot
+    with look():
+        save(frontier_figure(points), path, KIND)
 
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+
+def frontier_figure(points: list[tuple[Mode, float, float, float]]) -> Figure:
+    """The figure that :func:`draw` saves."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_prop_cycle(color=COMPARED)
     for family in dict.fromkeys(mode.family for mode, *_ in points):
         own = sorted(point[1:] for point in points if point[0].family == family)
         rows, gains, halves = zip(*own, strict=True)
         axes.errorbar(rows, gains, halves, marker="o", capsize=3, label=family)
-    axes.axhline(0, color="0.8", zorder=0)
+    axes.axhline(0, color=GREY, linewidth=0.8, zorder=0)
     axes.set_xscale("log")
     axes.set_xticks([20, 40, 80, 160], labels=["20", "40", "80", "160"])
     axes.minorticks_off()
@@ -155,7 +162,7 @@ def draw(points: list[tuple[Mode, float, float, float]], path: Path) -> None:
     axes.set_ylabel("nats per token over greedy decoding")
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
-    save(figure, path, KIND)
+    return figure
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import numpy as np
 
 from ..errors import TempoError
 from ..plots.figure import (
+    COMPARED,
     GREY,
     INK,
     PALE,
@@ -27,9 +28,8 @@ if TYPE_CHECKING:
 #: Kind of picture, in the metadata of the files.
 KIND = "experiment"
 
-#: Colours and markers of the conditions, the same in every picture; they repeat after the last.
-#: Paul Tol's muted ones, none of which the pictures of single runs use.
-COLOURS = ("#332288", "#cc6677", "#44aa99", "#999933", "#882255", "#88ccee")
+#: Markers of the conditions. They and the colours are the same in every picture, and repeat after
+#: the last.
 MARKS = "osD^vP"
 #: Opacity of bands and of single prompts.
 FAINT = 0.18
@@ -309,7 +309,7 @@ def _whole_effects(analysis: "Analysis", measure: str) -> "DataFrame":
 
 def _style(analysis: "Analysis", condition: str) -> dict[str, Any]:
     i = list(analysis.info["conditions"]).index(condition)
-    return {"color": COLOURS[i % len(COLOURS)], "marker": MARKS[i % len(MARKS)]}
+    return {"color": COMPARED[i % len(COMPARED)], "marker": MARKS[i % len(MARKS)]}
 
 
 def _panels(count: int, height: float, share: bool = False) -> tuple["Figure", list[Any]]:

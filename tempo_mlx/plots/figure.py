@@ -52,6 +52,10 @@ GREEN = "#009e73"  # attention
 MINT = "#7fceb9"  # what may be attended to
 PURPLE = "#a3447e"  # the end of a text
 
+#: Colours of what is compared over many runs, conditions for example: Paul Tol's muted ones, none
+#: of which a picture of one run uses.
+COMPARED = ("#332288", "#cc6677", "#44aa99", "#999933", "#882255", "#88ccee")
+
 
 def check_plot(path: Path, argument: str = "--plot") -> None:
     """Raise unless a picture can be drawn and saved at path.
