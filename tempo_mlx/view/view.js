@@ -107,7 +107,7 @@ function unfinished(bytes) {
 }
 
 /** The cells of each column, most probable first; the same for runs and searches. */
-export function columns(data) {
+function columnsOf(data) {
   return data.choices ? searchColumns(data) : latticeColumns(data);
 }
 
@@ -214,7 +214,7 @@ class View {
 
   update(data) {
     this.data = data;
-    this.columns = columns(data);
+    this.columns = columnsOf(data);
     this.isSearch = Boolean(data.choices);
     this.paths = data.paths ?? [];
     this.show();
@@ -254,13 +254,17 @@ class View {
   }
 
   key() {
-    const what = this.mode === "tree"
-      ? "width and size: visits; from the token before on"
-      : this.isSearch
-      ? "colour and height: share of the visits; bold: chosen"
-      : "colour and height: probability; bold: the chosen path; purple line: entropy of the set";
-    const kinds = new Set(this.columns.flatMap((column) => column.cells.map((cell) => cell.kind)));
-    return make("div", { class: "key" }, what, kinds.has("pruned") ? "; struck: pruned later" : "");
+    const pruned = this.columns.some((column) => column.cells.some((cell) => cell.pruned));
+    const meanings = {
+      text: "colour: probability; bold: the chosen path; purple line: entropy of the set",
+      lattice: "height and size: probability; orange: the chosen path",
+      tree: "width and size: visits; it begins with the token before",
+    };
+    if (this.isSearch) {
+      meanings.text = "colour: share of the visits; bold: chosen";
+      meanings.lattice = "height and size: share of the visits; orange: chosen";
+    }
+    return make("div", { class: "key" }, meanings[this.mode], pruned ? "; struck: pruned later" : "");
   }
 
   list() {
