@@ -1,4 +1,4 @@
-"""What every picture needs: Matplotlib where it is there, one look, and files that are whole."""
+"""What every picture needs: Matplotlib if it is installed, one style, and files written whole."""
 
 import logging
 from bisect import bisect_right
@@ -82,7 +82,7 @@ def _import() -> Any:
 
 @contextmanager
 def look() -> Iterator[None]:
-    """Matplotlib's defaults and ours in place of the user's, while a picture is made."""
+    """Our style on top of Matplotlib's defaults, whatever the user's, while a picture is made."""
     matplotlib = _import()
     with matplotlib.rc_context(), _quiet("matplotlib.font_manager"):
         matplotlib.rcdefaults()
@@ -109,7 +109,7 @@ def look() -> Iterator[None]:
 
 @contextmanager
 def _quiet(name: str) -> Iterator[None]:
-    """Silence a logger's warnings; here, that a family has no bold letters and is drawn plain."""
+    """Silence a logger's warnings: here, that a font family without a bold face is drawn plain."""
     logger = logging.getLogger(name)
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -150,7 +150,7 @@ def save(figure: "Figure", path: Path, kind: str) -> None:
 
 
 def finished(draw: Callable[[], "Figure"], path: Path | None, kind: str) -> "Figure":
-    """Draw a figure with our look, and save it where a path is given.
+    """Draw a figure in our style, and save it if there is a path.
 
     Args:
         draw: makes the figure.
@@ -167,7 +167,7 @@ def finished(draw: Callable[[], "Figure"], path: Path | None, kind: str) -> "Fig
 
 
 def drawn(picture: bytes, kinds: Sequence[str]) -> bool:
-    """Whether a file is a picture that :func:`save` wrote, of one of these kinds."""
+    """Whether :func:`save` wrote a file as a picture of one of these kinds."""
     creators = [CREATOR.format(kind).encode() for kind in kinds]
     return any(
         picture.startswith(start) and before + creator + after in picture
@@ -185,7 +185,7 @@ UNSEEN = ("max_tokens", "prefill_step_size", "stop", "compact_above")
 
 
 def draw_title(axes: Any, page_width: float, run: "GenerationResult | Lattice", note: str) -> None:
-    """The prompt, and below it the settings that make the run what it is, and a note."""
+    """The prompt; below it the settings that differ from their defaults, and a note."""
     if isinstance(run, Lattice):
         title, details = f"{len(run.prompt_tokens)} prompt tokens, {len(run)} steps", []
     else:

@@ -1,4 +1,4 @@
-"""Token texts as pictures show them: whitespace visible, nothing that a font cannot draw."""
+"""Token texts as pictures show them: visible whitespace, and escapes for what no font can draw."""
 
 import re
 import unicodedata
@@ -37,7 +37,7 @@ REPEATED = re.compile(r"(.)\1{6,}", re.DOTALL)
 
 
 def label(text: str, id: int) -> str:
-    """A token's text for a picture: a point for the space before a word, signs for other space.
+    """A token's text for a picture: a dot for the space before a word, signs for other whitespace.
 
     Args:
         text: as the tokenizer decodes it.
@@ -57,7 +57,7 @@ def label(text: str, id: int) -> str:
 
 
 def aside(label: str) -> str:
-    """A label that stands apart from its text, or is struck: in quotes if all of it is punctuation.
+    """A label that stands alone or is struck through: in quotes if all of it is punctuation.
 
     A full stop next to a row of a mask, or a comma with a line through it, is easily missed.
     """
@@ -83,7 +83,7 @@ def _escape(character: str) -> str:
 
 @cache
 def fonts() -> tuple[str, ...]:
-    """Those of our font families that are here."""
+    """The families of :data:`FAMILIES` that are installed, in that order."""
     from matplotlib.font_manager import fontManager
 
     here = {font.name for font in fontManager.ttflist}

@@ -208,7 +208,7 @@ def draw_path(axes: Any, page: Page) -> None:
 def draw_arc(
     axes: Any, page: Page, source: Column, column: Column, cell: Cell, weight: float
 ) -> None:
-    """From the top of a step's column over the others, down beside a column, to one text of it.
+    """From the top of a step's column over the others, down next to a column, to one text of it.
 
     Args:
         axes, page: where to draw.
@@ -246,7 +246,7 @@ def rise(distance: float) -> float:
 
 
 def draw_key(axes: Any, page: Page, arcs: bool) -> None:
-    """One line that says what the marks mean, those that occur."""
+    """One line that explains the marks that occur."""
     kinds = {cell.kind for column in page.columns for cell in column.cells}
     x, y = MARGIN, page.height - MARGIN
 

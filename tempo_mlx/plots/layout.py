@@ -1,4 +1,4 @@
-"""Columns of texts on a page, by the widths of their glyphs: of a lattice, and of a search.
+"""Where the columns of a lattice or a search stand on a page, by the widths of their texts.
 
 Lengths are in points, y grows downwards.
 """
@@ -193,7 +193,7 @@ def stack(columns: list[Column], top: float) -> float:
 
 
 def prompt_columns(run: "GenerationResult | Lattice") -> list[Column]:
-    """The last tokens of the prompt, behind an ellipsis if there are more."""
+    """The last tokens of the prompt, after an ellipsis if there are more."""
     ids = (run if isinstance(run, Lattice) else run.lattice).prompt_tokens
     first = max(0, len(ids) - PROMPT_TOKENS)
     texts = [
@@ -235,7 +235,8 @@ def step_columns(lattice: Lattice, best: Sequence[Token]) -> list[Column]:
 
 
 def font_size(probability: float) -> float:
-    """Between height and area: the small ones stay legible, and the large ones stand out."""
+    """Font size of a probability: between proportional height and proportional area, so that
+    small ones stay legible and large ones stand out."""
     return SMALLEST + (LARGEST - SMALLEST) * float(probability) ** 0.7
 
 

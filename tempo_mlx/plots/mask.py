@@ -63,7 +63,7 @@ def plot_mask(
 
 
 def visibility_matrix(slots: Slots, visibility: Visibility | str, shown: np.ndarray) -> np.ndarray:
-    """What each query of ``shown`` may do with each key of ``shown``: indices of MEANINGS.
+    """Whether each query of ``shown`` may attend to each key of ``shown``: indices of MEANINGS.
 
     Args:
         slots: all of the run.

@@ -34,7 +34,7 @@ def plot_schedule(schedule: Schedule, total_steps: int, base: float, path: Path)
 
 
 def control_points(schedule: Schedule) -> list[tuple[float, float]]:
-    """The points (t, f) that shape the curve, where it has any."""
+    """The points (t, f) that shape the curve, if any."""
     if isinstance(schedule, Bezier):
         # A cubic whose times are spaced evenly runs through t evenly.
         return [(0.0, 0.0), (1 / 3, schedule.p1), (2 / 3, schedule.p2), (1.0, 1.0)]

@@ -1,4 +1,4 @@
-"""The picture of a search: what was weighed for each token, and what was chosen."""
+"""The picture of a search: the candidates of each token, and the one that was chosen."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +38,7 @@ KEY = 34.0
 
 
 class Candidate(NamedTuple):
-    """A token that was weighed: its text, its share of the visits, its value or ""."""
+    """A candidate: its text, its share of the visits, its value or ""."""
 
     text: str
     share: float
@@ -133,7 +133,7 @@ def _draw(axes: Any, column: Column, candidate: Candidate, y: float) -> None:
 
 
 def _candidates(choice: Any) -> list[Candidate]:
-    """The candidates of a choice that are drawn: the most visited ones and the chosen one."""
+    """The candidates of a choice to draw: the most visited ones and the chosen one."""
     visits = sum(child["visits"] for child in choice.children) or 1
     found = [
         Candidate(

@@ -25,7 +25,7 @@ for (const element of document.querySelectorAll(".{_CLASS}:not([data-drawn])")) 
 
 
 def snippet(data: dict[str, Any], fallback: str) -> str:
-    """A piece of HTML that draws a run or a search wherever it is put.
+    """HTML that draws a run or a search in the page that it is put into.
 
     Args:
         data: as :meth:`GenerationResult.to_dict` or :meth:`SearchResult.to_dict` gives it; a run's
@@ -48,7 +48,7 @@ def snippet(data: dict[str, Any], fallback: str) -> str:
 
 
 def page(data: dict[str, Any], fallback: str) -> str:
-    """A whole page of its own with :func:`snippet` in it, for a file."""
+    """A page of its own around :func:`snippet`, for a file."""
     title = escape(visible(str(data.get("prompt", "tempo-mlx"))[:80]))
     title = title.encode("ascii", "xmlcharrefreplace").decode()
     return (
@@ -60,5 +60,5 @@ def page(data: dict[str, Any], fallback: str) -> str:
 
 
 def _ascii(module: str) -> str:
-    """The module with its few other characters as escapes; they stand in strings and comments."""
+    """The module with escapes for its few other characters, which stand in strings and comments."""
     return "".join(c if c.isascii() else f"\\u{ord(c):04x}" for c in module)

@@ -3,6 +3,7 @@
 import ast
 import re
 import shlex
+import tomllib
 
 from tempo_mlx.cli import COMMANDS, load_command
 from tests.pages import PAGES, ROOT, Block, blocks, differences
@@ -65,6 +66,13 @@ def test_every_link_leads_somewhere(page):
             titles = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
             slugs = [re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles]
             assert heading in slugs, target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_extra_is_there(page):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    for names in re.findall(r"tempo-mlx\[([\w,]+)\]", page.read_text(encoding="utf-8")):
+        assert set(names.split(",")) <= project["optional-dependencies"].keys()
 
 
 def test_a_page_lists_every_command():
