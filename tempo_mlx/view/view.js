@@ -59,10 +59,9 @@ ol button { text-align: left; max-width: 100%; white-space: pre-wrap; overflow-w
   border-color: transparent; }
 ol button[aria-pressed=true] { border-color: var(--orange); font-weight: inherit; }
 .nats { font-variant-numeric: tabular-nums; color: var(--grey); }
-.tip { position: absolute; z-index: 10; max-width: min(340px, calc(100% - 16px)); font-size: 13px;
-  background: var(--paper); border: 1px solid var(--grey); border-radius: 4px; padding: 6px 8px;
-  box-shadow: 0 2px 8px rgb(0 0 0 / 25%); pointer-events: none; }
-.tip[hidden] { display: none; }
+.tip { position: fixed; inset: auto; margin: 0; max-width: min(340px, calc(100vw - 16px));
+  color: var(--ink); background: var(--paper); border: 1px solid var(--grey); border-radius: 4px;
+  padding: 6px 8px; font-size: 13px; box-shadow: 0 2px 8px rgb(0 0 0 / 25%); pointer-events: none; }
 .tip table { border-collapse: collapse; }
 .tip td, .tip th { padding: 0 10px 0 0; text-align: right; font-weight: normal;
   font-variant-numeric: tabular-nums; }
@@ -206,7 +205,9 @@ class View {
     sheet.replaceSync(STYLE);
     this.root.adoptedStyleSheets = [sheet];
     this.body = make("div", { lang: "und" });
-    this.tip = make("div", { class: "tip", role: "status", hidden: "" });
+    // A popover, which no frame of the page around it cuts off.
+    this.tip = make("div", { class: "tip", role: "status", popover: "manual" });
+    this.told = false;
     this.root.replaceChildren(this.body, this.tip);
     this.root.addEventListener("keydown", (event) => this.walk(event));
     this.update(data);
@@ -523,16 +524,18 @@ class View {
       notes.push(`pruned after step ${token.pruned_at} by ${token.pruned_by}, score ${nats(token.score, 3)}`);
     }
     this.tip.replaceChildren(table, make("div", { class: "note" }, notes.join(" · ")));
-    this.tip.hidden = false;
-    const frame = this.root.host.getBoundingClientRect();
+    if (!this.told) this.tip.showPopover();
+    this.told = true;
     const box = (node.closest(".set") ?? node).getBoundingClientRect();
-    const most = frame.width - this.tip.offsetWidth - 8;
-    this.tip.style.left = `${Math.max(8, Math.min(box.left - frame.left, most))}px`;
-    this.tip.style.top = `${box.bottom - frame.top + 6}px`;
+    const { offsetWidth: width, offsetHeight: height } = this.tip;
+    const below = box.bottom + 6 + height <= innerHeight;
+    this.tip.style.left = `${Math.max(8, Math.min(box.left, innerWidth - width - 8))}px`;
+    this.tip.style.top = `${below ? box.bottom + 6 : Math.max(0, box.top - 6 - height)}px`;
   }
 
   hide() {
-    this.tip.hidden = true;
+    if (this.told) this.tip.hidePopover();
+    this.told = false;
   }
 
   /** Arrow keys: left and right along the steps, up and down within a set; Enter acts. */
