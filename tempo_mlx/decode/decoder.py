@@ -243,7 +243,7 @@ class BatchDecoder:
         sources: list[Source] = []
         if kind in ("auto", "lookup"):
             sources.append(SuffixLookup(text))
-        if kind == "recycle":
+        if kind in ("auto", "recycle"):
             self._table = self._table or FollowerTable(self.model.vocabulary_size)
             request.follower_table = self._table
             sources.append(TokenRecycling(self._table, text))

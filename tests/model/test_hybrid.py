@@ -274,7 +274,8 @@ def test_a_search_knows_what_each_text_alone_says(made, stock, options):
     assert bounded["tokens"] == data["tokens"]
 
 
-@pytest.mark.parametrize("hybrid", mostly_slow([None, 4], [4]), indirect=True)
+@pytest.mark.slow
+@pytest.mark.parametrize("hybrid", [None, 4], indirect=True)
 def test_scores_are_those_of_every_text_alone(run, hybrid, stock, tmp_path):
     rows = [
         {"context": "he is also", "candidates": ["happy", "sad", ["sea", "see"], "lamplighters"]},

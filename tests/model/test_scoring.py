@@ -54,6 +54,7 @@ def test_words_whose_tokens_go_over_the_end_of_their_context(embedded, brute):
     compare(scorer, brute, list(contexts), [[word, "then"] for word in words])
 
 
+@pytest.mark.slow
 def test_unrelated_contexts_in_any_order_and_little_memory(embedded, brute):
     rng = random.Random(3)
     contexts = [" ".join(rng.sample(STORY, 6)) for _ in range(4)] + [""]

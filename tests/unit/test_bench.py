@@ -193,6 +193,7 @@ def report(loaded):
     return bench_decode(Subject.of(*loaded, "tiny", 1), 11, 6, (1, 3), 20)
 
 
+@pytest.mark.slow
 def test_variants_decode_as_many_steps_of_the_width_that_they_name(loaded, monkeypatch):
     runs = {}
     decoding = decode._decoding
@@ -369,6 +370,7 @@ def test_host_bench_measures_every_variant_beside_mlx_lm(tmp_path, run):
     assert code == 2 and "max-tokens must be at least 4" in err and err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_pruning_bench_measures_evidence_and_compaction(tmp_path, run):
     folder = save_tiny_model(tmp_path / "tiny", num_hidden_layers=4)
     common = ("--model", folder, "-m", 5, "-n", 1, "-p", 8)
@@ -388,6 +390,7 @@ def test_pruning_bench_measures_evidence_and_compaction(tmp_path, run):
     assert data["targets"][-1]["value"] == peak
 
 
+@pytest.mark.slow
 def test_tree_bench_measures_every_variant(tmp_path, run):
     folder = save_tiny_model(tmp_path / "tiny")
     common = ("--model", folder, "-m", 5, "-n", 1, "-p", 8)
@@ -415,6 +418,7 @@ def test_tree_bench_measures_every_variant(tmp_path, run):
     assert code == 2 and "leaves must be at least 2" in err and err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_sets_of_a_hybrid_model_are_measured_recombined_or_refused_at_once(tmp_path, run):
     folder = save_hybrid_model(tmp_path / "hybrid", save_tiny_model(tmp_path / "tiny"))
     output = tmp_path / "bench.json"

@@ -166,7 +166,7 @@ def test_every_kind_of_layer_drafts_exactly(cheap, monkeypatch, uncompiled, name
     assert (max(passes[2:]) > 1) is not (model.is_recurrent and run == "greedy")
 
 
-@settings(max_examples=15)
+@settings(max_examples=12)
 @given(st.integers(0, 10**6), st.sampled_from(sorted(RUNS)), st.floats(0, 1))
 def test_any_tree_of_guesses_changes_nothing(seed, name, right):
     given_ = RUNS[name] | {"max_tokens": 12, "seed": seed}
@@ -177,7 +177,7 @@ def test_any_tree_of_guesses_changes_nothing(seed, name, right):
         assert_same(generate(MODEL, TOKENIZER, PROMPT, paths=0, **given_), plain)
 
 
-@settings(max_examples=8)
+@settings(max_examples=6)
 @given(st.lists(rows, min_size=1, max_size=7), st.integers(1, 4), st.integers(40, 4000))
 def test_rows_of_a_batch_draft_beside_each_other(prompts, batch_size, slots):
     with pytest.MonkeyPatch.context() as patch:

@@ -490,6 +490,7 @@ def test_a_single_prompt_has_a_mean_and_no_interval():
     assert rows[0]["n"] == 1 and rows[0]["low"] is None
 
 
+@pytest.mark.slow
 def test_no_controls_anywhere_is_an_empty_result_not_an_error():
     analysis = analyze(replace(SMALL, single=0.0).tables(12), **FAST)
     assert (effects_of(analysis)["n"] == 0).all() and not len(analysis["intervals"])

@@ -402,6 +402,7 @@ def test_reports_of_someone_else_are_kept_unless_they_may_be_overwritten(run, tm
         path.unlink()
 
 
+@pytest.mark.slow
 def test_runs_that_the_analysis_does_not_know_are_noticed(run, tmp_path, tables):
     assert run("analyze", tmp_path, "--resamples", 99).exit_code == 0
     assert run("plot", tmp_path, "--format", "png").exit_code == 0
