@@ -42,13 +42,12 @@ _COLOURS = ("green", "red", "white", "yellow", "black")
 _TOWNS = ("Aberdeen", "Bergen", "Cork", "Dover", "Esbjerg", "Fowey", "Genoa", "Hull", "Izmir")
 
 
-def _sentence(rng: random.Random) -> str:
-    who, verb, claim = rng.choice(_PEOPLE), rng.choice(_VERBS), rng.choice(_CLAIMS)
-    return f"{rng.choice(_SETTINGS)} {who} {verb} {claim}."
-
-
 def _passage(rng: random.Random) -> str:
-    return " ".join(_sentence(rng) for _ in range(5))
+    """Five sentences, no two of which say the same or begin alike."""
+    parts = (rng.sample(each, 5) for each in (_SETTINGS, _PEOPLE, _VERBS, _CLAIMS))
+    return " ".join(
+        f"{when} {who} {verb} {claim}." for when, who, verb, claim in zip(*parts, strict=True)
+    )
 
 
 def _prose(rng: random.Random) -> str:
