@@ -1,4 +1,4 @@
-"""Where the command line begins: ``tempo-mlx``, and ``python -m tempo_mlx``."""
+"""Entry point of the command line: ``tempo-mlx`` and ``python -m tempo_mlx``."""
 
 from tempo_mlx.interrupts import leave_on_interrupt
 

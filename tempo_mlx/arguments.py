@@ -1,4 +1,4 @@
-"""Checks of arguments: the message has the name, the value, and what is allowed."""
+"""Argument checks whose messages give the name, the value and what is allowed."""
 
 import re
 from collections.abc import Collection
@@ -8,10 +8,10 @@ from typing import Any
 
 from .errors import TempoError
 
-#: The largest count that is accepted where nothing smaller limits it; mlx counts in int32.
+#: Largest count accepted by default; mlx uses int32.
 MOST = 2**31 - 1
 
-#: The largest number of bytes that is accepted.
+#: Largest number of bytes accepted.
 MOST_BYTES = 2**63 - 1
 
 UNITS = {"": 1} | {letter: 10 ** (3 * n) for n, letter in enumerate("kmgt", 1)}
@@ -44,7 +44,7 @@ def check_range(
     """Raise TempoError unless the value is a number in [low, high], or (low, high].
 
     Args:
-        words: what the message says before the range, such as "above 0, ".
+        words: text before the range in the message, such as "above 0, ".
     """
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or not (low < value <= high if low_open else low <= value <= high):
@@ -60,7 +60,7 @@ def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
 
 
 def check_text(name: str, value: Any) -> None:
-    """Raise TempoError unless the value is a text that UTF-8 can write."""
+    """Raise TempoError unless the value is a text that UTF-8 can encode."""
     if not isinstance(value, str):
         raise TempoError(f"{name} must be a text, got {shown(value)}")
     try:
@@ -68,12 +68,12 @@ def check_text(name: str, value: Any) -> None:
     except UnicodeEncodeError as error:
         raise TempoError(
             f"{name} is not Unicode text: character {error.start + 1} is half a surrogate pair, "
-            "which is what becomes of bytes that are not UTF-8"
+            "as left by decoding bytes that are not UTF-8"
         ) from error
 
 
 def shown(value: Any) -> str:
-    """A value as Python writes it, on one line and cut in the middle where it is long."""
+    """A value's repr on one line, cut in the middle if it is long."""
     try:
         return " ".join(_repr.repr(value).split())
     except ValueError:
@@ -81,10 +81,10 @@ def shown(value: Any) -> str:
 
 
 def parse_bytes(text: str, argument: str = "--max-kv-bytes") -> int:
-    """Bytes of a text such as 800M, 2GB or 1.5GiB.
+    """Parse a size such as 800M, 2GB or 1.5GiB into bytes.
 
     Raises:
-        ValueError: for anything else.
+        ValueError: if the text is not a size in [1, 2^63) bytes.
     """
     match = re.fullmatch(r"(\d{1,30}(?:\.\d{1,30})?)([a-z]*?)b?", text.strip().lower(), re.ASCII)
     size = int(Fraction(match[1]) * UNITS.get(match[2], 0)) if match else 0

@@ -1,8 +1,8 @@
-"""A fast BLAS for mlx's CPU backend on Linux, loaded before mlx is.
+"""A fast BLAS for mlx's CPU backend on Linux, loaded before mlx.
 
-mlx's wheel for Linux links the reference BLAS, which is slow. The symbols of a library that was
-loaded with RTLD_GLOBAL before mlx.core win over those of mlx's own, so loading an OpenBLAS first
-replaces it for the whole process.
+mlx's Linux wheel links the slow reference BLAS. Symbols of a library loaded with RTLD_GLOBAL before
+mlx.core take precedence over mlx's own, so loading OpenBLAS first replaces the reference BLAS for
+the whole process.
 """
 
 import ctypes
@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-#: A path loads that library, "none" keeps mlx's own BLAS.
+#: Environment variable: a path loads that library, "none" keeps mlx's own BLAS.
 VARIABLE = "TEMPO_MLX_BLAS"
 
-#: How long OpenBLAS's threads wait for work without sleeping: 2 to this power, in processor cycles.
-#: Its own value is 26, some 20 ms, in which they take the processor from the threads of mlx that
-#: would give them work: steps of a small model take twice as long, those of a large one 5 to 10 %.
+#: How long OpenBLAS's threads spin before they sleep: 2 to this power, in processor cycles. The
+#: default is 26, about 20 ms. Spinning threads take the processor from the mlx threads that would
+#: give them work: steps of a small model take twice as long, those of a large one 5 to 10 % longer.
 PATIENCE_VARIABLE, PATIENCE = "OPENBLAS_THREAD_TIMEOUT", "16"
 
 CUDA_BACKENDS = ("mlx-cuda-12", "mlx-cuda-13", "mlx-cuda")
@@ -30,15 +30,15 @@ LIBGFORTRAN = "libgfortran.so.5"
 
 @dataclass(frozen=True)
 class BlasInfo:
-    """Which BLAS mlx's CPU backend calls in this process, and why."""
+    """The BLAS that mlx's CPU backend uses in this process, and why."""
 
-    #: What was loaded over mlx's own, or None.
+    #: The library that replaces mlx's own BLAS, or None.
     library: Path | None
-    #: "cmeel-openblas", "system", the variable's name, or "mlx" where nothing was replaced.
+    #: "cmeel-openblas", "system", the variable's name, or "mlx" if nothing was replaced.
     origin: str
-    #: One line: why mlx's own is in use; empty where another was loaded.
+    #: One line: why mlx's own BLAS is in use; empty if it was replaced.
     reason: str = ""
-    #: How to get a faster one, mostly a command; or empty.
+    #: How to get a faster BLAS, usually a command; or empty.
     remedy: str = ""
 
 
@@ -46,11 +46,11 @@ _info: BlasInfo | None = None
 
 
 def preload() -> BlasInfo:
-    """Load OpenBLAS where mlx's own BLAS is slow; call it before mlx.core is imported.
+    """Load OpenBLAS if mlx's own BLAS is slow; call it before mlx.core is imported.
 
-    Does nothing on macOS (Accelerate is fast) and beside mlx's CUDA backend. Never raises: without
-    a fast BLAS everything runs, slower, and the result says why. Later calls return the first
-    result.
+    Does nothing on macOS, where Accelerate is fast, and with mlx's CUDA backend. Never raises:
+    without a fast BLAS everything runs slower, and the result gives the reason. Later calls return
+    the first result.
     """
     global _info
     if _info is None:
@@ -64,7 +64,7 @@ def info() -> BlasInfo:
 
 
 def gflops(size: int = 1024, repeats: int = 3) -> float:
-    """Speed of an fp32 product of two [size, size] matrices on the CPU, in 10^9 operations/s."""
+    """Speed of an fp32 product of two [size, size] matrices on the CPU, in GFLOP/s."""
     import mlx.core as mx
 
     with mx.stream(mx.cpu):
@@ -81,7 +81,7 @@ def gflops(size: int = 1024, repeats: int = 3) -> float:
 
 def _preload() -> BlasInfo:
     if sys.platform != "linux":
-        return BlasInfo(None, "mlx", "mlx brings its own fast one on this system")
+        return BlasInfo(None, "mlx", "mlx has a fast BLAS on this system")
     wanted = os.environ.get(VARIABLE, "")
     if wanted.lower() == "none":
         return BlasInfo(None, "mlx", f"{VARIABLE}={wanted} asks for it")
@@ -107,7 +107,7 @@ def _preload() -> BlasInfo:
 
 
 def _load_openblas() -> BlasInfo:
-    """cmeel-openblas where it is installed and loads, else the system's."""
+    """Load cmeel-openblas if possible, otherwise the system's OpenBLAS."""
     reason, remedy = "no OpenBLAS was found", INSTALL_OPENBLAS
     packaged = _find("cmeel-openblas", "libopenblas.so")
     if packaged is not None:
@@ -125,7 +125,7 @@ def _load_openblas() -> BlasInfo:
 
 
 def _load(library: str) -> None:
-    """Load a BLAS over mlx's own, with mlx's libgfortran where it needs one and finds none."""
+    """Load a BLAS to replace mlx's own; use mlx's libgfortran if the system has none."""
     os.environ.setdefault(PATIENCE_VARIABLE, PATIENCE)
     try:
         ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
@@ -141,11 +141,11 @@ def _remedy(error: OSError) -> str:
 
 
 def _load_bundled_libgfortran() -> None:
-    """Load the libgfortran that mlx's wheel carries under the name that others look for.
+    """Load the libgfortran in mlx's wheel under its standard name.
 
-    The wheel's build renamed it, inside the file too, so that no one else finds it. A copy in
-    memory gets its plain name back. Where any of this fails, nothing is loaded, and what needs it
-    then says what is missing.
+    The wheel's build renamed the file and its soname, so other libraries do not find it. A copy in
+    memory gets the standard name back. If any of this fails, nothing is loaded, and loading the
+    BLAS then reports what is missing.
     """
     renamed = _find("mlx-cpu", "libgfortran-")
     helper = _find("mlx-cpu", "libquadmath-")
@@ -166,7 +166,7 @@ def _load_bundled_libgfortran() -> None:
 
 
 def _files(package: str) -> list[metadata.PackagePath] | None:
-    """The files of an installed package, or None where it is not installed."""
+    """The files of an installed package; None if it is not installed."""
     try:
         return metadata.files(package) or []
     except metadata.PackageNotFoundError:
@@ -174,7 +174,7 @@ def _files(package: str) -> list[metadata.PackagePath] | None:
 
 
 def _find(package: str, prefix: str) -> Path | None:
-    """The package's first file whose name starts so, and that is there."""
+    """The package's first existing file whose name has this prefix."""
     for file in _files(package) or []:
         if file.name.startswith(prefix):
             path = Path(str(file.locate())).resolve()

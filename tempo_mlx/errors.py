@@ -1,23 +1,22 @@
-"""Errors that a user can do something about."""
+"""Errors that users can fix."""
 
 
 class TempoError(ValueError):
-    """Bad input: the message names the argument, its value and what is allowed, in one line.
+    """Bad input. One line names the argument, its value and what is allowed.
 
-    The command line prints the message and exits with 2; a command that takes rows records it for
-    the row. Any other exception is a fault of the program and keeps its traceback.
+    The command line prints the message and exits with 2. Commands that process rows record it for
+    the row. Any other exception is a bug in this program and keeps its traceback.
     """
 
 
 class MissingExtraError(TempoError, ImportError):
-    """An optional dependency is not installed; the message has the command that installs it."""
+    """An optional dependency is not installed; the message contains the command to install it."""
 
 
 def raised_here(error: BaseException) -> bool:
-    """Whether this package's code raised an error, and not code that it calls.
+    """Whether an error was raised in this package's code, and not in code that it calls.
 
-    For code of models and of users, whose errors are reported to the user; ours keep their
-    traceback.
+    Errors from the code of models and users are reported to the user; ours keep their traceback.
     """
     last = error.__traceback__
     while last is not None and last.tb_next is not None:

@@ -1,6 +1,6 @@
-"""Ctrl-C while modules are imported.
+"""Ctrl-C during imports.
 
-What the commands need takes seconds to import. Ctrl-C ends that in a line, as it ends a run.
+Importing what the commands need takes seconds. Ctrl-C ends it with one line, as it ends a run.
 """
 
 import os
@@ -12,10 +12,10 @@ from types import FrameType
 
 @contextmanager
 def leave_on_interrupt() -> Iterator[None]:
-    """Meanwhile, Ctrl-C ends the process with one line and exit code 130.
+    """In the block, Ctrl-C ends the process with one line and exit code 130.
 
-    For imports, before anything is open: an exception could be lost in the module that is being
-    imported. Where SIGINT has another handler, or is ignored, that stays.
+    Use it for imports, before anything is open. It does not raise, because the module being
+    imported could swallow an exception. A custom or ignored SIGINT handler is kept.
     """
     handler = signal.getsignal(signal.SIGINT)
     if handler is not signal.default_int_handler:

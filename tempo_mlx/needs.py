@@ -1,4 +1,4 @@
-"""Which settings change something only beside others."""
+"""Settings that have an effect only in combination with others."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,14 +11,14 @@ from .rules.visibility import visibility_of
 
 @dataclass(frozen=True)
 class Need:
-    """What a setting needs of another one to have an effect.
+    """A condition on another setting, without which a setting has no effect.
 
     Args:
         of: name of the other setting.
-        values: that it must have, one of them; none means any that is not None, False, 0 or empty.
-        absent: it must have none of these instead.
-        holds: whether a value will do, in place of comparing it with ``values``, which then only
-            say so: for rules, which may be of the user's own.
+        values: allowed values of the other setting; if empty, any except None, False, 0 and empty.
+        absent: whether these values are forbidden instead.
+        holds: decides whether a value is allowed, instead of ``values``, which is then only used in
+            messages. For rules, which may be the user's.
     """
 
     of: str
@@ -27,7 +27,7 @@ class Need:
     holds: Callable[[Any], bool] | None = None
 
     def met(self, value: Any) -> bool:
-        """Whether the other setting's value will do."""
+        """Whether the other setting's value meets the condition."""
         if value is None:
             found = False
         elif self.holds is not None:
@@ -37,7 +37,7 @@ class Need:
         return found != self.absent
 
 
-#: Name of a setting -> what it needs, all of it.
+#: Name of a setting -> its conditions, all of which must be met.
 Needs = Mapping[str, tuple[Need, ...]]
 
 _MERGED = Need("visibility", ("tree",), absent=True, holds=lambda v: visibility_of(v).branches)
@@ -53,7 +53,7 @@ _THRESHOLD = Need(
     holds=lambda rule: not decision_rule(rule).by_threshold,
 )
 
-#: Of :class:`tempo_mlx.Settings`; those of its pruning are named "pruning.rule" and so on.
+#: For :class:`tempo_mlx.Settings`; settings of pruning are named "pruning.rule" etc.
 NEEDS: Needs = {
     "combine": (_MERGED,),
     "beam_width": (_TREE,),
@@ -66,12 +66,12 @@ NEEDS: Needs = {
     "frequency_context_size": (Need("frequency_penalty"),),
     "kv_group_size": (Need("kv_bits"),),
     "quantized_kv_start": (Need("kv_bits"),),
-    # Where later steps do not see a set, nothing looks at its keys.
+    # If later steps do not see a set, its keys have no queries.
     "weighting": (_SEEN,),
     "pruning.threshold": (_THRESHOLD,),
     "pruning.schedule": (_THRESHOLD,),
     "pruning.min_age": (_THRESHOLD,),
-    # Only the verdicts that are drawn depend on how steep it is.
+    # Only drawn verdicts depend on the steepness.
     "pruning.steepness": (
         Need("pruning.decision", ("sigmoid",), holds=lambda rule: decision_rule(rule).draws),
         Need("sampling", ("gumbel",), holds=lambda rule: sampling_rule(rule).draws),
@@ -96,22 +96,22 @@ NEEDS: Needs = {
 
 
 def unmet(name: str, needs: Needs, value: Callable[[str], Any]) -> list[Need]:
-    """What is missing for a setting to have an effect.
+    """The unmet conditions of a setting; it has an effect if there are none.
 
     Args:
         name: of the setting.
         needs: of all settings.
-        value: name -> value of each setting.
+        value: name of a setting -> its value.
     """
     return [need for need in needs.get(name, ()) if not need.met(value(need.of))]
 
 
 def told(missing: Sequence[Need], named: Callable[[str], str] = str) -> str:
-    """Why a setting has no effect: "without visibility tree".
+    """The reason why a setting has no effect, such as "without visibility tree".
 
     Args:
-        missing: at least one.
-        named: name of a setting -> what the user calls it.
+        missing: unmet conditions, at least one.
+        named: name of a setting -> its name for the user.
     """
     parts = []
     for word, absent in (("without", False), ("with", True)):

@@ -1,4 +1,4 @@
-"""Softmax and log-probabilities, as exact for 50,000 tokens as for 50."""
+"""Softmax and log-probabilities whose accuracy does not depend on the vocabulary's size."""
 
 import functools
 import math
@@ -8,22 +8,23 @@ import numpy as np
 
 LOG2_E = math.log2(math.e)
 
-#: Rows of logits that stay in a processor's cache while NumPy goes over them several times.
+#: Rows of logits that fit into a processor's cache during NumPy's several passes over them.
 CACHED_ROWS = 8
 
 
 def softmax(logits: mx.array) -> mx.array:
-    """softmax over the last axis, fp32; log p is exact to 1e-5 nats for any size of vocabulary.
+    """Softmax over the last axis, fp32; log p is exact to 1e-5 nats for any vocabulary size.
 
-    By powers of 2: on x86 mlx's exp takes 2.7 times as long. Summed by a product with ones: on the
-    CPU mlx adds up a row one by one, which errs by 1e-4 over 50,000 tokens.
+    It uses powers of 2, because mlx's exp takes 2.7 times as long on x86. It sums by a matrix
+    product with ones, because mlx's sum on the CPU is sequential and is off by 1e-4 for 50,000
+    tokens.
     """
     _, exponentials, total = powers(logits)
     return exponentials / total
 
 
 def tempered(logits: mx.array, temps: mx.array | float) -> mx.array:
-    """Logits [..., V] over temperatures, their maximum taken off first: it costs no precision."""
+    """Logits [..., V] divided by temperatures, after subtracting the maximum to keep precision."""
     return (logits - logits.max(axis=-1, keepdims=True)) / temps
 
 
@@ -44,16 +45,16 @@ def log_p_at(
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """log p of single tokens and of sets of tokens, evaluated.
 
-    Where the device is a CPU, NumPy computes them: its exp takes a ninth of the time of mlx's, and
-    the sums are in float64, whatever BLAS mlx has.
+    On a CPU, NumPy computes them: its exp takes a ninth of the time of mlx's, and it sums in
+    float64 whatever mlx's BLAS is.
 
     Args:
         logits: [R, V], fp32.
-        rows, ids: which token of which row, [n] each.
-        sets: 1 for each token of a set, else 0, [V, K], fp32.
+        rows, ids: row and id of each token, [n] each.
+        sets: 1 for the tokens of each of K sets and 0 for others, [V, K], fp32.
 
     Returns:
-        log p of the tokens [n], and of each set in each row [R, K], float64.
+        log p of the tokens [n] and of each set in each row [R, K], float64.
     """
     if mx.default_device().type == mx.cpu:
         return _log_p_at_on_cpu(np.array(logits, copy=False), rows, ids, sets)
@@ -74,7 +75,7 @@ def _log_p_at_on_cpu(
     normalizer = np.empty(R)
     masses = None if sets is None else np.empty((R, sets.shape[1]))
     block = np.empty((CACHED_ROWS, V), np.float32)
-    # Sets without tokens have log 0; logits that are not finite are the caller's to find.
+    # Empty sets have log 0. Callers check for logits that are not finite.
     with np.errstate(divide="ignore", invalid="ignore"):
         for start in range(0, R, CACHED_ROWS):
             part = slice(start, min(start + CACHED_ROWS, R))
@@ -96,7 +97,7 @@ def _ones(n: int) -> mx.array:
 
 
 def powers(logits: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-    """Logits below their maximum, exp of them, and its sum [..., 1]."""
+    """Logits minus their maximum, the exp of that, and the sum of the exp [..., 1]."""
     shifted = logits - logits.max(axis=-1, keepdims=True)
     exponentials = mx.power(2.0, shifted * LOG2_E)
     return shifted, exponentials, exponentials @ _ones(exponentials.shape[-1])

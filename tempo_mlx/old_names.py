@@ -1,4 +1,4 @@
-"""Names that settings had before: still accepted, with a warning."""
+"""Old names of settings: still accepted, with a warning."""
 
 import functools
 import warnings
@@ -18,7 +18,7 @@ class RenamedWarning(DeprecationWarning):
 
 
 def warn_renamed(old: str, new: str, stacklevel: int = 3) -> None:
-    """Say that a setting has another name now."""
+    """Warn that a setting was renamed."""
     warnings.warn(f"{old} is now called {new}", RenamedWarning, stacklevel=stacklevel)
 
 
@@ -28,7 +28,7 @@ def renamed(owner: type) -> Mapping[str, str]:
 
 
 def new_names(given: Mapping[str, Any], owner: type, stacklevel: int = 4) -> dict[str, Any]:
-    """Values by the new names of a class's settings; warns of each old one.
+    """Replace old names of a class's settings by new ones, with a warning for each.
 
     Raises:
         TempoError: if a setting is given by both names.
@@ -37,20 +37,20 @@ def new_names(given: Mapping[str, Any], owner: type, stacklevel: int = 4) -> dic
     for old, new in renamed(owner).items():
         if old in values:
             if new in values:
-                raise TempoError(f"{old} is the old name of {new}; give one of them")
+                raise TempoError(f"{old} is the old name of {new}; give only one")
             warn_renamed(old, new, stacklevel)
             values[new] = values.pop(old)
     return values
 
 
 def first_names(values: Mapping[str, Any], owner: type) -> dict[str, Any]:
-    """Values by the names that a class's settings had first."""
+    """Values by the original names of a class's settings."""
     old = {new: old for old, new in renamed(owner).items()}
     return {old.get(name, name): value for name, value in values.items()}
 
 
 def renames(**names: str) -> Callable[[C], C]:
-    """Let a class's fields be given and read by old names, too; ``old="new"``."""
+    """Let a class's fields also be given and read by their old names; ``old="new"``."""
 
     def decorate(owner: C) -> C:
         _RENAMED[owner] = names

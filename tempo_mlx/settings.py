@@ -1,4 +1,4 @@
-"""Settings of a run: frozen, validated when they are made, with errors that name the argument."""
+"""Settings of a run: frozen, and validated on creation with errors that name the argument."""
 
 import difflib
 import secrets
@@ -39,16 +39,16 @@ from .rules.table import (
 )
 from .rules.visibility import VISIBILITY, Visibility, visibility_of
 
-#: Weights that the tokens of a set may have as keys.
+#: How the tokens of a set are weighted as keys.
 WEIGHTINGS = ("none", "prior", "posterior")
 
-#: Steps that a posterior weight looks ahead where no pruning says how many.
+#: Steps that a posterior weight looks ahead without pruning, which has its own lookback.
 WEIGHTING_LOOKBACK = 3
 
-#: Largest margin of leaves in nats, beyond what the logits of any model differ by.
+#: Largest beam margin in nats; no model's logits differ by more.
 MOST_MARGIN = 1e6
 
-#: Where the branches of a tree live.
+#: How the branches of a tree are stored.
 BRANCHING = ("shared", "replicate")
 
 
@@ -59,7 +59,7 @@ _MLX = "As in mlx-lm"
 #: Sources of drafts.
 DRAFTS = ("auto", "lookup", "recycle", "none")
 
-#: Bits and sizes of groups that ``mx.quantize`` knows.
+#: Bits and group sizes that ``mx.quantize`` supports.
 KV_BITS = (2, 3, 4, 5, 6, 8)
 KV_GROUP_SIZES = (32, 64, 128)
 
@@ -71,9 +71,9 @@ MOST_PENALTY = 1e6
 @documented
 @dataclass(frozen=True)
 class Settings:
-    """How a run selects, sees and combines.
+    """Settings of a run: selection, visibility, combining and more.
 
-    Where a name of a rule is accepted, a function or an object of the rule's class is, too; see
+    Rules can be given by name, as a function, or as an instance of the rule's class; see
     docs/extending.md.
 
     Raises:
@@ -81,7 +81,7 @@ class Settings:
     """
 
     max_tokens: int = setting(
-        100, Count(), "Steps at most; each makes one set. At least 1.", short="-m"
+        100, Count(), "Most steps; each makes one set. At least 1.", short="-m"
     )
     threshold: float = setting(
         0.1,
@@ -92,8 +92,8 @@ class Settings:
     final_threshold: float | None = setting(
         None,
         Number(0, 1, low_open=True),
-        "Where `schedule` takes the threshold at step = `max_tokens`, in (0, 1]; the last step is "
-        "the one before.",
+        "Threshold that `schedule` reaches at step = `max_tokens`, one after the last step, in "
+        "(0, 1].",
     )
     schedule: Schedule = setting(
         Constant(),
@@ -102,7 +102,7 @@ class Settings:
         "[0, 1], or relu(activation) with activation in [0, 1).",
     )
     max_parallel: int = setting(
-        16, Count(), "Tokens of one set at most, most probable first. At least 1."
+        16, Count(), "Most tokens in one set; the most probable ones are kept. At least 1."
     )
     temp: float = setting(
         1.0,
@@ -113,34 +113,34 @@ class Settings:
         "deterministic",
         RuleChoice(SAMPLING, SamplingRule),
         "deterministic, or gumbel: draw `max_parallel` tokens without replacement, then apply the "
-        "threshold to them. Or a rule of your own.",
+        "threshold to them. Or your own rule.",
     )
     seed: int | None = setting(
-        None, Seed(), "Seed of the draws; without `sampling` gumbel it changes nothing."
+        None, Seed(), "Seed of the draws; it has no effect unless the run draws something."
     )
     visibility: str | Visibility | None = setting(
         None,
         RuleChoice(VISIBILITY, Visibility),
         "What a token sees. isolated: earlier steps and itself. visible: also its siblings. "
-        "hidden: as isolated, but sets of several tokens vanish for later steps. tree: the tokens "
-        "that lead to it; every branch goes on by itself. recombined: as tree, with one branch "
-        "for each token, its most probable text. Or a rule of your own.",
+        "hidden: as isolated, but later steps do not see sets of several tokens. tree: the tokens "
+        "that lead to it; every branch continues separately. recombined: as tree, with one branch "
+        "for each token, its most probable text. Or your own rule.",
         shown="recombined; isolated with pruning, weighting or `temp`",
     )
     combine: str | CombiningRule = setting(
         "mixture",
         RuleChoice(COMBINE, CombiningRule),
-        "How the rows of a set make the next distribution. mixture: weighted by the tokens' "
-        "probabilities. mean: equal weights. product: weighted mean of the log-probabilities. "
-        "last: the last row alone. Or a rule of your own.",
+        "How the rows of a set are combined into the next distribution. mixture: weighted by the "
+        "tokens' probabilities. mean: equal weights. product: weighted mean of the "
+        "log-probabilities. last: the last row alone. Or your own rule.",
     )
     pruning: Pruning | None = setting(
-        None, Inner(Pruning), "How tokens are pruned after the fact; None prunes nothing."
+        None, Inner(Pruning), "Settings of retroactive pruning; None prunes nothing."
     )
     beam_width: int = setting(
         8,
         Count(),
-        "With `visibility` tree, branches at most, the most probable texts. At least 1.",
+        "With `visibility` tree, most branches; the most probable texts are kept. At least 1.",
         panel=_TREES,
     )
     beam_margin: float | None = setting(
@@ -152,25 +152,25 @@ class Settings:
     branching: str = setting(
         "shared",
         Choice(BRANCHING),
-        "With `visibility` tree, where branches live: shared, all in one sequence; or replicate, "
+        "With `visibility` tree, how branches are stored. shared: all in one sequence. replicate: "
         "each with a copy of the state, which works for any model.",
         panel=_TREES,
     )
     weighting: str = setting(
         "none",
         Choice(WEIGHTINGS),
-        "Weight of a set's tokens as keys, summing to 1 over the set: prior is the selection "
-        "probability, posterior what came after says. none: each counts as one.",
+        "Weight of a set's tokens as keys, summing to 1 over the set. prior: selection "
+        "probability. posterior: probability given what came after. none: each has weight 1.",
     )
     stop: tuple[str, ...] = setting(
-        (), Texts(), "End before this text, once the most probable tokens spell it. Repeatable."
+        (), Texts(), "Stop before this text, once the most probable tokens spell it. Repeatable."
     )
     top_p: float = setting(
         0.0,
         Number(0, 1),
         "Keep the most probable tokens that together have this probability, in [0, 1]; 0 and 1 "
-        "keep all. This and what follows changes the distribution before the threshold, each "
-        "branch's by its own text, as mlx-lm does it.",
+        "keep all. This and the following options change each branch's distribution before the "
+        "threshold, as mlx-lm does.",
         panel=_MLX,
     )
     top_k: int = setting(
@@ -179,29 +179,29 @@ class Settings:
     min_p: float = setting(
         0.0,
         Number(0, 1),
-        "Keep tokens that are at least this probable beside the most probable one, in [0, 1].",
+        "Keep tokens with at least this share of the highest probability, in [0, 1].",
         panel=_MLX,
     )
     min_tokens_to_keep: int = setting(
-        1, Count(), "Tokens that `min_p` keeps at least. At least 1.", panel=_MLX
+        1, Count(), "Fewest tokens that `min_p` keeps. At least 1.", panel=_MLX
     )
     xtc_probability: float = setting(
         0.0,
         Number(0, 1),
-        "Probability of excluding top choices: all likely tokens but the least likely of them.",
+        "Probability of excluding all top choices except the least likely one.",
         panel=_MLX,
     )
     xtc_threshold: float = setting(
         0.1,
         Number(0, 0.5),
-        "Probability from which a token is a top choice for `xtc_probability`, in [0, 0.5].",
+        "Least probability of a top choice for `xtc_probability`, in [0, 0.5].",
         panel=_MLX,
     )
     repetition_penalty: float | None = setting(
         None,
         Number(0, MOST_PENALTY, low_open=True),
-        "Divide logits of tokens that the text has by this, or multiply those below 0; 1 changes "
-        "nothing.",
+        "Divide positive logits of tokens that occur in the text by this, and multiply negative "
+        "ones; 1 changes nothing.",
         panel=_MLX,
     )
     repetition_context_size: int = setting(
@@ -210,7 +210,7 @@ class Settings:
     presence_penalty: float | None = setting(
         None,
         Number(-MOST_PENALTY, MOST_PENALTY),
-        "Subtract this from logits of tokens that the text has.",
+        "Subtract this from the logits of tokens that occur in the text.",
         panel=_MLX,
     )
     presence_context_size: int = setting(
@@ -219,7 +219,7 @@ class Settings:
     frequency_penalty: float | None = setting(
         None,
         Number(-MOST_PENALTY, MOST_PENALTY),
-        "Subtract this from a token's logit for each time that the text has it.",
+        "Subtract this from a token's logit for each occurrence in the text.",
         panel=_MLX,
     )
     frequency_context_size: int = setting(
@@ -234,15 +234,14 @@ class Settings:
     logits_processors: tuple[LogitsProcessor, ...] = setting(
         (),
         Functions(),
-        "Functions of the tokens so far [L] and logits [1, V] that return logits, as mlx-lm takes "
-        "them.",
+        "Functions (tokens so far [L], logits [1, V]) -> logits, as in mlx-lm.",
         option=False,
     )
     sampler: Sampler | None = setting(
         None,
         Function(),
-        "Function of log-probabilities [1, V] that draws a token [1], as mlx-lm takes it; needs "
-        "threshold 1.",
+        "Function (log-probabilities [1, V]) -> a drawn token [1], as in mlx-lm; needs threshold "
+        "1.",
         option=False,
     )
     json_schema: Mapping[str, Any] | None = json_schema_setting()
@@ -270,17 +269,17 @@ class Settings:
     draft: str = setting(
         "auto",
         Choice(DRAFTS),
-        "Where tokens come from that are read before they are known to be right, several in one "
-        "pass; results are the same. lookup: what followed the text's last tokens before. recycle: "
-        "what last followed each token. auto: lookup, where it is measured to be faster. none: "
-        "nothing is drafted.",
+        "How to draft tokens, which are then checked several in one pass; results are the same. "
+        "lookup: what followed the text's last tokens before. recycle: what last followed each "
+        "token. auto: lookup, where measurements on this device show it to be faster. none: no "
+        "drafts.",
         panel=_SPEED,
     )
     num_draft_tokens: int = setting(
-        16, Count(), "Tokens drafted in one pass at most. At least 1.", panel=_SPEED
+        16, Count(), "Most tokens drafted in one pass. At least 1.", panel=_SPEED
     )
     prefill_step_size: int = setting(
-        2048, Count(), "Prompt tokens in one forward pass; smaller needs less memory. At least 1."
+        2048, Count(), "Prompt tokens in one forward pass; fewer need less memory. At least 1."
     )
 
     def __post_init__(self) -> None:
@@ -324,7 +323,7 @@ class Settings:
                 )
 
     def _check_parents(self) -> None:
-        """Refuse what has no meaning, or no exact one, where tokens have parents."""
+        """Refuse settings without an exact meaning when tokens have parents."""
         where = f"visibility {self.visibility_rule}"
         if self.pruning is not None:
             raise TempoError(
@@ -343,14 +342,14 @@ class Settings:
 
     @property
     def kv_quantization(self) -> KVQuantization | None:
-        """How keys and values are quantised; None for not."""
+        """How keys and values are quantised; None for not at all."""
         if self.kv_bits is None:
             return None
         return KVQuantization(self.kv_bits, self.kv_group_size, self.quantized_kv_start)
 
     @property
     def visibility_rule(self) -> Visibility:
-        """Who sees whom; chosen to go with the other settings where nobody did."""
+        """The visibility; if it was not given, one that suits the other settings."""
         if self.visibility is not None:
             return visibility_of(self.visibility)
         if self.branching == "replicate":
@@ -360,7 +359,7 @@ class Settings:
 
     @property
     def combining_rule(self) -> CombiningRule:
-        """How the rows of a set make the next distribution."""
+        """How the rows of a set are combined."""
         return combining_rule(self.combine)
 
     @property
@@ -380,7 +379,7 @@ class Settings:
 
     @property
     def branches(self) -> bool:
-        """Whether each token of a set has continuations of its own."""
+        """Whether each token of a set has its own continuations."""
         return self.visibility_rule.branches
 
     @property
@@ -390,23 +389,23 @@ class Settings:
 
     @property
     def uses_rng(self) -> bool:
-        """Whether anything is drawn, so that the seed matters."""
+        """Whether anything is drawn, so the seed matters."""
         drawn = self.is_sampled or self.xtc_probability > 0
         return drawn or (self.pruning is not None and self.pruning.scoring.draws)
 
     @property
     def greedy(self) -> bool:
-        """Whether the threshold is 1 throughout: only the first candidate can be kept."""
+        """Whether the threshold is always 1, so only the first candidate can be kept."""
         return self.threshold == 1.0 and self.final_threshold in (None, 1.0)
 
     @property
     def has_grammar(self) -> bool:
-        """Whether a grammar decides which tokens may follow."""
+        """Whether a grammar restricts which tokens may follow."""
         return any(each is not None for each in (self.json_schema, self.regex, self.grammar))
 
     @property
     def always_single(self) -> bool:
-        """Whether every set has one token whatever the model says."""
+        """Whether every set has exactly one token, for any model."""
         if self.branches:
             return self.greedy or self.max_parallel == 1 or self.beam_width == 1
         return self.greedy or self.max_parallel == 1
@@ -428,14 +427,14 @@ class Settings:
 
     @property
     def lookback(self) -> int:
-        """Steps after which a set is judged or weighted no more."""
+        """Age in steps after which a set is no longer judged or weighted."""
         return self.pruning.lookback if self.pruning else WEIGHTING_LOOKBACK
 
     def resolved(self, model: PositionedModel | PlainModel) -> "Settings":
-        """These settings as a run of a model has them: with a visibility and, if it draws, a seed.
+        """The settings for a run of a model, with a visibility and, if it draws, a seed.
 
         Raises:
-            UnsupportedModelError: if the model cannot do what they ask for.
+            UnsupportedModelError: if the model does not support the settings.
             TempoError: for layers or token ids that the model does not have.
         """
         rule = self.visibility_rule
@@ -457,12 +456,12 @@ class Settings:
         return replace(self, visibility=stored(rule, VISIBILITY), seed=seed)
 
     def values(self) -> dict[str, Any]:
-        """Every setting by its name; those of the pruning, if there is one, as "pruning.rule"."""
+        """Every setting by name; settings of pruning, if any, are named "pruning.rule" etc."""
         own = vars(self) | {"visibility": stored(self.visibility_rule, VISIBILITY)}
         return own | ({} if self.pruning is None else _inner(self.pruning))
 
     def changed(self) -> set[str]:
-        """Names of the settings that are not at their defaults."""
+        """Names of the settings that differ from their defaults."""
         defaults = type(self)().values() | _inner(Pruning())
         return {name for name, value in self.values().items() if value != defaults[name]}
 
@@ -470,8 +469,8 @@ class Settings:
         """What a user should know about this combination of settings.
 
         Args:
-            given: names of the settings that somebody asked for; those that are not at their
-                defaults, if nobody says.
+            given: names of the settings that were given; None for those that differ from their
+                defaults.
         """
         asked = self.changed() if given is None else set(given)
         values = self.values()
@@ -503,7 +502,7 @@ class Settings:
         return notes
 
     def to_dict(self) -> dict[str, Any]:
-        """One key for each setting: the schedule as its text, rules by their names."""
+        """One key for each setting; the schedule as text, rules by name."""
         return {
             **vars(self),
             "schedule": str(self.schedule),
@@ -518,15 +517,15 @@ class Settings:
         }
 
     def identity(self) -> dict[str, Any]:
-        """What decides a run's results: its settings, and the sources of the user's own rules.
+        """Everything that determines a run's results: settings, and the sources of users' rules.
 
-        By the names that settings had first, so that results of earlier versions are found again.
+        Settings have their original names, so results of earlier versions are found again.
         """
         own = {n: source_of(rule) for n, rule in self.values().items() if isinstance(rule, Named)}
         settings = first_names(self.to_dict(), Settings)
         for name, entry in table(Settings).items():
             if entry.panel == _SPEED:
-                # Results are the same.
+                # Does not change results.
                 del settings[name]
                 continue
             # Settings that earlier versions did not have.
@@ -539,7 +538,7 @@ class Settings:
 
 
 def _name_of(function: Any) -> str:
-    """A function as a record of settings names it."""
+    """A function's name in the record of settings."""
     named = getattr(function, "__qualname__", None) or type(function).__qualname__
     return f"{getattr(function, '__module__', '')}.{named}"
 
@@ -551,8 +550,8 @@ def given(settings: S | None, kwargs: Mapping[str, Any], kind: type[S]) -> S:
     """The settings that a caller gave, as an object or as keyword arguments.
 
     Raises:
-        TypeError: for both of them, or a name that is no setting.
-        TempoError: for settings of another class, or values that they refuse.
+        TypeError: if both are given, or a name is not a setting.
+        TempoError: for settings of another class, or invalid values.
     """
     if settings is None:
         known = [f.name for f in fields(cast(Any, kind))]
@@ -565,7 +564,9 @@ def given(settings: S | None, kwargs: Mapping[str, Any], kind: type[S]) -> S:
             )
         return kind(**kwargs)
     if kwargs:
-        raise TypeError(f"{sorted(kwargs)[0]!r} beside settings; put it into the settings")
+        raise TypeError(
+            f"{sorted(kwargs)[0]!r} is given as well as settings; put it in the settings"
+        )
     if not isinstance(settings, kind):
         raise TempoError(f"settings must be {kind.__name__}, got {shown(settings)}")
     return settings

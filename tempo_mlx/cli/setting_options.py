@@ -76,7 +76,7 @@ class Line:
         flags = {line.setting: flag(line.setting) for line in options.values()}
 
         def in_options(text: str) -> str:
-            text = text.replace("Or a rule of your own", "Or FILE.py:NAME, a rule of your own")
+            text = text.replace("Or your own rule", "Or your own rule, FILE.py:NAME")
             return re.sub(r"`([\w.]+)`", lambda found: flags.get(found[1], found[0]), text)
 
         option = typer.Option(

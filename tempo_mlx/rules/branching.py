@@ -1,4 +1,4 @@
-"""Selection where each token continues one other token: in trees, and recombined."""
+"""Selection for visibility tree and recombined, where each token continues one other token."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,13 +12,13 @@ from .selection import Candidates, Selected, require_finite
 def recombine(kept: Selected, scores: np.ndarray, slots: Sequence[int]) -> Selected:
     """Give each token of a set the parent that makes the most probable text.
 
-    score(j) = max over i of score(i) + log p_i(x_j); the argmax is j's parent. Speech decoders call
-    it hypothesis recombination.
+    score(j) = max over i of score(i) + log p_i(x_j); the argmax is j's parent. Known as hypothesis
+    recombination in speech decoding.
 
     Args:
-        kept: the set, its transitions from the M tokens of the set before.
-        scores: log-probabilities of the texts that end there, [M], nats.
-        slots: of these tokens, [M].
+        kept: the set, with its transitions from the M tokens of the previous set.
+        scores: log-probabilities of the texts that end at those M tokens, [M], nats.
+        slots: of those tokens, [M].
     """
     assert kept.end_transitions is not None
 
@@ -47,9 +47,9 @@ def branch(
 ) -> Selected:
     """Continue each leaf by its own candidates, and keep the most probable texts.
 
-    Of each leaf the tokens with p >= threshold qualify, at most ``max_parallel``, or the most
-    probable one where none does. Of all these texts the ``beam_width`` most probable stay, and of
-    them none that is more than ``beam_margin`` nats behind the best. Texts that end are endings.
+    At each leaf, tokens with p >= threshold qualify, up to ``max_parallel``; if none does, the most
+    probable token does. The ``beam_width`` most probable of the resulting texts are kept, except
+    those more than ``beam_margin`` nats below the best. Texts with an end token become endings.
 
     Args:
         candidates: ids and probabilities [M, K] of each of M leaves, most probable first; texts are
@@ -64,7 +64,7 @@ def branch(
     """
     ids, p = candidates.ids, candidates.probabilities
     require_finite(p.sum())
-    # As many of each leaf as may be kept; the first one whatever it is.
+    # The first candidate of each leaf always qualifies.
     qualified = (p >= threshold) & (np.arange(p.shape[1]) < max_parallel)
     qualified[:, 0] = True
     own = candidates.transitions

@@ -1,4 +1,4 @@
-"""One next distribution out of the N rows of each parallel set."""
+"""Combine the N rows of each parallel set into one next distribution."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ def product(w: np.ndarray) -> np.ndarray:
 
 
 def last(w: np.ndarray) -> np.ndarray:
-    """p(x) = p_N(x): what an implementation that feeds the tokens one by one would read."""
+    """p(x) = p_N(x): the row that is read if the tokens are fed one by one."""
     weights: np.ndarray = np.eye(len(w))[-1]
     return weights
 
@@ -41,8 +41,8 @@ class CombiningRule(Rule):
     """A rule (selection probabilities of a set's tokens [N]) -> factors of its rows [N].
 
     Args:
-        in_logs: whether the factors add up the rows' log p_i, normalised afterwards, and not the
-            rows p_i. Those of p_i are at least 0 and sum to 1.
+        in_logs: whether the factors weight the rows' log p_i, with normalisation afterwards. If
+            not, they weight the rows p_i themselves, and must be at least 0 and sum to 1.
     """
 
     in_logs: bool = False
@@ -51,7 +51,7 @@ class CombiningRule(Rule):
         """The rule's factors, [N].
 
         Raises:
-            TempoError: for what are no such factors.
+            TempoError: if the rule returns invalid factors.
         """
         found = np.asarray(self(w), np.float64)
         fits = found.shape == w.shape and bool(np.isfinite(found).all())
@@ -83,21 +83,21 @@ def combining_rule(given: Any) -> CombiningRule:
 def most_probable_of(
     logits: mx.array, temps: Sequence[float] | None = None
 ) -> tuple[mx.array, mx.array]:
-    """The most probable token of each row of logits [N, V]; the distributions are not made.
+    """The most probable token of each row of logits [N, V], without computing the distributions.
 
     Args:
-        temps: of each row its temperature, above 0; None means 1.
+        temps: temperature of each row, above 0; None means 1.
 
     Returns:
         ids and probabilities, fp32, [N, 1] each.
     """
-    # The maximum's power is 1.
+    # exp(0) = 1 for the maximum.
     _, _, total = powers(_at_temperatures(logits, temps))
     return mx.argmax(logits, axis=-1, keepdims=True), 1 / total
 
 
 def _at_temperatures(logits: mx.array, temps: Sequence[float] | None) -> mx.array:
-    """Logits [N, V], fp32, over the temperature of each row."""
+    """Logits [N, V] divided by the temperature of each row, fp32."""
     logits = logits.astype(mx.float32)
     if temps is None or all(temp == 1.0 for temp in temps):
         return logits
@@ -110,17 +110,17 @@ def combine(
     weights: Sequence[np.ndarray],
     temps: Sequence[float] | None = None,
 ) -> tuple[mx.array, mx.array]:
-    """The next distribution of each set, and the rows that they were made of.
+    """The next distribution of each set, and the distributions of the single rows.
 
     Args:
-        logits: the rows of G sets, one set after another, [N, V].
-        rules: of each set, or their names, [G].
-        weights: of each set the selection probabilities of its tokens; renormalised here.
-        temps: of each set the temperature of its rows' softmax, above 0; None means 1.
+        logits: rows of G sets, one set after another, [N, V].
+        rules: one for each set, or their names, [G].
+        weights: for each set, the selection probabilities of its tokens; renormalised here.
+        temps: for each set, the softmax temperature of its rows, above 0; None means 1.
 
     Returns:
-        p [G, V] and the rows p_i [N, V], fp32, each summing to 1. Lazy: rows that no rule uses
-        and nobody reads are not computed.
+        p [G, V] and the rows p_i [N, V], fp32, each summing to 1. Both are lazy, so unused rows
+        are not computed.
     """
     chosen = [combining_rule(rule) for rule in rules]
     sizes = [len(w) for w in weights]
@@ -139,8 +139,8 @@ def combine(
     in_logs = [rule.in_logs for rule in chosen]
     if not any(in_logs):
         return mixed @ rows, rows
-    # The rows' normalisers are constants of the softmax. A row that excludes a token vetoes it,
-    # but 0 x -inf would be NaN.
+    # The softmax cancels the rows' normalisers. A row that excludes a token vetoes it; clipping
+    # avoids 0 x -inf = NaN.
     products = softmax(mixed @ mx.maximum(logits, -1e30))
     if all(in_logs):
         return products, rows

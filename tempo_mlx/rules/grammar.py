@@ -1,7 +1,7 @@
-"""Text that a grammar allows: of each branch, the tokens that may follow.
+"""Grammars that restrict which tokens may follow each branch.
 
-The grammars are llguidance's: a JSON schema, a regular expression, or a grammar in its Lark-like
-language. :class:`Grammar` is a logits processor as mlx-lm takes one.
+They are llguidance's: a JSON schema, a regular expression, or a grammar in its Lark-like language.
+:class:`Grammar` is a logits processor for mlx-lm's interface.
 """
 
 import functools
@@ -17,7 +17,7 @@ import numpy as np
 from ..errors import TempoError
 from .table import JsonObject, LongText, Text, setting
 
-#: Matchers of texts that are kept, so that a branch goes on from its parent's.
+#: Most matchers kept, so that a branch can continue from its parent's.
 KEPT = 1024
 
 
@@ -40,7 +40,8 @@ def regex_setting() -> Any:
 def lark_setting() -> Any:
     """The setting ``grammar``."""
     help = (
-        "A grammar that every text follows, in llguidance's Lark-like language, with a rule start."
+        "A grammar that every text follows, in llguidance's Lark-like language; its rule start "
+        "matches the whole text."
     )
     return setting(None, LongText(), help, panel=GRAMMARS)
 
@@ -58,15 +59,15 @@ def require_llguidance() -> None:
 def compiled(
     json_schema: Mapping[str, Any] | None = None, regex: str | None = None, lark: str | None = None
 ) -> str | None:
-    """One grammar in llguidance's own form; None where none is given.
+    """The given grammar in llguidance's internal form; None if none is given.
 
     Args:
-        json_schema: of the whole text.
-        regex: that the whole text matches, in the syntax of Rust's ``regex``.
-        lark: a grammar in llguidance's language, whose rule ``start`` is the whole text.
+        json_schema: for the whole text.
+        regex: for the whole text, in the syntax of Rust's ``regex``.
+        lark: a grammar in llguidance's language, whose rule ``start`` matches the whole text.
 
     Raises:
-        TempoError: if there is more than one, or it cannot be read.
+        TempoError: if more than one is given, or the grammar is invalid.
         MissingGrammarError: if llguidance is not installed.
     """
     given = {"json_schema": json_schema, "regex": regex, "grammar": lark}
@@ -74,7 +75,7 @@ def compiled(
     if not named:
         return None
     if len(named) > 1:
-        raise TempoError(f"give one of json_schema, regex and grammar, got {len(named)} of them")
+        raise TempoError(f"give only one of json_schema, regex and grammar, got {len(named)}")
     require_llguidance()
     from llguidance import LLMatcher
 
@@ -95,7 +96,7 @@ def compiled(
 
 @functools.lru_cache(maxsize=2)
 def _tokens_of(tokenizer: Any, n_tokens: int) -> Any:
-    """llguidance's view of mlx-lm's tokenizer, for logits of n_tokens; takes part of a second."""
+    """llguidance's version of mlx-lm's tokenizer, for n_tokens logits; cached, as it is slow."""
     from llguidance import hf
 
     try:
@@ -104,22 +105,22 @@ def _tokens_of(tokenizer: Any, n_tokens: int) -> Any:
         )
     except (AttributeError, ValueError) as error:
         raise TempoError(
-            "grammars need a fast Hugging Face tokenizer (tokenizer.json), which this model does "
-            "not have"
+            "grammars need a fast Hugging Face tokenizer (tokenizer.json), and this model has none"
         ) from error
 
 
 class Grammar:
-    """A logits processor that leaves the tokens with which a text can still follow a grammar.
+    """A logits processor that removes tokens with which a text would break a grammar.
 
     Args:
-        grammar: as :func:`compiled` gives it.
+        grammar: as returned by :func:`compiled`.
         tokenizer: mlx-lm's tokenizer wrapper.
-        prompt_length: tokens of the prompt, which the grammar does not describe.
-        vocabulary_size: V, where it is known; the first logits tell it otherwise.
+        prompt_length: tokens of the prompt, which the grammar does not cover.
+        vocabulary_size: V; None takes it from the first logits.
 
     Raises:
-        TempoError: if the size is given, and the tokenizer or the grammar cannot be used.
+        TempoError: if the tokenizer or the grammar cannot be used. Without ``vocabulary_size``, the
+            first call raises it.
     """
 
     def __init__(
@@ -133,7 +134,7 @@ class Grammar:
             self._matchers[()] = self._begin(vocabulary_size)
 
     def __call__(self, tokens: mx.array, logits: mx.array) -> mx.array:
-        """Logits [1, V] with -inf for tokens that the grammar does not allow after ``tokens``."""
+        """Logits [1, V], with -inf for tokens that the grammar forbids after ``tokens``."""
         n_tokens = logits.shape[-1]
         text = tuple(np.array(tokens[self._prompt_length :]).tolist())
         matcher = self._matcher(text, n_tokens)
@@ -142,7 +143,7 @@ class Grammar:
         return mx.where(mx.array(allowed), logits, mx.array(-mx.inf, logits.dtype))
 
     def _matcher(self, text: tuple[int, ...], n_tokens: int) -> Any:
-        """The state of the grammar after a text."""
+        """The matcher's state after a text."""
         known = len(text)
         while known and text[:known] not in self._matchers:
             known -= 1

@@ -1,7 +1,7 @@
-"""A user's own rules, loaded from Python files: FILE.py:NAME.
+"""Users' rules, loaded from Python files: FILE.py:NAME.
 
-The command line, suites and Python load them. Files of prompts do not: they are data, which may
-come from others.
+The command line, suites and Python code can load rules. Prompt files cannot, because they are data
+and may come from someone else.
 """
 
 import hashlib
@@ -22,26 +22,26 @@ PLACE = re.compile(r"^.+\.py:[^:]*$")
 
 
 def is_place(text: Any) -> bool:
-    """Whether a text is FILE.py:NAME, and not the name of a rule."""
+    """Whether a value is FILE.py:NAME and not the name of a rule."""
     return isinstance(text, str) and PLACE.match(text) is not None
 
 
 def load_object(place: str, setting: str, folder: Path | None = None) -> Any:
-    """What FILE.py:NAME names; the file is run.
+    """Run a file and return the object that FILE.py:NAME refers to.
 
     Args:
-        place: the text.
-        setting: what it was given for, for messages.
-        folder: that the file's path is relative to; None is the current one.
+        place: FILE.py:NAME.
+        setting: that it was given for, for messages.
+        folder: base of a relative path; None is the current one.
 
     Raises:
-        TempoError: if there is none, or the file raises.
+        TempoError: if the file or the name does not exist, or the file raises.
     """
     given, _, name = place.rpartition(":")
     file = (folder or Path()) / given
     if not given or not file.is_file():
         raise TempoError(
-            f"{setting} must be FILE.py:NAME of a file that exists, got {shown(place)}"
+            f"{setting} must be FILE.py:NAME with an existing file, got {shown(place)}"
         )
     if file.suffix != ".py":
         raise TempoError(f"{setting} {place}: {file} is not a Python file")
@@ -53,9 +53,9 @@ def load_object(place: str, setting: str, folder: Path | None = None) -> Any:
         spec = importlib.util.spec_from_file_location(module_name, file)
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
-        # Classes and pickles look their module up by its name.
+        # Classes and pickles look up their module by name.
         sys.modules[module_name] = module
-        # The file may have changed when somebody asks.
+        # Stored now, because the file may change later.
         setattr(module, SOURCE, hashlib.sha256(content).hexdigest())
         try:
             spec.loader.exec_module(module)
@@ -70,10 +70,10 @@ def load_object(place: str, setting: str, folder: Path | None = None) -> Any:
 
 
 def load_rule(place: str, setting: str, kind: type[Named], folder: Path | None = None) -> Named:
-    """The rule that FILE.py:NAME names: a function, an object or a class of the kind.
+    """Load a rule from FILE.py:NAME: a function, or an instance or subclass of ``kind``.
 
     Raises:
-        TempoError: as :func:`load_object`; or for something else of that name.
+        TempoError: as :func:`load_object`, or if the name refers to anything else.
     """
     found = load_object(place, setting, folder)
     if isinstance(found, str):
@@ -87,13 +87,13 @@ def load_rule(place: str, setting: str, kind: type[Named], folder: Path | None =
 def load_rules(
     values: Mapping[str, Any], owner: type, folder: Path | None = None, prefix: str = ""
 ) -> dict[str, Any]:
-    """Settings in which rules that stand as FILE.py:NAME are loaded.
+    """Replace every FILE.py:NAME among the values of settings by the loaded rule.
 
     Args:
-        values: by name; inner settings as dictionaries.
-        owner: the settings' class.
-        folder: that paths are relative to; None is the current one.
-        prefix: what messages say before a name.
+        values: by name; nested settings as dictionaries.
+        owner: the settings class.
+        folder: base of relative paths; None is the current one.
+        prefix: of names in messages.
     """
     found = dict(values)
     for name, entry in table(owner).items():

@@ -1,9 +1,9 @@
 """Forward-backward and Viterbi over the transitions of a lattice.
 
-A row of logits after token i of one set gives p_i(x_j), the probability of each token j of the next
-set, at no extra cost. They make the sets a Markov chain: the probability of a path is its first
-token's probability times its transitions. (The chain is the model's only where each token had one
-context; in a shared sequence it is the evidence that the rows hold.)
+The row of logits after token i of one set already has p_i(x_j), the probability of each token j of
+the next set. These transitions make the sets a Markov chain: the probability of a path is the
+probability of its first token times its transitions. The chain equals the model's distribution only
+if each token had one context. In a shared sequence it is the evidence in the rows.
 
 Source: Rabiner, "A Tutorial on Hidden Markov Models", Proc. IEEE 1989, sections III.A and III.B.
 """
@@ -15,7 +15,7 @@ import numpy as np
 
 def _normalised(values: np.ndarray) -> np.ndarray:
     total = values.sum()
-    # Underflow leaves no evidence: all live tokens are alike then.
+    # After underflow there is no evidence, and all tokens count equally.
     return values / total if total > 0 else np.full(len(values), 1 / len(values))
 
 
@@ -39,7 +39,7 @@ def backward(last: int, transitions: Sequence[np.ndarray]) -> list[np.ndarray]:
     """beta_s(i) = sum_j p_i(x_j) beta_{s+1}(j), scaled at each step; 1 for the last set.
 
     Args:
-        last: tokens in the last set.
+        last: size of the last set.
         transitions: as in :func:`forward`.
     """
     betas = [np.ones(last)]
@@ -49,7 +49,7 @@ def backward(last: int, transitions: Sequence[np.ndarray]) -> list[np.ndarray]:
 
 
 def posteriors(initial: np.ndarray, transitions: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """gamma_s(i) ~ alpha_s(i) beta_s(i): how well each token explains the others; sums to 1."""
+    """gamma_s(i) ~ alpha_s(i) beta_s(i), the posterior of each token in its set; sums to 1."""
     alphas = forward(initial, transitions)
     betas = backward(len(alphas[-1]), transitions)
     return [_normalised(a * b) for a, b in zip(alphas, betas, strict=True)]
@@ -79,10 +79,10 @@ def viterbi(initial: np.ndarray, transitions: Sequence[np.ndarray]) -> tuple[lis
 class SetPosteriors:
     """Posteriors of the sets of a running generation, over a window of recent steps.
 
-    Sets are named by their step. What left the window keeps the posterior that it had.
+    Sets are identified by their step. A set that leaves the window keeps its last posterior.
 
     Args:
-        lookback: transitions that a posterior looks ahead at most, at least 1.
+        lookback: most transitions that a posterior looks ahead, at least 1.
     """
 
     def __init__(self, lookback: int):
@@ -96,11 +96,11 @@ class SetPosteriors:
     def extend(
         self, probabilities: np.ndarray, transition: np.ndarray | None, replace: bool = False
     ) -> None:
-        """Add a set, or put it in the place of the last one.
+        """Add a set, or replace the last one.
 
         Args:
             probabilities: the tokens' selection probabilities, [n].
-            transition: p_i(x_j) from the set before, [m, n]; None for the first set.
+            transition: p_i(x_j) from the previous set, [m, n]; None for the first set.
         """
         if replace:
             self._live.pop()
@@ -118,7 +118,7 @@ class SetPosteriors:
         self._update()
 
     def prune(self, step: int, pruned: np.ndarray) -> None:
-        """Tokens of a set that no path takes any more, [n]; sets before the window are final."""
+        """Exclude the pruned tokens [n] of a set from all paths; no effect before the window."""
         if step >= self._first:
             self._live[step - self._first] &= ~pruned
             self._update()
@@ -137,6 +137,6 @@ class SetPosteriors:
         for i, (gamma, live) in enumerate(zip(gammas, self._live, strict=True)):
             gamma = gamma * live
             total = gamma.sum()
-            # No evidence for any live token leaves them alike; a dropped set has none.
+            # Without evidence all live tokens are equal. A dropped set has no live tokens.
             even = live / max(live.sum(), 1)
             self._gammas[self._first + i] = gamma / total if total > 0 else even

@@ -1,8 +1,8 @@
-"""What changes a branch's distribution before the threshold is applied.
+"""Logits processors and filters, applied to each branch's distribution before the threshold.
 
-mlx-lm's logits processors and the filters of its samplers, for each row of a step with the tokens
-of the text that the row ends. The threshold, sets and draws go by the distribution that they
-leave; log-probabilities of texts stay the model's own.
+These are mlx-lm's logits processors and the filters of its samplers. They process each row of a
+step with the tokens of the text that it ends. The threshold, sets and draws use the processed
+distribution; log-probabilities of texts remain those of the model.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,23 +22,23 @@ from mlx_lm.sample_utils import (
 
 from .grammar import Grammar, compiled
 
-#: (tokens of the text so far [L], logits [1, V]) -> logits [1, V], as mlx-lm's functions take one.
+#: (tokens of the text so far [L], logits [1, V]) -> logits [1, V], as in mlx-lm.
 LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
 
-#: log-probabilities [1, V] -> the token that is drawn, [1], as mlx-lm's functions take one.
+#: log-probabilities [1, V] -> the drawn token, [1], as in mlx-lm.
 Sampler = Callable[[mx.array], mx.array]
 
-#: log-probabilities [N, V] -> the same with -inf for tokens that are removed.
+#: log-probabilities [N, V] -> the same with -inf for removed tokens.
 Filter = Callable[[mx.array], mx.array]
 
 
 @dataclass(frozen=True)
 class Xtc:
-    """Excludes top choices: where it is drawn, every likely token but the least likely goes.
+    """Exclude top choices: with some probability, remove all top choices but the least likely.
 
     Args:
-        probability: that it is applied to a row.
-        threshold: probability from which a token is a top choice, at most 0.5.
+        probability: of applying it to a row.
+        threshold: least probability of a top choice, at most 0.5.
         special_tokens: ids that are never removed.
     """
 
@@ -48,15 +48,15 @@ class Xtc:
 
     def __call__(self, logprobs: mx.array, draws: np.ndarray) -> mx.array:
         """Filter log-probabilities [N, V]; ``draws`` are uniform in [0, 1), [N]."""
-        # With probability 1 mlx-lm's function always applies: whether it does is drawn here, so
-        # that a run depends on its own seed and on nothing else.
+        # With probability 1, mlx-lm's function always applies. The draw is made here instead, so a
+        # run depends only on its own seed.
         filtered = apply_xtc(logprobs, 1.0, self.threshold, list(self.special_tokens))
         return mx.where(mx.array(draws < self.probability)[:, None], filtered, logprobs)
 
 
 @dataclass(frozen=True)
 class Processors:
-    """What one run's distributions go through, in this order.
+    """The processors and filters of one run, in order of application.
 
     Args:
         processors: see :data:`LogitsProcessor`.
@@ -79,12 +79,12 @@ class Processors:
     def __call__(
         self, logits: mx.array, texts: Sequence[Sequence[int]], draws: np.ndarray | None = None
     ) -> mx.array:
-        """The logits [N, V] of the distributions that are left; -inf where a token is removed.
+        """The processed logits [N, V]; -inf for removed tokens.
 
         Args:
             logits: the model's, [N, V], of any floating type.
-            texts: of each row the ids of prompt and text up to it.
-            draws: uniform in [0, 1), [N], where ``needs_draws``.
+            texts: for each row, the ids of the prompt and its text so far.
+            draws: uniform in [0, 1), [N]; required if ``needs_draws``.
         """
         if self.processors:
             rows = []
@@ -107,9 +107,9 @@ class Processors:
 
 
 def remaining(left: mx.array, p: mx.array) -> mx.array:
-    """The model's own probabilities p [N, V] of what processing left, [N, V]; else 0.
+    """The model's probabilities p [N, V], with 0 for tokens that processing removed.
 
-    Texts are scored by the model, and continue only with tokens that their own row kept.
+    Texts are scored by the model, but continue only with tokens that their row kept.
     """
     return mx.where(left > 0, p, 0.0)
 
@@ -117,13 +117,13 @@ def remaining(left: mx.array, p: mx.array) -> mx.array:
 def filters(
     top_p: float = 0.0, top_k: int = 0, min_p: float = 0.0, min_tokens_to_keep: int = 1
 ) -> tuple[tuple[Filter, ...], tuple[Filter, ...]]:
-    """The filters before and after XTC; 0 (top-p also 1) leaves one out, as in mlx-lm.
+    """The filters before and after XTC. As in mlx-lm, 0 (or top-p 1) turns a filter off.
 
     Args:
-        top_p: probability that the most probable tokens together have to reach.
-        top_k: tokens that are left at most.
-        min_p: least probability of a token, times the most probable one's.
-        min_tokens_to_keep: tokens that min-p leaves at least.
+        top_p: total probability of the most probable tokens that are kept.
+        top_k: most tokens kept.
+        min_p: least probability of a kept token, relative to the most probable one.
+        min_tokens_to_keep: fewest tokens that min-p keeps.
     """
     before: list[Filter] = []
     if 0.0 < top_p < 1.0:
@@ -132,7 +132,7 @@ def filters(
         before.append(lambda p: apply_min_p(p, min_p, min(min_tokens_to_keep, p.shape[-1])))
     after: list[Filter] = []
     if top_k > 0:
-        # All of a small vocabulary: mlx-lm's function wants fewer.
+        # mlx-lm's function needs top_k < V.
         after.append(lambda p: apply_top_k(p, top_k) if top_k < p.shape[-1] else p)
     return tuple(before), tuple(after)
 
@@ -140,16 +140,16 @@ def filters(
 def processors_of(
     settings: Any, tokenizer: Any, prompt_length: int, vocabulary_size: int
 ) -> Processors:
-    """What the distributions of a run go through.
+    """The processors and filters that a run's settings ask for.
 
     Args:
         settings: of the run, a :class:`tempo_mlx.Settings`.
         tokenizer: mlx-lm's tokenizer wrapper.
         prompt_length: tokens of the run's prompt.
-        vocabulary_size: V, the logits of the model.
+        vocabulary_size: V, the number of logits.
 
     Raises:
-        TempoError: for a grammar that cannot be used with the tokenizer.
+        TempoError: if a grammar cannot be used with the tokenizer.
     """
     processors: list[LogitsProcessor] = list(settings.logits_processors)
     processors += make_logits_processors(
@@ -168,7 +168,7 @@ def processors_of(
     )
     xtc = None
     if settings.xtc_probability > 0:
-        # As mlx_lm.generate: what ends a line or the text stays possible.
+        # As in mlx_lm.generate, tokens that end a line or the text are never removed.
         kept = [*tokenizer.encode("\n", add_special_tokens=False), *tokenizer.eos_token_ids]
         xtc = Xtc(settings.xtc_probability, settings.xtc_threshold, tuple(kept))
     return Processors(tuple(processors), before, xtc, after)

@@ -1,7 +1,7 @@
-"""Retroactive pruning: which tokens of earlier parallel sets the future did not need.
+"""Retroactive pruning: removing tokens of earlier sets that later steps did not need.
 
-A rule scores the live tokens of one set by the evidence that has come since; a decision turns the
-scores into a verdict.
+A pruning rule scores the live tokens of one set by the evidence from later steps. A decision rule
+turns the scores into a verdict.
 """
 
 import sys
@@ -32,14 +32,14 @@ from .table import (
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    """What is known of the n live tokens of one set when it is judged; every array is [n].
+    """The evidence on the n live tokens of one set when it is judged; every array is [n].
 
     Args:
-        probabilities: in the distribution that they were selected from.
-        slots: their slot numbers.
+        probabilities: selection probabilities.
+        slots: slot numbers.
         attention: received from the rows of the last forward pass, averaged over rows, heads and
             layers; zeros if nothing was captured.
-        posterior: gamma, how well each explains the tokens that followed; sums to 1.
+        posterior: gamma, how well each token explains the tokens that followed; sums to 1.
         seed: of the run, for rules that draw.
     """
 
@@ -53,8 +53,8 @@ class Evidence:
 def attention(evidence: Evidence) -> np.ndarray:
     """Attention received, a_i = mean over query rows, heads and layers of softmax(q k^T)_i.
 
-    The idea of TEMPO: what later steps do not look at was not needed. Attention pools in the
-    first token and decays with distance, so scores compare siblings only.
+    TEMPO's idea: a token that later steps do not attend to was not needed. Attention pools in the
+    first token and decays with distance, so only scores of siblings can be compared.
     """
     return evidence.attention
 
@@ -65,12 +65,12 @@ def posterior(evidence: Evidence) -> np.ndarray:
 
 
 def probability(evidence: Evidence) -> np.ndarray:
-    """The selection probability: a baseline that looks at nothing that came later."""
+    """The selection probability: a baseline that ignores later steps."""
     return evidence.probabilities
 
 
 def random(evidence: Evidence) -> np.ndarray:
-    """Uniform draws, one for each token and the same whenever it is judged: a baseline."""
+    """A uniform draw for each token, the same each time it is judged: a baseline."""
     return np.array(
         [np.random.default_rng([evidence.seed, slot]).random() for slot in evidence.slots]
     )
@@ -81,15 +81,15 @@ class PruningRule(Rule):
     """A rule (evidence) -> scores [n]; a higher score is better.
 
     Args:
-        needs_attention: whether it reads ``evidence.attention``, which costs a pass more time.
-        draws: whether it draws, so that the seed matters.
+        needs_attention: whether it reads ``evidence.attention``, which makes passes slower.
+        draws: whether it uses random numbers, so the seed matters.
     """
 
     needs_attention: bool = False
     draws: bool = False
 
     def scores(self, evidence: Evidence) -> np.ndarray:
-        """The rule's scores, [n]; TempoError for what are none."""
+        """The rule's scores, [n]; TempoError if it returns anything else."""
         found = np.asarray(self(evidence), np.float64)
         if found.shape != evidence.slots.shape or np.isnan(found).any():
             raise TempoError(
@@ -118,14 +118,14 @@ def pruning_rule(given: Any) -> PruningRule:
 
 @dataclass(frozen=True)
 class Judging:
-    """What a decision knows beside the scores of the n live tokens of a set.
+    """Arguments of a decision rule besides the scores of the n live tokens of a set.
 
     Args:
         threshold: of this step.
         steepness, keep_rate: see :class:`Pruning`.
-        rng: where verdicts are drawn; None draws none.
-        seen: tokens that the run has judged, this set's included.
-        pruned: those of them that were pruned.
+        rng: for drawn verdicts; None if verdicts are not drawn.
+        seen: tokens that the run has judged so far, including this set's.
+        pruned: how many of them were pruned.
     """
 
     threshold: float
@@ -138,7 +138,7 @@ class Judging:
 
 def relative(scores: np.ndarray, judging: Judging) -> np.ndarray:
     """score / best score of the set < threshold."""
-    # Without products of subnormals.
+    # score / best < threshold, without a division by 0.
     best = scores.max()
     return scores < judging.threshold * best if best > 0 else np.zeros(len(scores), bool)
 
@@ -159,7 +159,7 @@ def sigmoid(scores: np.ndarray, judging: Judging) -> np.ndarray:
 
 
 def quota(scores: np.ndarray, judging: Judging) -> np.ndarray:
-    """The lowest scores, as far as ``keep_rate`` of all tokens allows; one token always stays."""
+    """Prune the lowest scores, as many as ``keep_rate`` of all tokens allows, but never a set."""
     allowed = int((1 - judging.keep_rate) * judging.seen - judging.pruned + 1e-9)
     pruned = np.zeros(len(scores), bool)
     pruned[np.argsort(scores, kind="stable")[: min(allowed, len(scores) - 1)]] = True
@@ -171,10 +171,10 @@ class DecisionRule(Rule):
     """A rule (scores [n], judging) -> which tokens are pruned, booleans [n].
 
     Args:
-        by_threshold: whether it compares with a threshold, at every age of a set; a set is judged
-            once otherwise, when it is ``lookback`` steps old.
+        by_threshold: whether it compares with a threshold and judges a set at every age. If not, a
+            set is judged once, when it is ``lookback`` steps old.
         keeps_best: whether it never prunes the best token of a set.
-        draws: whether it draws where the run samples.
+        draws: whether its verdicts are drawn if the run samples.
     """
 
     by_threshold: bool = True
@@ -182,7 +182,11 @@ class DecisionRule(Rule):
     draws: bool = False
 
     def verdict(self, scores: np.ndarray, judging: Judging) -> np.ndarray:
-        """Which tokens are pruned, [n], before ``if_all_pruned``; TempoError for what says none."""
+        """Which tokens are pruned, booleans [n], before ``if_all_pruned``.
+
+        Raises:
+            TempoError: if the rule returns anything else.
+        """
         found = np.asarray(self(scores, judging))
         if found.shape != scores.shape or found.dtype != bool:
             raise TempoError(
@@ -209,30 +213,30 @@ def decision_rule(given: Any) -> DecisionRule:
 
 
 def keep_best(pruned: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """All but the best token are pruned."""
+    """Prune all but the best token."""
     kept = pruned.copy()
     kept[scores.argmax()] = False
     return kept
 
 
 def keep_all(pruned: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """No token is pruned."""
+    """Prune nothing."""
     return np.zeros(len(pruned), bool)
 
 
 def drop_set(pruned: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """All tokens are pruned, and the set is gone."""
+    """Prune all tokens, which removes the set."""
     return pruned
 
 
-#: Name -> the verdict on a set that would lose all its tokens.
+#: Name -> the verdict for a set that would lose all its tokens.
 IF_ALL_PRUNED: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "keep_best": keep_best,
     "keep_all": keep_all,
     "drop_set": drop_set,
 }
 LAYER_WEIGHTS = ("uniform", "rising")
-#: Share of slots in the cache that may hold nothing of use.
+#: Share of dead slots above which the cache is compacted.
 COMPACT_ABOVE = 0.25
 QUERY_WEIGHTS = ("equal", "probability")
 REPAIRS = ("none", "recompute")
@@ -245,7 +249,7 @@ _PANEL = "Retroactive pruning"
 @documented
 @dataclass(frozen=True)
 class Pruning:
-    """How tokens are pruned after the fact.
+    """Settings of retroactive pruning.
 
     Raises:
         ValueError: naming the argument, its value and the allowed range.
@@ -255,8 +259,8 @@ class Pruning:
         "posterior",
         RuleChoice(RULES, PruningRule),
         "Prune tokens of earlier sets by what came after them. posterior: how well they explain "
-        "it. attention: how much later rows look at them. probability, random: baselines that "
-        "look at nothing. Or a rule of your own.",
+        "it. attention: how much attention later rows pay to them. probability, random: baselines "
+        "that ignore later steps. Or your own rule.",
         panel=_PANEL,
     )
     threshold: float = setting(
@@ -269,9 +273,8 @@ class Pruning:
         "relative",
         RuleChoice(DECISIONS, DecisionRule),
         "relative: score / best score of the set below the threshold. absolute: score below it. "
-        "sigmoid: 1 / (1 + exp(-steepness (threshold - score))) above 0.5, or drawn where the run "
-        "samples. quota: the lowest scores, so that `pruning.keep_rate` stays. Or a rule of your "
-        "own.",
+        "sigmoid: 1 / (1 + exp(-steepness (threshold - score))) above 0.5, or drawn if the run "
+        "samples. quota: prune the lowest scores and keep `pruning.keep_rate`. Or your own rule.",
         panel=_PANEL,
     )
     steepness: float = setting(
@@ -283,7 +286,7 @@ class Pruning:
     keep_rate: float = setting(
         0.75,
         Number(0, 1, low_open=True),
-        "Share of the tokens in sets of several that quota keeps, in (0, 1].",
+        "Share of the tokens that quota keeps in sets of several tokens, in (0, 1].",
         panel=_PANEL,
     )
     schedule: Schedule = setting(
@@ -294,15 +297,15 @@ class Pruning:
         panel=_PANEL,
     )
     lookback: int = setting(
-        3, Count(), "Judge a set until it is this many steps old. At least 1.", panel=_PANEL
+        3, Count(), "Judge sets up to this age in steps. At least 1.", panel=_PANEL
     )
     min_age: int = setting(
-        1, Count(), "Judge no set that is younger, in [1, `pruning.lookback`].", panel=_PANEL
+        1, Count(), "Judge sets from this age on, in [1, `pruning.lookback`].", panel=_PANEL
     )
     if_all_pruned: str = setting(
         "keep_best",
         Choice(IF_ALL_PRUNED),
-        "What happens to a set that would lose all.",
+        "What to do with a set that would lose all its tokens.",
         panel=_PANEL,
     )
     layers: int | tuple[int, ...] | None = setting(
@@ -315,25 +318,25 @@ class Pruning:
     layer_weights: str = setting(
         "uniform",
         Choice(LAYER_WEIGHTS),
-        "rising: linear from 0.5 to 1 over the layers.",
+        "How layers are weighted; rising: linearly from 0.5 to 1.",
         panel=_PANEL,
     )
     query_weights: str = setting(
         "equal",
         Choice(QUERY_WEIGHTS),
-        "Whether rows count alike or by the probability of their token.",
+        "Weight rows equally, or by the probability of their token.",
         panel=_PANEL,
     )
     repair: str = setting(
         "none",
         Choice(REPAIRS),
-        "recompute: run later slots again as if the pruned token had never been there.",
+        "recompute: run later slots again as if the pruned token had never existed.",
         panel=_PANEL,
     )
     compact_above: float = setting(
         COMPACT_ABOVE,
         Number(0, 1),
-        "Share of dead slots in the cache above which it is compacted, in [0, 1].",
+        "Compact the cache above this share of dead slots, in [0, 1].",
         option=False,
     )
 
@@ -345,25 +348,25 @@ class Pruning:
             )
         if self.repair == "recompute" and self.if_all_pruned == "drop_set":
             raise TempoError(
-                "prune repair recompute needs a token of each set to go on from, "
+                "prune repair recompute needs a token of each set to continue from, "
                 "so if_all_pruned must be keep_best or keep_all, got 'drop_set'"
             )
 
     @property
     def scoring(self) -> PruningRule:
-        """The rule that scores."""
+        """The pruning rule."""
         return pruning_rule(self.rule)
 
     @property
     def deciding(self) -> DecisionRule:
-        """The rule that decides."""
+        """The decision rule."""
         return decision_rule(self.decision)
 
     def chosen_layers(self, n_layers: int) -> tuple[int, ...]:
-        """Numbers of the layers to average, of a model with ``n_layers``.
+        """Numbers of the layers to average in a model with ``n_layers``.
 
         Raises:
-            ValueError: if a layer does not exist.
+            ValueError: if the model does not have a layer.
         """
         if self.layers is None:
             return tuple(range(n_layers))
@@ -386,20 +389,20 @@ class Pruning:
         return weights
 
     def to_dict(self) -> dict[str, Any]:
-        """One key for each setting; the schedule as its text."""
+        """One key for each setting; rules and the schedule as text."""
         layers = list(self.layers) if isinstance(self.layers, tuple) else self.layers
         texts = {name: str(getattr(self, name)) for name in ("rule", "decision", "schedule")}
         return {**vars(self), **texts, "layers": layers}
 
 
 class Pruner:
-    """Judges sets by one :class:`Pruning` over one run.
+    """Judges the sets of one run.
 
     Args:
-        pruning: how.
-        total_steps: steps of the run at most; the schedule's time is step / total_steps.
+        pruning: the settings.
+        total_steps: most steps of the run; the schedule's time is step / total_steps.
         seed: of the run's draws.
-        draws: whether the sigmoid's verdicts are drawn.
+        uses_rng: whether verdicts of rules that draw are drawn.
     """
 
     def __init__(self, pruning: Pruning, total_steps: int, seed: int = 0, uses_rng: bool = False):
@@ -432,7 +435,7 @@ class Pruner:
         )
 
     def wants(self, age: int) -> bool:
-        """Whether a set of this age, in steps, is to be judged."""
+        """Whether a set of this age in steps is judged."""
         if not self.pruning.deciding.by_threshold:
             return age == self.pruning.lookback
         return self.pruning.min_age <= age <= self.pruning.lookback

@@ -1,4 +1,4 @@
-"""What a rule is: a name and what it does, in a dictionary or of the user's own."""
+"""Rules: a name and a function, built in or written by the user."""
 
 import copy
 import hashlib
@@ -12,24 +12,21 @@ from ..errors import TempoError
 
 
 class Named:
-    """What all rules have: a name, and what it does.
-
-    Rules are frozen: two that are equal do the same.
-    """
+    """Base of all rules. Rules are frozen, and equal rules do the same."""
 
     if TYPE_CHECKING:
 
         @property
         def name(self) -> str:
-            """What results and messages call the rule."""
+            """The rule's name in results and messages."""
 
     def __str__(self) -> str:
         return self.name
 
     def from_place(self, place: str, setting: str, kind: "type[Named]") -> Self:
-        """The rule, which knows that it was loaded from FILE.py:NAME.
+        """A copy of the rule that remembers the FILE.py:NAME that it was loaded from.
 
-        Another process loads it again, as its module has no name that could be imported there.
+        Pickling stores that place, because other processes cannot import the module by name.
         """
         found = copy.copy(self)
         object.__setattr__(found, "_loaded", (place, setting, kind))
@@ -41,23 +38,23 @@ class Named:
 
     @classmethod
     def of(cls, function: Callable[..., Any]) -> Self:
-        """The rule that a function is."""
+        """A rule made from a function."""
         raise NotImplementedError
 
 
 def name_of(function: Any) -> str:
-    """What results call a function of the user's own, or an object that is called or wraps one."""
+    """Name of a user's function, callable object or wrapped function in results."""
     inner = getattr(function, "function", function)
     return str(getattr(inner, "__name__", type(inner).__name__))
 
 
 @dataclass(frozen=True)
 class Rule(Named):
-    """A rule that is one function.
+    """A rule that consists of one function.
 
     Args:
-        name: what results and messages call it.
-        function: what it does; calling the rule calls it.
+        name: used in results and messages.
+        function: called when the rule is called.
     """
 
     name: str
@@ -81,24 +78,24 @@ def _load_again(place: str, setting: str, kind: type[Named]) -> Named:
 
 R = TypeVar("R", bound=Named)
 
-#: What the names of our own modules begin with.
+#: Prefix of this package's module names.
 PACKAGE = __name__.partition(".")[0] + "."
 
-#: Attribute of a module that was loaded from a file: the SHA-256 of what was loaded.
+#: Attribute of modules loaded from a file: the SHA-256 of the file's content.
 SOURCE = "__tempo_source__"
 
 
 def find(setting: str, given: Any, known: Mapping[str, R], kind: type[R]) -> R:
-    """The rule that a setting asks for.
+    """Look up or make the rule for a setting.
 
     Args:
         setting: its name, for messages.
-        given: a name, a rule, a rule's class that needs no arguments, or a function.
+        given: a name, a rule, a rule class without required arguments, or a function.
         known: rules by name.
         kind: their class.
 
     Raises:
-        TempoError: for anything else.
+        TempoError: if ``given`` is anything else.
     """
 
     def wrong() -> TempoError:
@@ -120,7 +117,7 @@ def find(setting: str, given: Any, known: Mapping[str, R], kind: type[R]) -> R:
             return given()
         except TypeError as error:
             raise TempoError(
-                f"{setting} {given.__name__} needs arguments, so give an object of it: {error}"
+                f"{setting} {given.__name__} needs arguments; pass an instance of it: {error}"
             ) from error
     if callable(given) and not isinstance(given, Named):
         return kind.of(given)
@@ -128,16 +125,16 @@ def find(setting: str, given: Any, known: Mapping[str, R], kind: type[R]) -> R:
 
 
 def stored(rule: R, known: Mapping[str, R]) -> str | R:
-    """The name of a rule that is known by it, else the rule."""
+    """The name of a built-in rule; a user's rule itself."""
     return rule.name if known.get(rule.name) is rule else rule
 
 
 def called(rule: Named, function: Callable[..., Any], *given: Any) -> Any:
-    """What a rule's function returns.
+    """Call a rule's function.
 
     Raises:
-        TempoError: naming the rule, for whatever a function of the user's own raises. An error in
-            one of ours keeps its type and traceback.
+        TempoError: naming the rule, if a user's function raises anything. Errors in built-in
+            rules keep their type and traceback.
     """
     if str(getattr(rule, "function", type(rule)).__module__).startswith(PACKAGE):
         return function(*given)
@@ -151,9 +148,9 @@ def called(rule: Named, function: Callable[..., Any], *given: Any) -> Any:
 
 
 def source_of(rule: Named) -> str:
-    """64 hexadecimal digits that change with what a rule does: with its module's source.
+    """64 hexadecimal digits that change whenever the source of a rule's module changes.
 
-    Without a source, as in an interactive session, with its function's code.
+    Without source, as in an interactive session, they change with the function's bytecode.
     """
     code = rule.function if isinstance(rule, Rule) else type(rule)
     module = inspect.getmodule(code)

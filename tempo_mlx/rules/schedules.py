@@ -1,4 +1,4 @@
-"""How a threshold moves over a run: fractions f(t) of the way, t = step / total steps in [0, 1]."""
+"""How a threshold moves over a run: the fraction f(t) of the way at t = step / total steps."""
 
 import re
 from dataclasses import dataclass, fields
@@ -9,7 +9,7 @@ from ..errors import TempoError
 
 
 class Schedule(Protocol):
-    """A fraction in [0, 1] for each moment of a run."""
+    """A fraction in [0, 1] for each time t in [0, 1]."""
 
     def __call__(self, t: float) -> float:
         """The fraction at t in [0, 1]."""
@@ -18,7 +18,7 @@ class Schedule(Protocol):
 
 @dataclass(frozen=True)
 class Constant:
-    """f(t) = 1: the threshold is what it is from the first step on."""
+    """f(t) = 1: the threshold is the same at every step."""
 
     def __call__(self, t: float) -> float:
         return 1.0
@@ -32,7 +32,7 @@ class Bezier:
     """f(t) = 3 t (1-t)^2 p1 + 3 t^2 (1-t) p2 + t^3, the cubic Bezier with endpoints 0 and 1.
 
     Args:
-        p1, p2: heights of the inner control points, in [0, 1]; p1 <= p2 never falls.
+        p1, p2: heights of the inner control points, in [0, 1]; monotone if p1 <= p2.
 
     Source: Bernstein form of a cubic with control values 0, p1, p2, 1.
     """
@@ -54,10 +54,10 @@ class Bezier:
 
 @dataclass(frozen=True)
 class Relu:
-    """f(t) = max(0, t - activation) / (1 - activation): nothing at first, then linear.
+    """f(t) = max(0, t - activation) / (1 - activation): 0 at first, then linear.
 
     Args:
-        activation: the moment at which it starts to rise, in [0, 1).
+        activation: the time at which it starts to rise, in [0, 1).
     """
 
     activation: float = 0.5
@@ -74,21 +74,21 @@ class Relu:
         return f"relu({_written(self.activation)})"
 
 
-#: Name -> schedule class; the classes' fields are the numbers in parentheses.
+#: Name -> schedule class; the class's fields are the numbers in parentheses.
 SCHEDULES: dict[str, type] = {"constant": Constant, "bezier": Bezier, "relu": Relu}
 
-#: What may be written for a schedule.
+#: The accepted forms of a schedule, for messages.
 FORMS = "constant, bezier(p1,p2) with both in [0, 1], or relu(activation) with it in [0, 1)"
 
-#: A number in parentheses; NaN and infinity are none.
+#: A number in parentheses; excludes NaN and infinity.
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
 
 
 def parse_schedule(text: str) -> Schedule:
-    """The schedule written as ``constant``, ``bezier(0.2,0.8)`` or ``relu(0.5)``.
+    """Parse a schedule such as ``constant``, ``bezier(0.2,0.8)`` or ``relu(0.5)``.
 
     Raises:
-        TempoError: for an unknown name, a wrong number of arguments or one out of range.
+        TempoError: for an unknown name, the wrong number of arguments or one out of range.
     """
     check_text("schedule", text)
     match = re.fullmatch(r"\s*(\w+)\s*(?:\(([^()]*)\))?\s*", text)
@@ -112,6 +112,6 @@ def interpolate(start: float, end: float, schedule: Schedule, step: int, total: 
 
 
 def _written(number: float) -> str:
-    """The shortest text that is read as the same number."""
+    """The shortest text that parses to the same number."""
     short = f"{number:g}"
     return short if float(short) == number else repr(float(number))

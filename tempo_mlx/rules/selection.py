@@ -1,4 +1,4 @@
-"""Which tokens of a distribution form the parallel set."""
+"""Selection of the tokens that form a parallel set."""
 
 import math
 from collections.abc import Sequence
@@ -22,9 +22,9 @@ class Candidates:
     """The tokens that may enter a set.
 
     Args:
-        ids: token ids [K], in the order in which they would be kept; of a tree's M leaves [M, K].
+        ids: token ids [K], best first; [M, K] for the M leaves of a tree.
         probabilities: of the same shape, fp32.
-        transitions: p_i(x_j) of each candidate j in each row i of the set before, [N, K], fp32.
+        transitions: p_i(x_j) of each candidate j in each row i of the previous set, [N, K], fp32.
     """
 
     ids: np.ndarray
@@ -37,13 +37,13 @@ class Selected:
     """The parallel set of a step, on the host.
 
     Args:
-        ids: token ids [N], most probable first; empty where the generation ends.
+        ids: token ids [N], most probable first; empty if the generation ends.
         probabilities: [N].
-        transitions: p_i(x_j) from the M rows of the set before, [M, N].
+        transitions: p_i(x_j) from the M rows of the previous set, [M, N].
         endings: end tokens that qualified.
-        end_transitions: p_i of each of them, [M, E].
-        parents: the row that each token continues, [N], where tokens have parents.
-        logprobs: of the texts that end with the tokens, [N], nats, where tokens have parents.
+        end_transitions: p_i of each end token, [M, E].
+        parents: the row that each token continues, [N]; None if tokens have no parents.
+        logprobs: of the texts that end with the tokens, [N], nats; None if tokens have no parents.
     """
 
     ids: np.ndarray
@@ -55,16 +55,16 @@ class Selected:
     logprobs: np.ndarray | None = None
 
     def with_rows(self, present: list[bool]) -> "Selected":
-        """The same set, with rows of zeros for the tokens of the set before that had no row."""
+        """The same set, with zero transitions from tokens of the previous set that had no row."""
         transitions = np.zeros((len(present), len(self.ids)), np.float32)
         transitions[present] = self.transitions
         return replace(self, transitions=transitions)
 
 
-#: Neighbours in the vocabulary of which first the best one is found.
+#: Size of the blocks of the vocabulary whose maxima are computed first.
 NEIGHBOURS = 64
 
-#: Tokens that are partitioned as fast as blocks of them are looked for.
+#: Up to this vocabulary size, partitioning the whole row is as fast as finding blocks.
 FEW = 8192
 
 
@@ -77,8 +77,8 @@ def most_probable(p: mx.array, k: int) -> mx.array:
     if max(FEW, 4 * k * NEIGHBOURS) >= V:
         ids = mx.argpartition(-p, k - 1, axis=-1)[..., :k]
     else:
-        # The k largest lie in the k blocks with the largest maxima: to find those is one pass over
-        # the vocabulary, where partitioning it takes many.
+        # The k largest are in the k blocks with the largest maxima. Finding the blocks takes one
+        # pass over the vocabulary; partitioning it takes many.
         blocks = -(-V // NEIGHBOURS)
         padding = [(0, 0)] * (p.ndim - 1) + [(0, blocks * NEIGHBOURS - V)]
         if blocks * NEIGHBOURS > V:
@@ -93,24 +93,24 @@ def most_probable(p: mx.array, k: int) -> mx.array:
 
 
 def noise_key(seed: int, draw: int) -> np.ndarray:
-    """The key of a run's draw, uint32 [2]; every seed and number of the draw has its own.
+    """The random key of one draw, uint32 [2], different for every seed and draw.
 
     Args:
         seed: of the run, at least 0.
-        draw: its number, at least 0.
+        draw: number of the draw in the run, at least 0.
     """
     return np.random.SeedSequence([seed, draw]).generate_state(2)
 
 
 def gumbel(p: mx.array, keys: mx.array) -> mx.array:
-    """Scores [G, V] whose k largest are a draw of k tokens from p [G, V] without replacement.
+    """Scores [G, V] whose k largest are k tokens drawn from p [G, V] without replacement.
 
     log p + Gumbel noise (Kool, van Hoof and Welling, "Stochastic Beams and Where to Find Them",
     ICML 2019; Vieira 2014 for the trick itself).
 
     Args:
         p: distributions.
-        keys: of each row's noise, uint32 [G, 2].
+        keys: random key of each row, uint32 [G, 2].
     """
     noise = mx.vmap(lambda key: mx.random.gumbel(p.shape[-1:], key=key))(keys)
     return mx.log(p) + noise
@@ -125,10 +125,10 @@ def by_probability(p: mx.array, keys: mx.array) -> mx.array:
 class SamplingRule(Rule):
     """A rule (p [G, V], keys uint32 [G, 2]) -> scores [G, V]; the highest ones are candidates.
 
-    Arrays are mlx's; the rule is called at every step and must not read them.
+    Arrays are mlx arrays. The rule is called at every step and must not evaluate them.
 
     Args:
-        draws: whether it draws, by the keys, so that the seed matters.
+        draws: whether it uses the keys, so the seed matters.
     """
 
     draws: bool = False
@@ -152,13 +152,12 @@ def sampling_rule(given: Any) -> SamplingRule:
 def candidate_scores(
     p: mx.array, rules: Sequence[SamplingRule], keys: Sequence[np.ndarray]
 ) -> mx.array:
-    """Scores [G, V] of distributions p [G, V], each by its rule.
+    """Scores [G, V] of distributions p [G, V], each computed by its rule.
 
     Args:
         p: distributions.
-        rules: of each row, [G].
-        keys: of each row's noise, uint32 [2] each; what they are does not matter to rules that
-            do not draw.
+        rules: one for each row, [G].
+        keys: random key of each row, uint32 [2]; ignored by rules that do not draw.
     """
     scores = p
     for rule in dict.fromkeys(rules):
@@ -173,14 +172,14 @@ def keep(
 ) -> Selected:
     """Keep the candidates with p >= threshold, at most ``max_parallel``, most probable first.
 
-    Where none qualifies, the first candidate is kept: the most probable token, or with Gumbel
-    sampling the first one drawn. An end token is never kept: it becomes an ending, and where it is
-    the most probable one that qualifies, the set is empty.
+    If none qualifies, the first candidate is kept: the most probable token, or with Gumbel sampling
+    the first one drawn. End tokens are not kept but become endings. If an end token is the most
+    probable one that qualifies, the set is empty.
 
     Raises:
         NonFiniteLogitsError: if a probability is not a number.
     """
-    # A handful of candidates: lists are faster than arrays.
+    # Lists are faster than arrays for a handful of candidates.
     ids, p = candidates.ids.tolist(), candidates.probabilities.tolist()
     require_finite(sum(p))
     least = float(np.float32(threshold))

@@ -1,7 +1,7 @@
-"""The table of settings: what each of them may be, its bounds and what it is for, written once.
+"""The table of settings: type, bounds and help of each setting, written once.
 
-A settings class declares its fields with :func:`setting`. Validation, the command line's options,
-JSON prompt files, suites and their schema, and the class's docstring are made from that.
+A settings class declares its fields with :func:`setting`. Validation, command-line options, JSON
+prompt files, suites and their schema, and the class's docstring are derived from them.
 """
 
 import re
@@ -29,53 +29,53 @@ from .schedules import parse_schedule
 #: Largest bias of a logit.
 MOST_BIAS = 1e6
 
-#: Temperatures at which logits that were divided by them are finite and differ in fp32.
+#: Range of temperatures for which divided logits stay finite and distinct in fp32.
 TEMPERATURES = 1e-6, 1e6
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What a setting may be.
+    """The kind of value that a setting takes.
 
     Attributes:
-        words: what JSON has for it, in words.
-        option: type of the command line's option.
+        words: description of the JSON type.
+        option: type of the command-line option.
     """
 
     words: ClassVar[str] = "text"
     option: ClassVar[Any] = str
-    #: type in YAML; None for the option's
+    #: type in YAML; None for the same as ``option``
     written: ClassVar[Any] = None
-    #: whether only Python has such values
+    #: whether such values can only be given in Python
     python_only: ClassVar[bool] = False
 
     @property
     def metavar(self) -> str | None:
-        """What stands for the value in the help; None for the name of the option's type."""
+        """Placeholder of the value in the help; None for the name of the option's type."""
         return None
 
     def check(self, name: str, value: Any) -> Any:
-        """The value as the settings keep it; TempoError names what is wrong with it."""
+        """Return a valid value in the form that is stored; raise TempoError otherwise."""
         return value
 
     @property
     def bounds(self) -> dict[str, Any]:
-        """What a JSON Schema says of the range."""
+        """The range as JSON Schema keywords."""
         return {}
 
     def from_json(self, value: Any) -> Any:
-        """What a value that JSON, YAML or an option has means; NotImplemented for another type.
+        """Convert a value from JSON, YAML or an option; NotImplemented if it has the wrong type.
 
         Raises:
-            OverflowError: for an integer that no float holds.
+            OverflowError: for an integer too large for a float.
         """
         return value if type(value) is str else NotImplemented
 
     def from_option(self, value: Any) -> Any:
-        """What the value of an option means.
+        """Convert the value of a command-line option.
 
         Raises:
-            TempoError: if it cannot be read.
+            TempoError: if it is malformed.
         """
         return self.from_json(value)
 
@@ -98,7 +98,7 @@ class Count(Kind):
         return {"minimum": self.least}
 
     def from_json(self, value: Any) -> Any:
-        # Not by isinstance, for which true is an integer.
+        # isinstance would accept booleans.
         return value if type(value) is int else NotImplemented
 
 
@@ -144,7 +144,7 @@ class Number(Kind):
     low: float
     high: float
     low_open: bool = False
-    #: what messages say before the range, such as "above 0, "
+    #: text before the range in messages, such as "above 0, "
     said: str = ""
 
     def check(self, name: str, value: Any) -> Any:
@@ -164,11 +164,11 @@ class Number(Kind):
 
 @dataclass(frozen=True)
 class Temperature(Number):
-    """A number that keeps logits divided by it finite and apart in fp32.
+    """A temperature for which divided logits stay finite and distinct in fp32.
 
     Args:
-        advice: what to do instead of a lower one.
-        or_zero: whether it may be 0, too.
+        advice: what to do instead of choosing a lower one.
+        or_zero: whether 0 is allowed as well.
     """
 
     low: float = TEMPERATURES[0]
@@ -188,7 +188,7 @@ class Temperature(Number):
 
 @dataclass(frozen=True)
 class Bytes(Kind):
-    """A number of bytes, or its text, such as 800MB."""
+    """A number of bytes, or text such as 800MB."""
 
     words = "an integer"
 
@@ -219,10 +219,10 @@ class Choice(Kind):
 
 @dataclass(frozen=True)
 class RuleChoice(Kind):
-    """A rule, by its name or of the user's own; kept by its name where it has one.
+    """A built-in rule, stored as its name, or a user's rule.
 
     Args:
-        known: rules by name.
+        known: built-in rules by name.
         rule: their class.
     """
 
@@ -239,15 +239,14 @@ class RuleChoice(Kind):
 
 @dataclass(frozen=True)
 class ScheduleText(Kind):
-    """A schedule, or its text."""
+    """A schedule, or its textual form."""
 
     words = "text such as bezier(0.2,0.8)"
 
     def check(self, name: str, value: Any) -> Any:
         if not callable(value):
             raise TempoError(
-                f"{name} must be a schedule, as parse_schedule makes one of text, got "
-                f"{shown(value)}"
+                f"{name} must be a schedule, such as one made by parse_schedule, got {shown(value)}"
             )
         return value
 
@@ -257,7 +256,7 @@ class ScheduleText(Kind):
 
 @dataclass(frozen=True)
 class Layers(Kind):
-    """How many layers, counted from the last one, or their numbers."""
+    """A number of last layers, or a tuple of layer numbers."""
 
     words = "an integer or a list of integers"
 
@@ -279,16 +278,14 @@ class Layers(Kind):
 
 @dataclass(frozen=True)
 class Texts(Kind):
-    """Texts that are not empty."""
+    """Non-empty texts."""
 
     words = "a list of texts"
     option = list[str]
 
     def check(self, name: str, value: Any) -> Any:
         if not isinstance(value, (tuple, list)) or not all(value):
-            raise TempoError(
-                f"{name} must be a tuple of texts that are not empty, got {shown(value)}"
-            )
+            raise TempoError(f"{name} must be a tuple of non-empty texts, got {shown(value)}")
         for i, text in enumerate(value):
             check_text(f"{name}[{i}]", text)
         return tuple(value)
@@ -300,7 +297,7 @@ class Texts(Kind):
 
 @dataclass(frozen=True)
 class Text(Kind):
-    """A text that is not empty."""
+    """A non-empty text."""
 
     def check(self, name: str, value: Any) -> Any:
         check_text(name, value)
@@ -311,7 +308,7 @@ class Text(Kind):
 
 @dataclass(frozen=True)
 class LongText(Text):
-    """A text that the command line takes from a file."""
+    """A text that the command line reads from a file."""
 
     @property
     def metavar(self) -> str | None:
@@ -323,7 +320,7 @@ class LongText(Text):
 
 @dataclass(frozen=True)
 class JsonObject(Kind):
-    """A JSON object; the command line takes it from a file."""
+    """A JSON object; the command line reads it from a file."""
 
     words = "an object"
     written = dict[str, Any]
@@ -386,9 +383,9 @@ class Biases(Kind):
 
 @dataclass(frozen=True)
 class Function(Kind):
-    """A function, which only Python has."""
+    """A function, which can only be given in Python."""
 
-    words = "a function, which only Python has"
+    words = "a function, which can only be given in Python"
     python_only = True
 
     def check(self, name: str, value: Any) -> Any:
@@ -402,9 +399,9 @@ class Function(Kind):
 
 @dataclass(frozen=True)
 class Functions(Function):
-    """Functions, which only Python has."""
+    """Functions, which can only be given in Python."""
 
-    words = "functions, which only Python has"
+    words = "functions, which can only be given in Python"
 
     def check(self, name: str, value: Any) -> Any:
         if not isinstance(value, (tuple, list)):
@@ -417,7 +414,7 @@ class Functions(Function):
 
 @dataclass(frozen=True)
 class Inner(Kind):
-    """Settings of a class of their own."""
+    """An instance of another settings class."""
 
     words = "an object"
 
@@ -433,10 +430,10 @@ class Inner(Kind):
 
 
 def parse_layers(text: str) -> int | tuple[int, ...] | None:
-    """Layers written as ``all``, ``last:4`` or ``0,5,11``.
+    """Parse layers such as ``all``, ``last:4`` or ``0,5,11``.
 
     Raises:
-        ValueError: for anything else.
+        ValueError: if the text has none of these forms.
     """
     if text == "all":
         return None
@@ -452,16 +449,16 @@ def parse_layers(text: str) -> int | tuple[int, ...] | None:
 
 @dataclass(frozen=True)
 class Entry:
-    """A setting's line in the table.
+    """One row of the table.
 
     Args:
-        kind: what it may be.
-        help: what it is for, with its range; names of settings stand in backticks.
-        optional: whether it may be None.
-        shown: what the command line's help shows for the default; None shows the default itself.
+        kind: of value.
+        help: purpose and range; names of settings are in backticks.
+        optional: whether None is allowed.
+        shown: text for the default in the command line's help; None for the default itself.
         short: a short option, such as "-m".
         panel: of the command line's help.
-        option: whether the command line has it.
+        option: whether there is a command-line option.
     """
 
     kind: Kind
@@ -474,7 +471,7 @@ class Entry:
 
     @property
     def words(self) -> str:
-        """What JSON has for the setting."""
+        """Description of the setting's JSON type."""
         return self.kind.words + (" or null" if self.optional else "")
 
 
@@ -488,30 +485,30 @@ def setting(
     panel: str | None = None,
     option: bool = True,
 ) -> Any:
-    """A field of a settings class; its default and a line of the table, see :class:`Entry`."""
+    """Declare a field of a settings class: its default, and a row of the table (:class:`Entry`)."""
     entry = Entry(kind, help, default is None, shown, short, panel, option)
     return field(default=default, metadata={"entry": entry})
 
 
 def same(owner: type, name: str, default: Any) -> Any:
-    """A field as another settings class has it, with a default of its own."""
+    """Declare a field like that of another settings class, with a different default."""
     return field(default=default, metadata={"entry": table(owner)[name]})
 
 
 def table(owner: type) -> dict[str, Entry]:
-    """The settings of a class by name."""
+    """The table of a settings class, by name."""
     return {each.name: each.metadata["entry"] for each in fields(owner)}
 
 
 def check_all(settings: Any, prefix: str = "") -> None:
-    """Check every field of new settings, and keep each as its kind keeps it.
+    """Validate every field of new settings, and store each in the form that its kind returns.
 
     Args:
-        settings: of a class whose fields are made by :func:`setting`.
-        prefix: what messages say before a field's name.
+        settings: of a class whose fields are declared by :func:`setting`.
+        prefix: of field names in messages.
 
     Raises:
-        TempoError: naming the first that is wrong.
+        TempoError: naming the first invalid field.
     """
     for name, entry in table(type(settings)).items():
         value = getattr(settings, name)
@@ -524,7 +521,7 @@ T = TypeVar("T", bound=type)
 
 
 def documented(owner: T) -> T:
-    """Append the table to a settings class's docstring, as its arguments."""
+    """Add the table to a settings class's docstring as its arguments."""
     lines = []
     for each in fields(owner):
         entry: Entry = each.metadata["entry"]

@@ -1,8 +1,8 @@
-"""Who may attend to whom: rules from slots to masks.
+"""Visibility rules: which slots each token may attend to.
 
-Whatever the rule, a token sees itself, nothing sees what comes after it or was pruned before it,
-and the prompt is read causally: each of its tokens sees all before it. The rule says which of the
-earlier slots the tokens behind the prompt see, and which of their siblings.
+Under every rule a token sees itself, and never a later token or one that was pruned before it. The
+prompt is causal: each of its tokens sees all tokens before it. The rule decides which earlier slots
+and which siblings a generated token sees.
 """
 
 from collections.abc import Callable
@@ -15,25 +15,26 @@ from ..errors import TempoError
 from ..lattice.lattice import Slot, Slots
 from .rule import Named, called, find, name_of, stored
 
-#: Weights below this one hide a key as well as 0 would, and their logarithm is finite.
+#: Smaller weights are raised to this one. It hides a key as well as 0, with a finite logarithm.
 LEAST_WEIGHT = 1e-30
 
-#: What a token continues: a whole set; one token, one slot for each distinct token ("chain"); or
-#: one token, each with continuations of its own ("branch").
+#: What a token continues: a whole set ("none"); one parent, with one slot for each distinct token
+#: ("chain"); or one parent, with separate slots under each parent ("branch").
 Parents = Literal["none", "chain", "branch"]
 
 
 @dataclass(frozen=True)
 class Visibility(Named):
-    """A rule of who sees whom; subclass it and pass an object to :func:`tempo_mlx.generate`.
+    """A visibility rule; subclass it and pass an instance to :func:`tempo_mlx.generate`.
 
     Attributes:
         parents: what a token continues.
-        full_context: whether a token sees all of the text that it ends, and nothing else: the
-            prompt and its chain of parents; without parents, all earlier tokens where every set has
-            one token. Lets sets of one skip the mask.
-        monotone: whether what one step cannot see, no later step can. Lets such slots be dropped.
-        hides_sets: whether no later step sees a set of more than one token.
+        full_context: whether a token sees exactly the text that it ends: the prompt and its chain
+            of parents. Without parents this means all earlier tokens, provided that every set has
+            one token. Sets of one token can then skip the mask.
+        monotone: whether slots that one step cannot see stay hidden from all later steps. Such
+            slots can be dropped.
+        hides_sets: whether sets of more than one token are hidden from all later steps.
     """
 
     parents: ClassVar[Parents] = "none"
@@ -45,12 +46,12 @@ class Visibility(Named):
 
     @property
     def name(self) -> str:
-        """What results and messages call the rule: the class and its fields, unless it says."""
+        """The rule's name in results and messages; by default the class and its fields."""
         return repr(self).removesuffix("()")
 
     @classmethod
     def of(cls, function: Callable[..., Any]) -> "Visibility":
-        """The rule whose ``allowed`` is a function (queries, keys) -> [T, S]."""
+        """A rule whose ``allowed`` is the function (queries, keys) -> booleans [T, S]."""
         return FunctionVisibility(function)
 
     @property
@@ -60,30 +61,30 @@ class Visibility(Named):
 
     @property
     def branches(self) -> bool:
-        """Whether each token of a set has continuations of its own."""
+        """Whether each token of a set has its own continuations."""
         return self.parents == "branch"
 
     @property
     def can_be_verified(self) -> bool:
-        """Whether the rule has a :meth:`sees`."""
+        """Whether the rule implements :meth:`sees`."""
         return type(self).sees is not Visibility.sees
 
     def allowed(self, queries: Slots, keys: Slots) -> np.ndarray:
-        """Which of S key slots each of T query slots behind the prompt sees, booleans [T, S]."""
+        """Which of S key slots each of T generated query slots sees, booleans [T, S]."""
         raise NotImplementedError
 
     def sees(self, query: Slot, key: Slot) -> bool:
-        """The same of one pair of slots, for :func:`tempo_mlx.decode.verification.verify`.
+        """The same for one pair of slots, for :func:`tempo_mlx.decode.verification.verify`.
 
-        It is what the rule means, written without arrays; asked only about earlier slots and
-        siblings that are alive.
+        This is the rule's definition, written without arrays. It is only called for live slots
+        that are earlier or siblings.
         """
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class FunctionVisibility(Visibility):
-    """A rule that is only its ``allowed``; runs by it cannot be verified."""
+    """A rule with only ``allowed``; its runs cannot be verified."""
 
     function: Callable[[Slots, Slots], np.ndarray]
 
@@ -109,7 +110,7 @@ class Isolated(Visibility):
 
 
 class Visible(Visibility):
-    """As isolated, and also the siblings of the same step, in both directions."""
+    """As isolated, and siblings see each other."""
 
     name = "visible"
     full_context = monotone = True
@@ -122,7 +123,7 @@ class Visible(Visibility):
 
 
 class Hidden(Visibility):
-    """As isolated, but sets of more than one token are invisible to later steps."""
+    """As isolated, but sets of more than one token are hidden from later steps."""
 
     name = "hidden"
     full_context = monotone = hides_sets = True
@@ -145,7 +146,7 @@ class Recombined(Visibility):
     def allowed(self, queries: Slots, keys: Slots) -> np.ndarray:
         prompt = np.broadcast_to(keys.step < 0, (len(queries), len(keys)))
         if queries.chains is None:
-            raise TempoError("slots behind the prompt need their parents, to know what they see")
+            raise TempoError("generated slots need parents under this visibility")
         slots = 1 + max(int(keys.index.max()), int(queries.index.max()))
         led = np.zeros((len(queries), slots), bool)
         for row, chain in zip(led, queries.chains, strict=True):
@@ -169,7 +170,7 @@ VISIBILITY: dict[str, Visibility] = {
 }
 
 
-#: Names of the rules where each token continues one other token.
+#: Names of the rules in which each token continues one other token.
 WITH_PARENTS = frozenset(name for name, rule in VISIBILITY.items() if rule.has_parents)
 
 
@@ -179,15 +180,15 @@ def visibility_of(given: Any) -> Visibility:
 
 
 def stored_visibility(given: Any) -> str | Visibility:
-    """As :func:`visibility_of`; the name of a rule that has one in :data:`VISIBILITY`."""
+    """As :func:`visibility_of`, but built-in rules are returned by name."""
     return stored(visibility_of(given), VISIBILITY)
 
 
 def may_attend(rule: Visibility | str, queries: Slots, keys: Slots) -> np.ndarray:
-    """Who sees whom by a rule, and by what holds for every rule: booleans [T, S].
+    """What T queries see of S keys under a rule and the conditions of every rule: booleans [T, S].
 
     Raises:
-        TempoError: for a rule that raises, or does not return such an array.
+        TempoError: if a user's rule raises or does not return such an array.
     """
     rule = visibility_of(rule)
     earlier = keys.step <= queries.step[:, None]
@@ -210,16 +211,16 @@ def may_attend(rule: Visibility | str, queries: Slots, keys: Slots) -> np.ndarra
 def weighted_rows(
     allowed: np.ndarray, queries: Slots, keys: Slots, weights: np.ndarray
 ) -> np.ndarray:
-    """What each query may attend to as an additive mask, [T, S], fp32.
+    """The additive mask of weighted keys, [T, S], fp32.
 
-    An entry is log w of a key that may be seen and -inf of another one, so that a set draws
-    attention like one token of its weights' sum. A token's own key weighs 1 to it unless it sees
-    its siblings.
+    An entry is log w for a visible key and -inf for a hidden one, so a set draws attention like one
+    token with the sum of its weights. A token's own key has weight 1 unless the token sees its
+    siblings.
 
     Args:
-        allowed: what :func:`may_attend` says of these queries and keys, [T, S].
+        allowed: from :func:`may_attend` for these queries and keys, [T, S].
         queries: the T new slots.
-        keys: all slots of the sequence in the cache's order, the new ones included.
+        keys: all slots of the sequence in cache order, including the new ones.
         weights: of the keys, [S], each in (0, 1].
     """
     logs = np.log(np.maximum(weights, LEAST_WEIGHT))

@@ -1,8 +1,8 @@
-"""Monte Carlo tree search over any environment: what one simulation does.
+"""Monte Carlo tree search over any environment.
 
-A simulation *selects* a leaf from the root down, *expands* it by its children, *evaluates* the leaf
-itself, and passes the value *backward* to the root. Nothing here draws, and nothing knows of
-language models: the environment is two functions of node numbers, both of them batched.
+A simulation *selects* a leaf from the root down, *expands* it into its children, *evaluates* the
+leaf itself, and passes the value *backward* to the root. The search is deterministic and knows
+nothing of language models: the environment is two batched functions of node numbers.
 
 Source: Browne et al., "A Survey of Monte Carlo Tree Search Methods", IEEE TCIAIG 2012, section 3.
 """
@@ -25,15 +25,16 @@ from .tree import ROOT, UNEXPANDED, Tree
 
 @dataclass(frozen=True, eq=False)
 class Siblings:
-    """What a selection rule sees of the n children of one node.
+    """The n children of one node, as a selection rule sees them.
 
-    Virtual visits count as visits of value 0, so that the next leaf of a batch is another one.
+    Virtual visits count as visits of value 0, which steers the next simulation of a batch to
+    another leaf.
 
     Args:
-        visits: with virtual ones, [n].
+        visits: including virtual visits, [n].
         values: in [0, 1], 0 without visits, [n].
         priors: [n].
-        parent_visits: of their parent, with virtual ones.
+        parent_visits: visits of the parent, including virtual visits.
     """
 
     visits: np.ndarray
@@ -43,7 +44,7 @@ class Siblings:
 
 
 def uct(siblings: Siblings, exploration: float) -> np.ndarray:
-    """value + c sqrt(ln N_parent / n), infinite for what was never visited.
+    """value + c sqrt(ln N_parent / n); infinite for unvisited children.
 
     Source: Kocsis and Szepesvári, "Bandit Based Monte-Carlo Planning", ECML 2006; c = sqrt 2 is
     UCB1 of Auer et al., Machine Learning 47, 2002.
@@ -54,7 +55,7 @@ def uct(siblings: Siblings, exploration: float) -> np.ndarray:
 
 
 def puct(siblings: Siblings, exploration: float) -> np.ndarray:
-    """value + c prior sqrt(N_parent) / (1 + n); what was never visited has value 0.
+    """value + c prior sqrt(N_parent) / (1 + n); unvisited children have value 0.
 
     Source: Silver et al., "Mastering the game of Go without human knowledge", Nature 2017.
     """
@@ -65,13 +66,14 @@ def puct(siblings: Siblings, exploration: float) -> np.ndarray:
 
 @dataclass(frozen=True)
 class ChildRule(Rule):
-    """A rule (siblings, exploration constant c) -> scores [n] that says which child comes next.
+    """A rule (siblings, exploration constant c) -> scores [n] of the children.
 
-    The highest score is selected, of equal ones the highest prior, then the first.
+    The child with the highest score is selected; ties go to the highest prior, then to the first
+    child.
     """
 
     def scores(self, siblings: Siblings, exploration: float) -> np.ndarray:
-        """The rule's scores, [n]; TempoError for what are none."""
+        """The rule's scores, [n]; TempoError if it returns anything else."""
         found = np.asarray(self(siblings, exploration), np.float64)
         if found.shape != siblings.values.shape or np.isnan(found).any():
             raise TempoError(
@@ -88,15 +90,15 @@ SELECTIONS: dict[str, ChildRule] = {
 
 
 def mean(tree: Tree, path: Sequence[int]) -> None:
-    """The mean of all values that were backed up through a node, its own evaluation among them."""
+    """The mean of all values backed up through a node, including its own evaluation."""
     tree.value[path] = tree.total[path] / tree.visits[path]
 
 
 def maximum(tree: Tree, path: Sequence[int]) -> None:
-    """The highest value of a node's visited children; its own evaluation while it has none.
+    """The highest value of a node's visited children; its own evaluation if there are none.
 
-    So a node is worth its best visited leaf, and its own evaluation no longer counts once it was
-    looked into: the value may fall at that moment. Visits are counted as for the mean.
+    A node is worth its best visited leaf. Once a child is visited, the node's own evaluation no
+    longer counts, so its value may fall. Visits are counted as for the mean.
 
     Source: the original TEMPO.
     """
@@ -111,9 +113,9 @@ def maximum(tree: Tree, path: Sequence[int]) -> None:
 
 @dataclass(frozen=True)
 class BackupRule(Rule):
-    """A rule (tree, path) that sets the values of a path's nodes, from the root to the leaf.
+    """A rule (tree, path) that sets the values of the nodes on a path from the root to a leaf.
 
-    It is called when their visits and totals have been updated.
+    It is called after their visits and totals have been updated.
     """
 
 
@@ -133,14 +135,14 @@ def backup_rule(given: Any) -> BackupRule:
     return find("backup", given, BACKUPS, BackupRule)
 
 
-#: The largest constant of a selection rule, beside which values still count.
+#: Largest exploration constant; values still matter beside it.
 MOST_EXPLORATION = 1e9
 
 
 @documented
 @dataclass(frozen=True)
 class TreePolicy:
-    """How a tree is searched.
+    """Settings of a tree search.
 
     Raises:
         ValueError: naming the argument, its value and the allowed range.
@@ -149,8 +151,8 @@ class TreePolicy:
     selection: str | ChildRule = setting(
         "uct",
         RuleChoice(SELECTIONS, ChildRule),
-        "Which child comes next. uct: value + c sqrt(ln N / n). puct: value + c p sqrt(N) / "
-        "(1 + n), with the prior p, the model's probability. Or a rule of your own.",
+        "How the next child is selected. uct: value + c sqrt(ln N / n). puct: value + c p sqrt(N) "
+        "/ (1 + n), with the model's probability p as prior. Or your own rule.",
     )
     exploration: float = setting(
         math.sqrt(2),
@@ -161,10 +163,10 @@ class TreePolicy:
     backup: str | BackupRule = setting(
         "mean",
         RuleChoice(BACKUPS, BackupRule),
-        "What a node makes of the values below it. Or a rule of your own.",
+        "How a node's value follows from the values below it: mean, or max. Or your own rule.",
     )
     leaves_per_batch: int = setting(
-        1, Count(), "Leaves that are expanded and evaluated in one forward pass, at least 1."
+        1, Count(), "Leaves expanded and evaluated in one forward pass, at least 1."
     )
 
     def __post_init__(self) -> None:
@@ -172,13 +174,13 @@ class TreePolicy:
 
 
 class SearchError(TempoError):
-    """The environment gave what no search can use.
+    """The environment returned something invalid.
 
     Args:
-        message: which path, what it gave, and what is allowed.
-        tree: the tree so far, as after the last whole batch, save that leaves of the failed one
-            may have children already. A search can go on from it.
-        paths: the actions that lead to each node in question.
+        message: the path, the value and what is allowed.
+        tree: as after the last complete batch, except that leaves of the failed batch may already
+            have children. A search can continue from it.
+        paths: the actions that lead to each node concerned.
     """
 
     def __init__(self, message: str, tree: Tree, paths: list[list[int]]):
@@ -187,30 +189,30 @@ class SearchError(TempoError):
         self.paths = paths
 
 
-#: What a value may be: a bool is a verdict.
+#: Types of a value; booleans are allowed as verdicts.
 _NUMBERS = (int, float, np.integer, np.floating, np.bool_)
 
-#: Node numbers -> for each its children as (actions [n], priors [n]); no actions: it is terminal.
+#: Node numbers -> the children of each, as (actions [n], priors [n]); empty for a terminal node.
 Expand = Callable[[list[int]], Sequence[tuple[ArrayLike, ArrayLike]]]
-#: Node numbers -> for each its value in [0, 1].
+#: Node numbers -> the value of each, in [0, 1].
 Evaluate = Callable[[list[int]], Iterable[float]]
 
 
 class TreeSearch:
     """Monte Carlo tree search from the root of a tree.
 
-    The root is expanded before the first simulation and not evaluated, so that each simulation is
-    one visit of one of its children. Any other node is evaluated once, at its first visit; later
-    visits go to one of its children, or back up the value again if it is terminal or was selected
-    more than once in a batch.
+    The root is expanded before the first simulation but never evaluated, so each simulation visits
+    exactly one of its children. Every other node is evaluated once, at its first visit. Later
+    visits continue to one of its children. They back up the same value again if the node is
+    terminal or was selected more than once in a batch.
 
     Args:
-        tree: where it stands, usually a single root.
-        expand: (nodes) -> their children. What it raises is passed on, and the tree is then as
-            after the last whole batch.
-        evaluate: (nodes) -> their values in [0, 1]; the nodes are expanded already. If it is a
+        tree: to start from, usually a single root.
+        expand: (nodes) -> their children. Its exceptions are passed on, and leave the tree as after
+            the last complete batch.
+        evaluate: (nodes) -> their values in [0, 1]; the nodes are already expanded. If it is a
             generator, errors name the one path whose value raised.
-        policy: how; None is the default one.
+        policy: settings of the search; None for the defaults.
     """
 
     def __init__(
@@ -227,11 +229,12 @@ class TreeSearch:
         """Search until the budget is spent.
 
         Args:
-            simulations: how many to add to those that the tree has, at least 1.
-            stop: asked after each batch whether another budget (seconds, tokens) is spent.
+            simulations: how many to add, at least 1.
+            stop: called after each batch; returns whether another budget (seconds, tokens) is
+                spent.
 
         Returns:
-            simulations done: the visits that the root's children gained.
+            simulations done, which is how many visits the root's children gained.
 
         Raises:
             ValueError: if the budget is less than 1, or the root is terminal.
@@ -251,7 +254,7 @@ class TreeSearch:
         return done
 
     def simulate(self, n: int) -> None:
-        """One batch of n simulations; a leaf that was selected twice counts as two of them."""
+        """Run one batch of n simulations. A leaf that is selected twice counts as two."""
         paths = self._select_batch(n)
         leaves = [path[-1] for path in paths]
         self.expand(leaves)
@@ -260,7 +263,7 @@ class TreeSearch:
             self.backward(path, float(self.tree.evaluation[path[-1]]))
 
     def select(self) -> list[int]:
-        """Nodes from the root to the leaf that is next: a terminal one, or one without visits."""
+        """Nodes from the root to the next leaf, which is terminal or unvisited."""
         tree = self.tree
         path = [ROOT]
         while True:
@@ -269,11 +272,11 @@ class TreeSearch:
                 return path
 
     def expand(self, leaves: Iterable[int]) -> None:
-        """Add the children of those leaves that are not expanded yet, by one call.
+        """Expand those of the leaves that are not expanded yet, in one call.
 
         Raises:
-            SearchError: for another number of results than of leaves, actions that are not
-                integers, priors that are negative or not finite, or as many of one as of the other.
+            SearchError: if the number of results is wrong, actions are not integers, priors are
+                negative or not finite, or a node has different numbers of actions and priors.
         """
         tree = self.tree
         nodes = [node for node in dict.fromkeys(leaves) if tree.n_children[node] == UNEXPANDED]
@@ -289,11 +292,10 @@ class TreeSearch:
             tree.add_children(node, actions, priors)
 
     def evaluate(self, leaves: Iterable[int]) -> None:
-        """Ask for the values of those leaves that have none yet, by one call.
+        """Evaluate those of the leaves that have no value yet, in one call.
 
         Raises:
-            SearchError: for values that are not in [0, 1], another number of them than of
-                leaves, and whatever the call raises.
+            SearchError: if values are not in [0, 1], their number is wrong, or the call raises.
         """
         tree = self.tree
         nodes = [node for node in dict.fromkeys(leaves) if np.isnan(tree.evaluation[node])]
@@ -321,7 +323,7 @@ class TreeSearch:
         tree.evaluation[nodes] = values
 
     def backward(self, path: Sequence[int], value: float) -> None:
-        """Add a visit of that value to each node of a path from the root to a leaf."""
+        """Back up a value along a path from the root to a leaf, as one visit of each node."""
         self.tree.visits[path] += 1
         self.tree.total[path] += value
         self._back_up(self.tree, path)

@@ -1,4 +1,4 @@
-"""Settings of a search over texts."""
+"""Settings of a text search."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -30,12 +30,12 @@ MOST_SECONDS = 1e9
 
 
 def arithmetic_mean(probabilities: list[float]) -> float:
-    """The mean probability of a text's tokens: the original's."""
+    """The mean probability of a text's tokens, as in the original TEMPO."""
     return float(np.mean(probabilities))
 
 
 def geometric_mean(probabilities: list[float]) -> float:
-    """exp of the mean log-probability; 1 for no tokens, 0 if one of them underflowed."""
+    """exp of the mean log-probability; 1 without tokens, 0 if a probability underflowed."""
     with np.errstate(divide="ignore"):
         return float(np.exp(np.mean(np.log(probabilities or [1.0]))))
 
@@ -45,7 +45,7 @@ class EvaluationRule(Rule):
     """A rule (probabilities of a leaf's tokens, at least one) -> its value in [0, 1].
 
     Args:
-        rolls_out: whether tokens that may follow the leaf count, too.
+        rolls_out: whether the probabilities of a rollout after the leaf are included.
     """
 
     rolls_out: bool = False
@@ -69,44 +69,44 @@ def evaluation_rule(given: Any) -> EvaluationRule:
 
 _ROLLOUT = Need("evaluation", ("rollout",), holds=lambda rule: evaluation_rule(rule).rolls_out)
 
-#: What settings need to have an effect.
+#: Conditions under which settings have an effect.
 NEEDS: Needs = {
     "depth": (_ROLLOUT,),
     "rollout_temp": (_ROLLOUT,),
     "kv_group_size": (Need("kv_bits"),),
 }
 
-#: Settings that say which of several continuations is chosen.
+#: Settings that decide which of several continuations is chosen.
 _CHOICES = ("simulations", "selection", "exploration", "backup", "evaluation", "leaves_per_batch")
 
 
 @documented
 @dataclass(frozen=True)
 class SearchSettings:
-    """How a text is searched for.
+    """Settings of a text search.
 
-    Where a name of a rule is accepted, a function or an object of the rule's class is, too; see
+    Rules can be given by name, as a function, or as an instance of the rule's class; see
     docs/extending.md.
 
     Raises:
         ValueError: naming the argument, its value and the allowed range.
     """
 
-    max_tokens: int = setting(32, Count(), "Tokens of the text at most, at least 1.", short="-m")
+    max_tokens: int = setting(32, Count(), "Most tokens of the text, at least 1.", short="-m")
     simulations: int = setting(
         32,
         Count(),
-        "Simulations for each token, at least 1; then the most visited child is committed, and "
-        "what is known below it is kept.",
+        "Simulations for each token, at least 1. Then the most visited child is committed, and "
+        "its subtree is kept.",
         short="-s",
     )
     threshold: float = setting(
         0.05,
         Number(0, 1, low_open=True),
-        "Tokens with at least this probability are tried, in (0, 1]; the most probable one always "
-        "is.",
+        "Try tokens with at least this probability, in (0, 1]; the most probable one is always "
+        "tried.",
     )
-    max_parallel: int = setting(8, Count(), "Tokens tried after each text at most, at least 1.")
+    max_parallel: int = setting(8, Count(), "Most tokens tried after each text, at least 1.")
     selection: str | ChildRule = same(TreePolicy, "selection", "puct")
     exploration: float = same(TreePolicy, "exploration", 1.0)
     backup: str | BackupRule = same(TreePolicy, "backup", "mean")
@@ -114,30 +114,31 @@ class SearchSettings:
     evaluation: str | EvaluationRule = setting(
         "mean_logprob",
         RuleChoice(EVALUATIONS, EvaluationRule),
-        "What a text is worth: mean_probability of its tokens, mean_logprob (the geometric mean "
-        "of their probabilities), or rollout (the same of it and `depth` more tokens). Or a rule "
-        "of your own, of the probabilities of its tokens.",
+        "Value of a text: mean_probability of its tokens, mean_logprob (the geometric mean of "
+        "their probabilities), or rollout (the geometric mean including `depth` more tokens). Or "
+        "your own rule: a function of the probabilities of its tokens.",
     )
     depth: int = setting(8, Count(), "Tokens of a rollout, at least 1.")
     rollout_temp: float = setting(
         0.0,
         Temperature(advice="0 makes rollouts greedy", or_zero=True),
-        "0 for greedy rollouts, else the temperature they are drawn at, in [1e-6, 1e6].",
+        "Temperature of rollouts, in [1e-6, 1e6], or 0 for greedy rollouts.",
     )
     seed: int = setting(0, Seed(), "Seed of the draws.")
     max_forward_tokens: int | None = setting(
         None,
         Count(),
-        "End when this many tokens, the prompt included, passed through the model; above the "
-        "prompt's number.",
+        "Stop searching once this many tokens have passed through the model, including the prompt; "
+        "more than the prompt has.",
     )
     max_seconds: float | None = setting(
         None,
         Number(0, MOST_SECONDS, low_open=True, said="above 0, "),
-        "End this long after the prompt was read, with what is known.",
+        "Stop searching this many seconds after the prompt was read; tokens that the tree already "
+        "has are still committed.",
     )
     max_kv_bytes: int | None = setting(
-        None, Bytes(), "Memory for keys, values and states, such as 800MB or 2GiB."
+        None, Bytes(), "Most memory for keys, values and states, such as 800MB or 2GiB."
     )
     json_schema: Mapping[str, Any] | None = json_schema_setting()
     regex: str | None = regex_setting()
@@ -154,20 +155,20 @@ class SearchSettings:
 
     @property
     def kv_quantization(self) -> KVQuantization | None:
-        """How keys and values are quantised; from the beginning, for texts of all lengths."""
+        """How keys and values are quantised; None for not at all. Applies from the first token."""
         return None if self.kv_bits is None else KVQuantization(self.kv_bits, self.kv_group_size)
 
     @property
     def uses_rng(self) -> bool:
-        """Whether anything is drawn, so that the seed matters."""
+        """Whether anything is drawn, so the seed matters."""
         return evaluation_rule(self.evaluation).rolls_out and self.rollout_temp > 0
 
     def notes(self, given: Iterable[str] | None = None) -> list[str]:
         """What a user should know about this combination of settings.
 
         Args:
-            given: names of the settings that somebody asked for; those that are not at their
-                defaults, if nobody says.
+            given: names of the settings that were given; None for those that differ from their
+                defaults.
         """
         values, defaults = vars(self), vars(type(self)())
         asked = {n for n in values if values[n] != defaults[n]} if given is None else set(given)
@@ -183,13 +184,13 @@ class SearchSettings:
         choices = [name for name in values if name in asked and name in _CHOICES]
         if choices and (self.threshold == 1.0 or self.max_parallel == 1):
             notes.append(
-                f"{', '.join(choices)}: no effect, because every text has one continuation "
+                f"{', '.join(choices)}: no effect, because every text has only one continuation "
                 "(threshold 1 or max_parallel 1)"
             )
         return notes
 
     def policy(self) -> TreePolicy:
-        """The part of the settings that knows of trees only."""
+        """The settings of the underlying tree search."""
         return TreePolicy(self.selection, self.exploration, self.backup, self.leaves_per_batch)
 
     def to_dict(self) -> dict[str, Any]:

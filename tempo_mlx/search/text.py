@@ -1,4 +1,4 @@
-"""Search for a text: the loop over its tokens, and what it returns."""
+"""Text search: the loop over tokens, and the result."""
 
 import copy
 import time
@@ -34,14 +34,14 @@ SCHEMA = 2
 
 @dataclass(frozen=True)
 class Choice:
-    """A committed token: the root's children when it was chosen.
+    """A committed token, and the root's children when it was chosen.
 
     Args:
         id: of the token.
-        text: of the token, as it is shown.
+        text: of the token, for display.
         bytes: of the token's UTF-8, as integers.
         probability: of the token after the text so far.
-        simulations: that were added for it.
+        simulations: run to choose it.
         children: of the root, most visited first: "action", "text", "bytes", "visits", "value",
             "prior".
     """
@@ -56,20 +56,20 @@ class Choice:
 
 @dataclass
 class SearchResult:
-    """What :func:`search` returns.
+    """The result of :func:`search`.
 
     Args:
         model: name of the model.
         prompt: as text; its ids are ``prompt_tokens``.
-        settings: how it was searched.
-        value: name of the function that judged texts, if it was one of the user's own.
+        settings: of the search.
+        value: name of the user's value function; None without one.
         choices: the committed tokens.
-        tree: that the last token was chosen from; its root is the token before.
+        tree: from which the last token was chosen; its root is the token before it.
         finish_reason: "stop" (end of text), "length" (``max_tokens``), "context" (the model's
-            context is full), "budget" (``max_forward_tokens`` or ``max_seconds`` is spent, and
-            nothing more is known), or None while it runs.
-        forward_tokens, passes: tokens that passed through the model, in so many passes.
-        simulations: of all tokens.
+            context is full), "budget" (``max_forward_tokens`` or ``max_seconds`` is spent and no
+            further token has been searched), or None during the search.
+        forward_tokens, passes: tokens that passed through the model, and the number of passes.
+        simulations: for all tokens.
         seconds: since the prompt was read.
     """
 
@@ -90,18 +90,18 @@ class SearchResult:
 
     @property
     def tokens(self) -> list[int]:
-        """Ids of the text, an end token left out."""
+        """Ids of the text, without an end token."""
         ids = [choice.id for choice in self.choices]
         return ids[:-1] if ids and ids[-1] in self.vocabulary.end_tokens else ids
 
     @property
     def text(self) -> str:
-        """The text behind the prompt."""
+        """The text after the prompt."""
         return self.vocabulary.decode(self.tokens)
 
     @property
     def logprob(self) -> float:
-        """Log-probability of the chosen tokens, an end token included, in nats."""
+        """Log-probability of the chosen tokens in nats, including an end token."""
         return float(np.sum(np.log([choice.probability for choice in self.choices])))
 
     def label(self, node: int) -> str:
@@ -112,7 +112,7 @@ class SearchResult:
         return f"{quoted(text)} {int(tree.visits[node])} x {tree.value[node]:.3f}"
 
     def __repr__(self) -> str:
-        """Prompt, text and what it took, a line each."""
+        """Prompt, text and statistics, one line each."""
         return (
             f"SearchResult of {shown(self.prompt)}\n"
             f"  text: {shown(self.text)}\n"
@@ -121,25 +121,25 @@ class SearchResult:
         )
 
     def _repr_html_(self) -> str:
-        """What a notebook shows: each token with what was tried for it, drawn by a script."""
+        """The picture in a notebook: each token with the alternatives that were tried."""
         return snippet(self.to_dict(), self.prompt + self.text)
 
     def to_html(self) -> str:
-        """A page with the picture that a notebook shows; it needs no server and no network."""
+        """A self-contained HTML page with the picture that a notebook shows."""
         return page(self.to_dict(), self.prompt + self.text)
 
     def plot(self, path: str | Path | None = None) -> "Figure":
         """Draw the choices, as ``tempo-mlx search --plot`` does.
 
         Args:
-            path: file to save the picture in, ending in .svg, .png or .pdf; None for none.
+            path: file for the picture, ending in .svg, .png or .pdf; None saves nothing.
 
         Returns:
-            Matplotlib's figure, which a notebook shows.
+            Matplotlib's figure, which a notebook displays.
 
         Raises:
-            ValueError: for a path that cannot be written or has another ending, or a search that
-                chose no token.
+            ValueError: if the path cannot be written or has another ending, or if the search
+                committed no token.
             ImportError: if Matplotlib is missing.
         """
         return plot_search(self, Path(path) if path is not None else None)
@@ -185,21 +185,21 @@ def search(
     value: Value | Batched | None = None,
     **kwargs: Any,
 ) -> SearchResult:
-    """Search for a text by Monte Carlo tree search, a token at a time.
+    """Generate a text by Monte Carlo tree search, one token at a time.
 
     Args:
         model, tokenizer, prompt: as in :func:`tempo_mlx.generate`.
-        value: a function (ids of the tokens behind the prompt, their text) -> [0, 1] that judges
-            texts, or :class:`Batched` for one that takes many at once; None judges them by
+        value: a function (ids of the tokens after the prompt, their text) -> [0, 1] that evaluates
+            texts, or :class:`Batched` for one that takes many at once; None evaluates them by
             ``evaluation``.
-        kwargs: arguments of :func:`stream_search`, ``settings`` among them; or fields of
+        kwargs: arguments of :func:`stream_search`, including ``settings``, or fields of
             :class:`SearchSettings`.
 
     Raises:
-        ValueError: for an argument out of range or a prompt that is empty or too long.
-        SearchError: where ``value`` raises or gives what is no number in [0, 1]: it names the
-            text's path and has the tree so far.
-        CacheBudgetError: where leaves do not fit into ``max_kv_bytes``.
+        ValueError: for an argument out of range, or a prompt that is empty or too long.
+        SearchError: if ``value`` raises or returns anything but a number in [0, 1]; it names the
+            text's path and holds the tree so far.
+        CacheBudgetError: if leaves do not fit into ``max_kv_bytes``.
     """
     *_, result = stream_search(model, tokenizer, prompt, value=value, **kwargs)
     return result
@@ -221,10 +221,10 @@ def stream_search(
 
     Args:
         model, tokenizer, prompt, value: as in :func:`search`.
-        model_name: what the result calls the model.
+        model_name: name of the model in the result.
         progress: called with (simulations done for this token, the result) after each batch.
         prompt_progress_callback: called with (prompt tokens read, prompt tokens).
-        settings: how to search; None makes them of ``kwargs``.
+        settings: of the search; None builds them from ``kwargs``.
         kwargs: fields of :class:`SearchSettings`, if ``settings`` is None.
 
     Raises:
@@ -236,14 +236,14 @@ def stream_search(
     positioned = PositionedModel.of(model).quantizing(chosen.kv_quantization)
     if value is not None and chosen.evaluation != SearchSettings.evaluation:
         raise TempoError(
-            f"evaluation {chosen.evaluation} has no effect with value, which says what a text is "
-            "worth; leave one out"
+            f"evaluation {chosen.evaluation} has no effect with value, which evaluates the texts; "
+            "leave one out"
         )
     ids = encode_prompt(tokenizer, prompt, positioned)
     budget = chosen.max_forward_tokens
     if budget is not None and budget <= len(ids):
         raise TempoError(
-            f"max_forward_tokens must be above the {len(ids)} tokens of the prompt, which count, "
+            f"max_forward_tokens includes the prompt and must be above its {len(ids)} tokens, "
             f"got {budget}"
         )
     vocabulary = Vocabulary(tokenizer)
@@ -289,11 +289,11 @@ def stream_search(
                     fault = error.__cause__
                     if value is not None or fault is None:
                         raise
-                    # No function of a user's raised it, so that it is not about one.
+                    # Without a value function, the failure is not the user's: raise its cause.
                     raise fault from fault.__cause__
                 result.simulations += done
             elif not tree.visits[list(tree.children(ROOT))].any():
-                # The budget is spent and nothing is known of what may follow.
+                # The budget is spent, and no next token has been searched.
                 result.finish_reason = "budget"
                 break
             else:

@@ -1,6 +1,6 @@
 """The tree of a Monte Carlo tree search, as arrays.
 
-Nothing here knows what is searched: a node has an action that led to it, and what was learnt there.
+The tree is independent of the environment: a node has the action that led to it, and statistics.
 """
 
 from collections.abc import Callable
@@ -12,9 +12,9 @@ from ..errors import TempoError
 
 #: The root's number, before and after every commit.
 ROOT = 0
-#: In place of a node or an action where there is none.
+#: Stands for a missing node or action.
 NONE = -1
-#: In place of a number of children that is not known yet.
+#: Number of children of a node that is not expanded yet.
 UNEXPANDED = -1
 
 _NODE = np.dtype(
@@ -33,18 +33,18 @@ _NODE = np.dtype(
     ]
 )
 
-#: Nodes that a tree has room for at first; the room doubles whenever it is full.
+#: Initial capacity in nodes; it doubles whenever it is full.
 _CAPACITY = 64
 
 
 class Tree:
-    """The nodes of one search, N of them, as arrays of equal length.
+    """The N nodes of one search, as arrays [N].
 
-    A node's children stand side by side, and after their parent. Growing and committing replace
-    the arrays, so take them from the tree each time.
+    The children of a node are contiguous and come after it. Growing and committing replace the
+    arrays, so read them from the tree each time.
 
     Args:
-        root: the action that the root stands for, for display only; :data:`NONE` if it has none.
+        root: the root's action, for display only; :data:`NONE` without one.
     """
 
     parent: np.ndarray  # [N] node; NONE for the root
@@ -52,15 +52,15 @@ class Tree:
     prior: np.ndarray  # [N] of the action, from the environment; 1 for the first root
     depth: np.ndarray  # [N] actions since the first root, committed ones included
     first_child: np.ndarray  # [N] node; NONE without children
-    n_children: np.ndarray  # [N] UNEXPANDED, or how many; 0 is a terminal node
+    n_children: np.ndarray  # [N] number of children, or UNEXPANDED; 0 for a terminal node
     visits: np.ndarray  # [N] values backed up through the node
-    virtual: np.ndarray  # [N] visits of a batch that is being selected; 0 at any other time
+    virtual: np.ndarray  # [N] visits of the batch being selected; 0 at all other times
     total: np.ndarray  # [N] sum of the values backed up through the node
-    value: np.ndarray  # [N] what the backup rule makes of them; 0 without visits
+    value: np.ndarray  # [N] set by the backup rule; 0 without visits
     evaluation: np.ndarray  # [N] the node's own value in [0, 1]; NaN before it is evaluated
 
     def __init__(self, root: int = NONE):
-        #: Actions from the first root to the present one.
+        #: Actions from the first root to the current one.
         self.committed: list[int] = []
         self._rows = np.zeros(_CAPACITY, _NODE)
         self._resize(0)
@@ -71,37 +71,37 @@ class Tree:
 
     @property
     def terminal(self) -> np.ndarray:
-        """[N] whether the node was expanded and has no children."""
+        """[N] whether the node is expanded and has no children."""
         terminal: np.ndarray = self.n_children == 0
         return terminal
 
     def children(self, node: int) -> range:
-        """Numbers of the node's children, none if it is terminal or unexpanded."""
+        """Numbers of the node's children; empty if it is terminal or unexpanded."""
         first = int(self.first_child[node])
         return range(first, first + max(int(self.n_children[node]), 0))
 
     def add_children(self, node: int, actions: np.ndarray, priors: np.ndarray) -> range:
-        """Expand a node; without actions it is terminal from now on.
+        """Expand a node; without actions it becomes terminal.
 
         Args:
-            node: an unexpanded one.
+            node: an unexpanded node.
             actions, priors: of the children, [n] each.
 
         Returns:
             the children's numbers.
 
         Raises:
-            ValueError: if the node is expanded already.
+            ValueError: if the node is already expanded.
         """
         if self.n_children[node] != UNEXPANDED:
-            raise TempoError(f"node must be an unexpanded one, got {node}")
+            raise TempoError(f"node {node} is already expanded")
         self.first_child[node] = len(self) if len(actions) else NONE
         self.n_children[node] = len(actions)
         self._append(node, actions, priors)
         return self.children(node)
 
     def path(self, node: int) -> list[int]:
-        """Actions from the first root to the node, committed ones included."""
+        """Actions from the first root to the node, including committed ones."""
         actions: list[int] = []
         while node != ROOT:
             actions.append(int(self.action[node]))
@@ -109,7 +109,7 @@ class Tree:
         return self.committed + actions[::-1]
 
     def best_child(self) -> int:
-        """The root's most visited child; then the higher value, the higher prior, the first one.
+        """The root's most visited child; ties go to the higher value, higher prior, first child.
 
         Raises:
             ValueError: if the root has no children.
@@ -120,19 +120,21 @@ class Tree:
         return ranked[0]
 
     def commit(self, child: int) -> np.ndarray:
-        """Make a child of the root the root. Its subtree keeps its order and all it knows.
+        """Make a child of the root the new root. Its subtree keeps its order and statistics.
 
         Args:
             child: a child of the root.
 
         Returns:
-            the new number of each old node, :data:`NONE` for those that were dropped, [N before].
+            the new number of each old node, :data:`NONE` for dropped nodes, [old N].
 
         Raises:
             ValueError: if the node is not a child of the root.
         """
         if child not in self.children(ROOT):
-            raise TempoError(f"child must be one of the root's, {self.children(ROOT)}, got {child}")
+            raise TempoError(
+                f"child must be a child of the root, {self.children(ROOT)}, got {child}"
+            )
         kept = np.zeros(len(self), bool)
         kept[child] = True
         for depth in range(self.depth[child] + 1, self.depth.max() + 1):
@@ -151,7 +153,7 @@ class Tree:
     def root_table(self) -> list[dict[str, Any]]:
         """Action, visits, value (None without visits) and prior of each child of the root.
 
-        The most visited one stands first, ties as in :meth:`best_child`.
+        The most visited child comes first; ties as in :meth:`best_child`.
         """
         columns = ("action", "visits", "value", "prior")
         return [
@@ -159,9 +161,9 @@ class Tree:
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON: the committed actions, and the nodes in the order of their numbers.
+        """JSON-ready: the committed actions, and the nodes by number.
 
-        A root has no parent, and a node without visits no value: both are None there.
+        The parent of the root and the value of an unvisited node are None.
         """
         columns = ("parent", "action", "prior", "visits", "value", "depth")
         nodes = [{name: self._entry(node, name) for name in columns} for node in range(len(self))]
@@ -171,7 +173,7 @@ class Tree:
         """The root and all visited nodes as a Graphviz graph.
 
         Args:
-            label: text of a node, given its number; its action if None.
+            label: node number -> text; None shows the action.
         """
         lines = ["digraph tree {", "  node [shape=box];"]
         for node in range(len(self)):
@@ -210,7 +212,7 @@ class Tree:
         self.evaluation[start:] = np.nan
 
     def _resize(self, size: int) -> None:
-        """Give every array ``size`` nodes; further ones are all zero."""
+        """Resize every array to ``size`` nodes; new entries are zero."""
         if size > len(self._rows):
             grown = np.zeros(max(size, 2 * len(self._rows)), _NODE)
             grown[: len(self._rows)] = self._rows
@@ -220,5 +222,5 @@ class Tree:
 
 
 def _escaped(text: str) -> str:
-    """Text for a quoted string of the DOT language."""
+    """Escape a text for a quoted string in DOT."""
     return text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")

@@ -299,7 +299,7 @@ def test_the_schema_knows_every_setting_and_every_choice():
     assert schema["required"] == ["name", "prompts"]
     threshold, width = settings["properties"]["threshold"], settings["properties"]["beam_width"]
     assert (threshold["exclusiveMinimum"], threshold["maximum"]) == (0, 1)
-    assert width["minimum"] == 1 and "branches at most" in width["description"]
+    assert width["minimum"] == 1 and "most branches" in width["description"]
     json.dumps(schema)
 
 

@@ -199,7 +199,7 @@ def test_search_takes_rules_and_settings(model, tokenizer):
     assert judged.to_dict()["value"] == "<lambda>"
     visited = [child["visits"] for child in result.choices[0].children]
     assert visited[0] == 6 and sum(visited) == 6
-    with pytest.raises(TypeError, match="beside settings"):
+    with pytest.raises(TypeError, match="as well as settings"):
         search(model, tokenizer, PROMPT, settings=settings, simulations=3)
     with pytest.raises(TempoError, match="settings must be SearchSettings"):
         search(model, tokenizer, PROMPT, settings=Settings())
@@ -246,7 +246,7 @@ def test_settings_and_their_names_do_not_mix(model, tokenizer):
     given = generate(model, tokenizer, PROMPT, settings=settings)
     assert tokens(given) == tokens(generate(model, tokenizer, PROMPT, **SETS))
     assert given.settings == settings.resolved(given.model)
-    with pytest.raises(TypeError, match="'threshold' beside settings"):
+    with pytest.raises(TypeError, match="'threshold' is given as well as settings"):
         generate(model, tokenizer, PROMPT, settings=settings, threshold=0.5)
     with pytest.raises(TempoError, match="settings must be Settings"):
         generate(model, tokenizer, PROMPT, settings={"threshold": 0.5})
@@ -289,7 +289,7 @@ def test_rules_of_a_file_on_the_command_line(run, folder, rules, tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--visibility", "gone.py:Near"], ["--visibility", "gone.py", "exists"]),
+        (["--visibility", "gone.py:Near"], ["--visibility", "gone.py", "existing file"]),
         (["--visibility", "{rules}:Gone"], ["--visibility", "has no Gone"]),
         (["--visibility", "{rules}:NeedsArguments"], ["NeedsArguments", "needs arguments"]),
         (["--visibility", "{rules}:number"], ["--visibility", "Visibility", "got 3"]),
@@ -357,7 +357,7 @@ def test_rules_of_a_file_beside_a_suite(run, folder, rules, tmp_path, runner):
 @pytest.mark.parametrize(
     ("grid", "words"),
     [
-        ({"visibility": ["gone.py:Near"]}, ["visibility", "gone.py:Near", "exists"]),
+        ({"visibility": ["gone.py:Near"]}, ["visibility", "gone.py:Near", "existing file"]),
         ({"visibility": ["rules.py:Gone"]}, ["visibility", "has no Gone"]),
         ({"visibility": ["neer"]}, ["grid.visibility.0", "isolated", "'neer'"]),
         ({"pruning": {"rule": ["rules.py:number"]}}, ["prune rule", "PruningRule", "got 3"]),

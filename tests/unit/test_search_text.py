@@ -212,7 +212,7 @@ def test_a_full_context_ends_a_search_as_it_ends_a_generation():
 
 def test_a_budget_that_the_prompt_spends_is_refused(tokenizer):
     model = tiny_model("llama", seed=1)
-    with pytest.raises(ValueError, match=f"above the {len(PROMPT)} tokens of the prompt"):
+    with pytest.raises(ValueError, match=f"above its {len(PROMPT)} tokens"):
         search(model, tokenizer, PROMPT, max_forward_tokens=len(PROMPT))
     least = search(model, tokenizer, PROMPT, max_forward_tokens=len(PROMPT) + 1, threshold=0.01)
     assert least.choices and least.finish_reason == "budget"

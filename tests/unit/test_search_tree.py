@@ -694,7 +694,7 @@ def test_only_children_of_the_root_can_be_committed():
     for node in (ROOT, grandchild, NONE, len(game.tree)):
         with pytest.raises(ValueError, match=f"got {node}"):
             game.tree.commit(node)
-    with pytest.raises(ValueError, match="unexpanded"):
+    with pytest.raises(ValueError, match="already expanded"):
         game.tree.add_children(ROOT, np.array([A]), np.array([1.0]))
 
 
