@@ -197,7 +197,7 @@ class BatchDecoder:
         """Append the runs' next sets in one forward pass and start computing what may follow."""
         for request in requests:
             self.batch.drop_draft(request.sequence)
-        drafts = {} if ahead or self._captures() else self._drafts(requests)
+        drafts = {} if ahead or not self._reads_drafts() else self._drafts(requests)
         self._make_room(requests, drafts)
         requests = sorted(
             (request for request in requests if request in self.requests),
@@ -261,9 +261,9 @@ class BatchDecoder:
             for request in self.requests
         )
 
-    def _captures(self) -> bool:
-        """Whether a run may want the attention of a pass, which is that of its sets alone."""
-        return any(r.pruner is not None or r.observer is not None for r in self.requests)
+    def _reads_drafts(self) -> bool:
+        """Whether a pass may hold more than sets: not where a run weighs or captures attention."""
+        return not any(r.pruner or r.observer or r.sequence.weighted for r in self.requests)
 
     def _drafts(self, requests: list[Request]) -> dict[Request, Draft]:
         """What is worth drafting of the runs that take the next pass."""
