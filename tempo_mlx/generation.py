@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, cast
+from typing import Any, Unpack, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -20,6 +20,7 @@ from .decode.request import Request
 from .decode.result import BEAM, GenerationResult
 from .decode.scheduler import BATCH_SIZE, BatchStatus, Scheduler, default_budget
 from .errors import TempoError
+from .keywords import BatchKeywords, GenerateKeywords, SettingsKeywords
 from .lattice.lattice import Lattice, Step
 from .lattice.rendering import StepWriter, plain
 from .models import KVQuantization, PlainModel, PositionedModel
@@ -52,7 +53,7 @@ def generate(
     tokenizer: Any,
     prompt: Prompt,
     verbose: bool = False,
-    **kwargs: Any,
+    **kwargs: Unpack[GenerateKeywords],
 ) -> GenerationResult:
     """Generate with parallel sets and return the whole result.
 
@@ -89,7 +90,7 @@ def stream_generate(
     paths: int = 1,
     prompt_progress_callback: Callable[[int, int], None] | None = None,
     settings: Settings | None = None,
-    **kwargs: Any,
+    **kwargs: Unpack[SettingsKeywords],
 ) -> Generator[StepResponse, None, None]:
     """Generate with parallel sets, one response for each step.
 
@@ -271,7 +272,7 @@ def batch_generate(
     prompts: Sequence[Prompt],
     settings: Settings | Sequence[Settings] | None = None,
     verbose: bool = False,
-    **kwargs: Any,
+    **kwargs: Unpack[BatchKeywords],
 ) -> BatchResult:
     """Generate from many prompts, in one forward pass for each step of all.
 
@@ -293,7 +294,7 @@ def batch_generate(
     """
     results: dict[int, GenerationResult | Failure] = {}
     status = BatchStatus()
-    tell = kwargs.pop("progress", None)
+    tell = kwargs.get("progress")
 
     def progress(now: BatchStatus) -> None:
         nonlocal status
@@ -303,9 +304,8 @@ def batch_generate(
         if tell is not None:
             tell(now)
 
-    for i, result in stream_batch_generate(
-        model, tokenizer, prompts, settings, progress=progress, **kwargs
-    ):
+    kwargs["progress"] = progress
+    for i, result in stream_batch_generate(model, tokenizer, prompts, settings, **kwargs):
         results[i] = result
     return BatchResult([results[i] for i in range(len(prompts))], status)
 
@@ -324,7 +324,7 @@ def stream_batch_generate(
     model_name: str | None = None,
     observe: Callable[[int], Observer | None] | None = None,
     progress: Callable[[BatchStatus], None] | None = None,
-    **kwargs: Any,
+    **kwargs: Unpack[SettingsKeywords],
 ) -> Generator[tuple[int, GenerationResult | Failure], None, None]:
     """As :func:`batch_generate`; yields (number of the prompt, result) as they finish.
 

@@ -23,6 +23,7 @@ ORDER = (
     "scoring",
     "conversation",
     "generation",
+    "keywords",
     "decode",
     "drafts",
     "plots",

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Unpack, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -22,6 +22,7 @@ from ..text.printable import quoted
 from ..text.vocabulary import Prompt, Vocabulary, encode_prompt
 from ..view import page, snippet
 from .environment import Batched, TextEnvironment, Value
+from .keywords import SearchKeywords, SettingsKeywords
 from .monte_carlo import SearchError, TreeSearch
 from .settings import SearchSettings
 from .tree import ROOT, Tree
@@ -183,7 +184,7 @@ def search(
     prompt: Prompt,
     *,
     value: Value | Batched | None = None,
-    **kwargs: Any,
+    **kwargs: Unpack[SearchKeywords],
 ) -> SearchResult:
     """Generate a text by Monte Carlo tree search, one token at a time.
 
@@ -215,7 +216,7 @@ def stream_search(
     progress: Callable[[int, SearchResult], None] | None = None,
     prompt_progress_callback: Callable[[int, int], None] | None = None,
     settings: SearchSettings | None = None,
-    **kwargs: Any,
+    **kwargs: Unpack[SettingsKeywords],
 ) -> Generator[SearchResult, None, None]:
     """As :func:`search`; yields the result so far after each committed token.
 

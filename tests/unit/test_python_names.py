@@ -1,13 +1,29 @@
 """What a Python user sees: public names, a result in three lines, hints at typing errors."""
 
+import pathlib
 import sys
 from importlib.metadata import version
+from typing import get_type_hints
 
 import tempo_mlx
-from tempo_mlx import GenerationResult, Lattice, Path, Settings, generate, load
+from tempo_mlx import (
+    GenerationResult,
+    Lattice,
+    Path,
+    Settings,
+    generate,
+    keywords,
+    load,
+    stream_batch_generate,
+    stream_generate,
+    stream_search,
+)
 from tempo_mlx.lattice.lattice import Ending
 from tempo_mlx.plots import plot_lattice
+from tempo_mlx.search import SearchResult, SearchSettings
+from tempo_mlx.search import keywords as search_keywords
 
+import mypy.api
 import numpy as np
 import pytest
 
@@ -104,3 +120,59 @@ def test_plot_draws_what_the_command_draws_and_shows_itself(folder, tmp_path):
     assert "best-path" in [artist.get_gid() for artist in figure.axes[0].get_children()]
     result.plot(tmp_path / "c.svg", attention=True)
     assert 'id="arc-' in (tmp_path / "c.svg").read_text()
+
+
+@pytest.mark.parametrize(
+    ("keywords", "owner"),
+    [(keywords.SettingsKeywords, Settings), (search_keywords.SettingsKeywords, SearchSettings)],
+)
+def test_the_keywords_that_an_editor_shows_are_the_settings(keywords, owner):
+    assert list(get_type_hints(keywords).items()) == list(get_type_hints(owner).items())
+
+
+@pytest.mark.parametrize(
+    ("shown", "function", "beside"),
+    [
+        (keywords.GenerateKeywords, stream_generate, {"model", "tokenizer", "prompt"}),
+        (
+            keywords.BatchKeywords,
+            stream_batch_generate,
+            {"model", "tokenizer", "prompts", "settings"},
+        ),
+        (search_keywords.SearchKeywords, stream_search, {"model", "tokenizer", "prompt", "value"}),
+    ],
+)
+def test_the_keywords_beside_the_settings_are_the_arguments(shown, function, beside):
+    given = get_type_hints(function)
+    settings = search_keywords if shown is search_keywords.SearchKeywords else keywords
+    own = shown.__annotations__.keys() - settings.SettingsKeywords.__annotations__.keys()
+    assert own == given.keys() - beside - {"kwargs", "return"}
+    hints = get_type_hints(shown, localns={"SearchResult": SearchResult})
+    assert {name: hints[name] for name in own} == {name: given[name] for name in own}
+
+
+PROGRAM = """
+from tempo_mlx import batch_generate, generate, load, search, stream_generate
+
+model, tokenizer = load("smollm2-135m")
+generate(model, tokenizer, "a", threshold=0.1, verbose=True, kv_bits=8, verify=True)
+for response in stream_generate(model, tokenizer, "a", max_tokens=3, paths=2):
+    print(response.result.text)
+batch_generate(model, tokenizer, ["a"], batch_size=2, top_p=0.9)
+search(model, tokenizer, "a", simulations=3)
+generate(model, tokenizer, "a", treshold=0.1)
+stream_generate(model, tokenizer, "a", threshold="high")
+batch_generate(model, tokenizer, ["a"], batchsize=2)
+search(model, tokenizer, "a", simulation=3)
+"""
+
+
+@pytest.mark.slow
+def test_a_type_checker_knows_the_keywords(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM, encoding="utf-8")
+    config = pathlib.Path(__file__).parents[2] / "pyproject.toml"
+    told, _, status = mypy.api.run(["--config-file", str(config), "--strict", str(program)])
+    found = [line for line in told.splitlines() if "program.py" in line and "error" in line]
+    lines = [int(line.split(":")[1]) for line in found]
+    assert status == 1 and lines == [10, 11, 12, 13], told
