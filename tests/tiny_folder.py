@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 import mlx.core as mx
+import mlx_lm
+import mlx_lm.tuner.utils
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -56,3 +58,20 @@ def save_tiny_model(folder: Path, seed: int = 0, **overrides) -> Path:
     weights["model.norm.weight"] = weights["model.norm.weight"] * 3
     mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
     return folder
+
+
+def save_adapters(folder, path):
+    """Random adapters for the model in the folder."""
+    path.mkdir()
+    parameters = {"rank": 4, "scale": 10.0, "dropout": 0.0}
+    config = {"fine_tune_type": "lora", "num_layers": 2, "lora_parameters": parameters}
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    model, _ = mlx_lm.load(str(folder))
+    model.freeze()
+    mlx_lm.tuner.utils.linear_to_lora_layers(model, 2, parameters)
+    weights = {
+        name: mx.random.normal(array.shape, key=mx.random.key(i))
+        for i, (name, array) in enumerate(tree_flatten(model.trainable_parameters()))
+    }
+    mx.save_safetensors(str(path / "adapters.safetensors"), weights)
+    return path

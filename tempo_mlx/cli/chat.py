@@ -1,9 +1,8 @@
 """``tempo-mlx chat``: a conversation in the terminal."""
 
-import json
 import sys
 from collections.abc import Callable, Iterator
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -15,8 +14,9 @@ from ..settings import Settings
 from ..text.vocabulary import add_end_token
 from ..weights import load
 from .chat_session import ChatSession, SessionEnd
+from .chat_template import template_config
 from .effects import require_effect, setting_needs
-from .options import Model
+from .options import AdapterPath, ExtraEosToken, MaxKvSize, Model, TemplateConfig
 from .setting_options import SettingsCommand, with_settings
 
 DEFAULTS = Settings()
@@ -31,9 +31,7 @@ def register(app: typer.Typer) -> None:
 def chat(
     context: typer.Context,
     model: Model = "smollm2-135m",
-    adapter_path: Annotated[
-        str | None, typer.Option(help="Folder of trained adapter weights and their config.")
-    ] = None,
+    adapter_path: AdapterPath = None,
     system_prompt: Annotated[str | None, typer.Option(help="System message.")] = None,
     no_chat: Annotated[
         bool,
@@ -41,20 +39,10 @@ def chat(
             "--no-chat", help="Continue the text without a template, for models that have none."
         ),
     ] = False,
-    chat_template_config: Annotated[
-        str | None,
-        typer.Option(
-            metavar="JSON",
-            help="Further arguments of the chat template, such as '{\"enable_thinking\": false}'.",
-        ),
-    ] = None,
+    chat_template_config: TemplateConfig = None,
     settings: Settings = DEFAULTS,
-    extra_eos_token: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Treat this token, its text or its id, as an end of text, too. Repeatable."
-        ),
-    ] = None,
+    extra_eos_token: ExtraEosToken = None,
+    max_kv_size: MaxKvSize = None,
     verbose: Annotated[
         bool,
         typer.Option(
@@ -94,26 +82,6 @@ def chat(
             session.take(line)
     except SessionEnd:
         pass
-
-
-def template_config(given: str | None) -> dict[str, Any]:
-    """What --chat-template-config says.
-
-    Raises:
-        TempoError: if it is no JSON object.
-    """
-    if given is None:
-        return {}
-    try:
-        config = json.loads(given)
-    except ValueError:
-        config = None
-    if not isinstance(config, dict):
-        raise TempoError(
-            "--chat-template-config must be a JSON object such as '{\"enable_thinking\": false}', "
-            f"got {given}"
-        )
-    return config
 
 
 def _typed(notes: Console) -> Iterator[str]:

@@ -17,7 +17,7 @@ from ..text.printable import json_text
 from ..weights import load
 from .effects import require_effect
 from .experiment_analysis import MISSING, analyze, plot, report
-from .options import Overwrite, output_file
+from .options import AdapterPath, Overwrite, output_file
 from .outputs import Output, check_outputs, json_where
 
 #: Packages of the extra that brings them.
@@ -33,6 +33,7 @@ RUN_OPTIONS: Needs = {
     "runner": (_HERE,),
     "batch_size": (_HERE, Need("runner", ("batched",))),
     "max_kv_bytes": (_HERE, Need("runner", ("batched", "sequential"))),
+    "adapter_path": (_HERE, Need("runner", ("batched", "sequential"))),
     "max_disk": (Need("capture", ("none",), absent=True),),
 }
 
@@ -76,6 +77,7 @@ def run(
         str | None,
         typer.Option(help="Recipe, folder or Hub id, instead of the suite's own model."),
     ] = None,
+    adapter_path: AdapterPath = None,
     runner: Annotated[
         str,
         typer.Option(
@@ -165,7 +167,7 @@ def run(
     plan = wanted.expand()
     for note in plan.notes:
         notes.print(f"note: {note}", style="yellow")
-    language_model, tokenizer = load(wanted.model)
+    language_model, tokenizer = load(wanted.model, adapter_path=adapter_path)
     session = Session(wanted, folder, language_model, tokenizer, options)
     del language_model
     notes.print(

@@ -7,7 +7,7 @@ import typer
 from rich.progress import Progress
 from rich.text import Text
 
-from ..arguments import check_text, parse_bytes
+from ..arguments import parse_bytes
 from ..decode.prompt_cache import PromptCache
 from ..decode.prompt_files import read_prompts
 from ..decode.scheduler import BATCH_SIZE
@@ -24,10 +24,21 @@ from ..settings import Settings
 from ..text.printable import running
 from ..text.vocabulary import add_end_token
 from ..weights import load
+from .chat_template import NEEDS as CHAT_NEEDS
+from .chat_template import PrefillResponse, SystemPrompt, Template, UseChat, template_config
 from .display import coloured, pruned_steps, report, verdicts
 from .effects import PRINTED, require_effect, setting_needs
 from .one_prompt import AS_IN_AN_EDITOR, read_prompt
-from .options import Overwrite, at_least, output_file
+from .options import (
+    AdapterPath,
+    ExtraEosToken,
+    MaxKvSize,
+    Model,
+    Overwrite,
+    TemplateConfig,
+    at_least,
+    output_file,
+)
 from .outputs import (
     PAGE,
     Output,
@@ -52,11 +63,12 @@ _ONE_PROMPT = Need("prompts_file", absent=True)
 _SHARED = Need("branching", ("replicate",), absent=True)
 
 #: What options need to have an effect.
-OPTIONS: Needs = setting_needs() | {
+OPTIONS: Needs = {
+    **setting_needs(),
+    **CHAT_NEEDS,
     "batch_size": (Need("prompts_file"),),
     "max_kv_bytes": (Need("prompts_file"),),
     "prompt_cache": (_SHARED,),
-    "system_prompt": (Need("chat"),),
     "explain": (Need("prune"), _ONE_PROMPT, *PRINTED),
     "plot": (_ONE_PROMPT,),
     "html": (_ONE_PROMPT,),
@@ -120,19 +132,12 @@ def generate(
             "(.safetensors).",
         ),
     ] = None,
-    chat: Annotated[
-        bool, typer.Option("--chat", help="Put the prompt through the model's chat template.")
-    ] = False,
-    system_prompt: Annotated[
-        str | None, typer.Option(help="System message for the chat template; needs --chat.")
-    ] = None,
-    model: Annotated[
-        str,
-        typer.Option(help="Recipe name, folder in mlx-lm layout, or Hugging Face Hub id."),
-    ] = "smollm2-135m",
-    adapter_path: Annotated[
-        str | None, typer.Option(help="Folder of trained adapter weights and their config.")
-    ] = None,
+    chat: UseChat = False,
+    system_prompt: SystemPrompt = None,
+    prefill_response: PrefillResponse = None,
+    chat_template_config: TemplateConfig = None,
+    model: Model = "smollm2-135m",
+    adapter_path: AdapterPath = None,
     settings: Settings = DEFAULTS,
     explain: Annotated[
         bool,
@@ -156,12 +161,8 @@ def generate(
         bool,
         typer.Option("--plot-attention", help="Draw attention to earlier sets as arcs, too."),
     ] = False,
-    extra_eos_token: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Treat this token, its text or its id, as an end of text, too. Repeatable."
-        ),
-    ] = None,
+    extra_eos_token: ExtraEosToken = None,
+    max_kv_size: MaxKvSize = None,
     paths: Annotated[
         int,
         typer.Option(
@@ -231,8 +232,10 @@ def generate(
     )
     kv_bytes = parse_bytes(max_kv_bytes) if max_kv_bytes is not None else None
     text = read_prompt(prompt, prompt_option, prompt_file) if rows is None else ""
-    if system_prompt is not None:
-        check_text("--system-prompt", system_prompt)
+    template = None
+    if chat:
+        config = template_config(chat_template_config)
+        template = Template(system_prompt, prefill_response, config)
     shown = output is not None or rows is not None
     cases = [settings] if rows is None else runnable(rows, settings) or [settings]
     needs = OPTIONS if shown else {**OPTIONS, **WITHOUT_OUTPUT}
@@ -269,8 +272,7 @@ def generate(
             tokenizer,
             notes,
             output,
-            system_prompt,
-            chat,
+            template,
             paths,
             verify,
             batch_size,
@@ -286,11 +288,7 @@ def generate(
             )
             raise typer.Exit(1)
         return
-    content: Any = text
-    if chat:
-        system = [{"role": "system", "content": system_prompt}] if system_prompt is not None else []
-        content = [*system, {"role": "user", "content": text}]
-
+    content: Any = text if template is None else template.asking(text)
     if known is not None:
         joined = known.join(language_model, tokenizer, content)
         notes.print(join_note(known, [joined]), style="dim")

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from ..arguments import MOST, check_count
+from ..errors import TempoError
 from ..io.files import STANDARD_OUTPUT
 
 
@@ -32,6 +33,38 @@ def at_least(least: int, most: int = MOST) -> Callable[[typer.CallbackParam, int
 
 Model = Annotated[
     str, typer.Option(help="Recipe name, folder in mlx-lm layout, or Hugging Face Hub id.")
+]
+
+AdapterPath = Annotated[
+    str | None, typer.Option(help="Folder of trained adapter weights and their config.")
+]
+
+ExtraEosToken = Annotated[
+    list[str] | None,
+    typer.Option(help="Treat this token, its text or its id, as an end of text, too. Repeatable."),
+]
+
+TemplateConfig = Annotated[
+    str | None,
+    typer.Option(
+        "--chat-template-config",
+        metavar="JSON",
+        help="Further arguments of the chat template, such as '{\"enable_thinking\": false}'.",
+    ),
+]
+
+
+def _refuse_max_kv_size(value: int | None) -> None:
+    if value is not None:
+        raise TempoError(
+            "--max-kv-size is not there: a cache that forgets its beginning is not the model that "
+            "texts are scored by; --kv-bits 8 needs less memory and forgets nothing"
+        )
+
+
+#: An option of mlx-lm that users will try.
+MaxKvSize = Annotated[
+    int | None, typer.Option("--max-kv-size", hidden=True, callback=_refuse_max_kv_size)
 ]
 
 Overwrite = Annotated[
@@ -68,6 +101,10 @@ KeepBlanks = Annotated[
 ]
 
 
+#: What --start says for nothing.
+NO_START = "none"
+
+
 def start_of(given: str) -> str | None:
     """The start of texts that a user asks for."""
-    return None if given == "none" else given
+    return None if given == NO_START else given

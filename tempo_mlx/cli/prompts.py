@@ -19,8 +19,11 @@ from ..io.files import Stream, replaceable
 from ..io.resumable_jsonl import ResultsFile, row_key
 from ..models import PositionedModel
 from ..settings import Settings
+from ..text.chat import Chat
 from ..text.printable import finite, json_text
+from ..text.vocabulary import is_chat
 from ..weights.fingerprint import identify
+from .chat_template import Template
 from .outputs import beginning
 
 #: Recognises files that :class:`ResultsFile` goes on with, or says why not.
@@ -77,8 +80,7 @@ def generate_from_file(
     tokenizer: Any,
     notes: Console,
     output: Path | None,
-    system_prompt: str | None = None,
-    chat: bool = False,
+    template: Template | None = None,
     paths: int = 1,
     verify: bool = False,
     batch_size: int = 32,
@@ -97,11 +99,10 @@ def generate_from_file(
     jobs: dict[int, Job] = {}
     for number, row in enumerate(rows):
         prompt: Any = row.prompt
-        if chat and isinstance(prompt, str):
-            system = (
-                [{"role": "system", "content": system_prompt}] if system_prompt is not None else []
-            )
-            prompt = [*system, {"role": "user", "content": prompt}]
+        if template is not None and isinstance(prompt, str):
+            prompt = template.asking(prompt)
+        elif template is not None and is_chat(prompt):
+            prompt = Chat(prompt, template.config)
         try:
             settings = row_settings(row, defaults)
         except TempoError as error:
@@ -168,6 +169,8 @@ def key_of(row: PromptRow, job: Job | None, common: Sequence[Any]) -> str:
     prompt: Any = job.prompt
     if job.joined is not None and job.joined.appended:
         prompt = [job.joined.tokens, job.joined.text]
+    if isinstance(prompt, Chat) and prompt.config:
+        prompt = [*prompt, prompt.config]
     return row_key(SCHEMA, row.id, prompt, job.settings.identity(), *common)
 
 

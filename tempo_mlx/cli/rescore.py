@@ -30,6 +30,7 @@ from ..scoring.word_lattices import paths_of, rescore_in_one_pass
 from ..weights import load
 from ..weights.fingerprint import identify
 from .options import (
+    AdapterPath,
     KeepBlanks,
     Model,
     Overwrite,
@@ -160,6 +161,7 @@ def run(
         ),
     ] = False,
     model: Model = "smollm2-135m",
+    adapter_path: AdapterPath = None,
     weights: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Weights as 'rescore tune' writes them."),
@@ -241,7 +243,7 @@ def run(
         raise TempoError("--one-pass is for lattices; FILE has none")
     if not one_pass:
         entries = [with_paths(entry, chosen, paths) for entry in entries]
-    language_model, tokenizer = load(model)
+    language_model, tokenizer = load(model, adapter_path=adapter_path)
     scorer = ContinuationScorer(language_model, tokenizer, **settings, **sizes)
     name = identify(language_model, tokenizer)
     options = {**settings, "end": how_it_ends, **chosen.to_dict()}
@@ -311,6 +313,7 @@ def tune_weights(
     words: Words = None,
     paths: Paths = 100,
     model: Model = "smollm2-135m",
+    adapter_path: AdapterPath = None,
     end: End = "yes",
     truecase: Annotated[
         str | None,
@@ -353,7 +356,9 @@ def tune_weights(
         )
     features = known_features(lists)
     if features is None:
-        scorer = ContinuationScorer(*load(model), start=start_of(start), **settings)
+        scorer = ContinuationScorer(
+            *load(model, adapter_path=adapter_path), start=start_of(start), **settings
+        )
         features = []
         with patient_progress(notes, len(lists), 0) as advance:
             for each in lists:

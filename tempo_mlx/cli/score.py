@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from threading import Timer
 from typing import Annotated, Any
@@ -14,20 +15,26 @@ from ..errors import TempoError
 from ..io.console import Console
 from ..io.files import STANDARD_INPUT, replaceable
 from ..io.resumable_jsonl import ResultsFile
+from ..needs import Need, Needs
 from ..scoring import ContinuationScorer, ScoringStats
 from ..scoring.batch_scorer import FULL_PASSES
 from ..scoring.rows import Row, key_of, ranked, read_rows
 from ..scoring.scorer import AGGREGATES, CHUNK_SIZE, check_options
 from ..scoring.texts import OWN_START
+from ..text.chat import chat_text
 from ..weights import load
 from ..weights.fingerprint import identify
-from .effects import typed
+from .chat_template import SystemPrompt, Template, template_config
+from .effects import require_effect, typed
 from .options import (
+    NO_START,
+    AdapterPath,
     KeepBlanks,
     Model,
     Overwrite,
     Separator,
     StartOfText,
+    TemplateConfig,
     at_least,
     output_file,
     start_of,
@@ -35,6 +42,16 @@ from .options import (
 from .outputs import Output, check_outputs, is_standard_output, say_written
 from .prompts import RESULTS, RecordStream, results_sink
 from .score_output import Tables, TextFile, TextStream, is_text
+
+_AS_IT_IS = (Need("chat", absent=True),)
+
+#: What options need to have an effect: a template says itself what stands before a word.
+OPTIONS: Needs = {
+    **dict.fromkeys(("start", "separator", "keep_blanks", "truecase"), _AS_IT_IS),
+    "max_context_tokens": _AS_IT_IS,
+    "system_prompt": (Need("chat"),),
+    "chat_template_config": (Need("chat"),),
+}
 
 #: Endings of the names of files, and the format of each.
 FORMATS = {".jsonl": "jsonl", ".tsv": "tsv", ".txt": "tsv"}
@@ -83,7 +100,18 @@ def score(
             help="Format of the input.",
         ),
     ] = None,
+    chat: Annotated[
+        bool,
+        typer.Option(
+            "--chat",
+            help="Score each word as what the model answers to its context, behind the model's "
+            "chat template.",
+        ),
+    ] = False,
+    system_prompt: SystemPrompt = None,
+    chat_template_config: TemplateConfig = None,
     model: Model = "smollm2-135m",
+    adapter_path: AdapterPath = None,
     weight: Annotated[
         float, typer.Option(help="Factor on the log-probability of a word, in nats.")
     ] = 1.0,
@@ -147,6 +175,12 @@ def score(
     A row that cannot be scored becomes a record with its "error" in JSON, and a line on standard
     error where the output is text; the others are scored. Exit code 1 if a row failed.
     """
+    require_effect(context, OPTIONS)
+    template = None
+    if chat:
+        template = Template(system_prompt, None, template_config(chat_template_config))
+        # The template says what stands before the word, to the last blank.
+        start, separator, keep_blanks = NO_START, "", True
     if truecase not in (None, "english"):
         raise TempoError(f"--truecase must be english, got {truecase!r}")
     kv_bytes = parse_bytes(max_kv_bytes) if max_kv_bytes is not None else None
@@ -177,7 +211,9 @@ def score(
     spellings = any(isinstance(each, list) for row in rows for each in row.candidates)
     if "aggregate" in typed(context) and not spellings:
         notes.print("note: --aggregate has no effect: no candidate is a list", style="yellow")
-    language_model, tokenizer = load(model)
+    language_model, tokenizer = load(model, adapter_path=adapter_path)
+    if template is not None:
+        rows = [answered(row, template, tokenizer) for row in rows]
     scorer = ContinuationScorer(language_model, tokenizer, **settings, **sizes)
     if max_kv_bytes is not None and scorer.stats().method == FULL_PASSES:
         notes.print(
@@ -221,6 +257,17 @@ def score(
         where = ", see their records" if records else ""
         notes.print(f"{len(failed)} of {len(rows)} rows failed{where}", style="yellow")
         raise typer.Exit(1)
+
+
+def answered(row: Row, template: Template, tokenizer: Any) -> Row:
+    """The row with its context as a user's message, put through the chat template."""
+    if row.error is not None:
+        return row
+    chat = template.asking(row.context)
+    try:
+        return replace(row, context=chat_text(tokenizer, chat, chat.config))
+    except TempoError as error:
+        return replace(row, error=str(error))
 
 
 def scored(scorer: ContinuationScorer, rows: list[Row], details: bool) -> list[dict[str, Any]]:

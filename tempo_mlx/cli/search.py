@@ -20,9 +20,11 @@ from ..search.environment import Batched
 from ..search.settings import NEEDS
 from ..text.printable import quoted
 from ..weights import load
+from .chat_template import NEEDS as CHAT_NEEDS
+from .chat_template import PrefillResponse, SystemPrompt, Template, UseChat, template_config
 from .effects import PRINTED, require_effect, typed
 from .one_prompt import AS_IN_AN_EDITOR, read_prompt
-from .options import Model, Overwrite, output_file
+from .options import AdapterPath, Model, Overwrite, TemplateConfig, output_file
 from .outputs import (
     PAGE,
     Output,
@@ -42,6 +44,7 @@ DEFAULTS = SearchSettings()
 #: What options need to have an effect.
 OPTIONS: Needs = {
     **NEEDS,
+    **CHAT_NEEDS,
     "evaluation": (Need("value", absent=True),),
     "explain": (*PRINTED, Need("dot", (STANDARD_OUTPUT,), absent=True)),
 }
@@ -70,7 +73,12 @@ def search(
         Path | None,
         typer.Option(help=f"Read the prompt from this file (UTF-8). {AS_IN_AN_EDITOR}"),
     ] = None,
+    chat: UseChat = False,
+    system_prompt: SystemPrompt = None,
+    prefill_response: PrefillResponse = None,
+    chat_template_config: TemplateConfig = None,
     model: Model = "smollm2-135m",
+    adapter_path: AdapterPath = None,
     settings: SearchSettings = DEFAULTS,
     value: Annotated[
         str | None,
@@ -143,13 +151,16 @@ def search(
         },
         overwrite,
     )
-    text = read_prompt(prompt, None, prompt_file)
+    text, template = read_prompt(prompt, None, prompt_file), None
+    if chat:
+        config = template_config(chat_template_config)
+        template = Template(system_prompt, prefill_response, config)
     out, notes = (Console(stderr=err, highlight=False, soft_wrap=True) for err in (False, True))
     out.quiet = is_standard_output(output) or is_standard_output(dot)
     notes.quiet = quiet
     for note in settings.notes(typed(context)):
         notes.print(f"note: {note}", style="yellow")
-    language_model, tokenizer = load(model)
+    language_model, tokenizer = load(model, adapter_path=adapter_path)
     result: SearchResult | None = None
     interrupted = False
     with Progress(
@@ -169,7 +180,12 @@ def search(
 
         try:
             for now in stream_search(
-                language_model, tokenizer, text, value=function, progress=tell, settings=settings
+                language_model,
+                tokenizer,
+                text if template is None else template.asking(text),
+                value=function,
+                progress=tell,
+                settings=settings,
             ):
                 result = now
         except KeyboardInterrupt:

@@ -15,7 +15,7 @@ from ..errors import TempoError
 from ..io.console import Console
 from ..models import PositionedModel
 from ..weights import load
-from .options import Model
+from .options import AdapterPath, Model
 
 #: Hosts that only this machine reaches, which need no key.
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
@@ -35,6 +35,7 @@ def register(app: typer.Typer) -> None:
 
 def serve(
     model: Model = "smollm2-135m",
+    adapter_path: AdapterPath = None,
     host: Annotated[
         str,
         typer.Option(help="Address to listen on. Anything but this machine needs --api-key."),
@@ -98,7 +99,7 @@ def serve(
 
     logging.basicConfig(level=log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
     listener = _bound(host, port)
-    loaded, tokenizer = load(model)
+    loaded, tokenizer = load(model, adapter_path=adapter_path)
     name = Path(model).name if os.path.isdir(model) else model
     engine = Engine(PositionedModel.of(loaded), tokenizer, name, batch_size, kv_bytes, max_queue)
     engine.start()

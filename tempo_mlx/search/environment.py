@@ -105,11 +105,17 @@ class TextEnvironment:
         self._logits = {ROOT: logits[0]}
 
     def is_end(self, node: int) -> bool:
-        """Whether nothing follows a node: an end token, or the longest text."""
+        """Whether nothing follows a node: an end token, a stop text, or the longest text."""
         tree = self.tree
-        if tree.depth[node] >= self._longest:
+        if tree.depth[node] >= self._longest or self.is_stopped(self.tokens(node)):
             return True
         return node != ROOT and int(tree.action[node]) in self.vocabulary.end_tokens
+
+    def is_stopped(self, ids: list[int]) -> bool:
+        """Whether a text's tokens spell a stop text."""
+        stops = self.settings.stop
+        text = self.vocabulary.decode(ids) if stops else ""
+        return any(stop in text for stop in stops)
 
     def probabilities(self, node: int) -> list[float]:
         """Of the tokens of a node's text, the committed ones first."""
@@ -263,7 +269,9 @@ class TextEnvironment:
             on = [
                 i
                 for i, node in enumerate(going)
-                if picked[i] not in self.vocabulary.end_tokens and len(found[node]) < self._longest
+                if picked[i] not in self.vocabulary.end_tokens
+                and len(found[node]) < self._longest
+                and not self.is_stopped([*texts[i], int(picked[i])])
             ]
             if not on or step + 1 == self.settings.depth:
                 break

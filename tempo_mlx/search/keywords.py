@@ -31,6 +31,7 @@ class SettingsKeywords(TypedDict, total=False):
     json_schema: Mapping[str, Any] | None
     regex: str | None
     grammar: str | None
+    stop: tuple[str, ...]
     kv_bits: int | None
     kv_group_size: int
     prefill_step_size: int

@@ -17,6 +17,7 @@ from ..rules.table import (
     RuleChoice,
     Seed,
     Temperature,
+    Texts,
     check_all,
     documented,
     same,
@@ -143,6 +144,9 @@ class SearchSettings:
     json_schema: Mapping[str, Any] | None = json_schema_setting()
     regex: str | None = regex_setting()
     grammar: str | None = lark_setting()
+    stop: tuple[str, ...] = setting(
+        (), Texts(), "End before this text, once a text's tokens spell it. Repeatable."
+    )
     kv_bits: int | None = same(Settings, "kv_bits", None)
     kv_group_size: int = same(Settings, "kv_group_size", 64)
     prefill_step_size: int = setting(
@@ -196,4 +200,4 @@ class SearchSettings:
     def to_dict(self) -> dict[str, Any]:
         """One key for each setting; rules by their names."""
         rules = {name: str(getattr(self, name)) for name in ("selection", "backup", "evaluation")}
-        return vars(self) | rules
+        return vars(self) | rules | {"stop": list(self.stop)}

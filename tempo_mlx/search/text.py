@@ -13,6 +13,7 @@ import numpy as np
 from mlx_lm.generate import generation_stream, wired_limit
 
 from ..arguments import shown
+from ..decode.result import cut_at_stop
 from ..errors import TempoError
 from ..models import PositionedModel
 from ..plots.search import plot_search
@@ -66,9 +67,9 @@ class SearchResult:
         value: name of the user's value function; None without one.
         choices: the committed tokens.
         tree: from which the last token was chosen; its root is the token before it.
-        finish_reason: "stop" (end of text), "length" (``max_tokens``), "context" (the model's
-            context is full), "budget" (``max_forward_tokens`` or ``max_seconds`` is spent and no
-            further token has been searched), or None during the search.
+        finish_reason: "stop" (end of text or a stop text), "length" (``max_tokens``), "context"
+            (the model's context is full), "budget" (``max_forward_tokens`` or ``max_seconds`` is
+            spent and no further token has been searched), or None during the search.
         forward_tokens, passes: tokens that passed through the model, and the number of passes.
         simulations: for all tokens.
         seconds: since the prompt was read.
@@ -97,8 +98,8 @@ class SearchResult:
 
     @property
     def text(self) -> str:
-        """The text after the prompt."""
-        return self.vocabulary.decode(self.tokens)
+        """The text after the prompt, before a stop text."""
+        return cut_at_stop(self.vocabulary.decode(self.tokens), self.settings.stop)
 
     @property
     def logprob(self) -> float:
@@ -302,7 +303,7 @@ def stream_search(
             _commit(environment, result, done)
             result.peak_memory_gb = mx.get_peak_memory() / 1e9
             last = int(tree.action[ROOT])
-            if last in vocabulary.end_tokens:
+            if last in vocabulary.end_tokens or environment.is_stopped(result.tokens):
                 result.finish_reason = "stop"
             elif environment.is_end(ROOT):
                 result.finish_reason = environment.limit_reason

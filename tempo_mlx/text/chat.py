@@ -7,6 +7,42 @@ from ..arguments import check_text, shown
 from ..errors import TempoError
 
 
+class Chat(list[dict[str, Any]]):
+    """Chat messages, and further arguments of the template that they go through.
+
+    Args:
+        messages, config: as for :func:`encode_chat`.
+    """
+
+    def __init__(self, messages: Sequence[dict[str, Any]], config: Mapping[str, Any] | None = None):
+        super().__init__(messages)
+        self.config = dict(config or {})
+
+    @classmethod
+    def asking(
+        cls,
+        text: str,
+        system: str | None = None,
+        prefill: str | None = None,
+        config: Mapping[str, Any] | None = None,
+    ) -> "Chat":
+        """A user's message, as ``mlx_lm.generate`` puts it through the template.
+
+        Args:
+            text: of the message.
+            system: the system message before it, if there is one.
+            prefill: what the answer begins with; it goes on from there.
+            config: further arguments of the template.
+        """
+        messages = [{"role": "system", "content": system}] if system is not None else []
+        messages.append({"role": "user", "content": text})
+        if prefill is None:
+            return cls(messages, config)
+        messages.append({"role": "assistant", "content": prefill})
+        goes_on = {"continue_final_message": True, "add_generation_prompt": False}
+        return cls(messages, {**goes_on, **(config or {})})
+
+
 def encode_chat(
     tokenizer: Any, messages: Sequence[Any], config: Mapping[str, Any] | None = None
 ) -> list[int]:
@@ -22,14 +58,30 @@ def encode_chat(
         TempoError: naming the message, if it is malformed; if the tokenizer has no template,
             or the template raises or leaves a message out.
     """
+    checked, arguments, _ = _through_template(tokenizer, messages, config)
+    ids: list[int] = tokenizer.apply_chat_template(checked, **arguments)
+    return ids
+
+
+def chat_text(
+    tokenizer: Any, messages: Sequence[Any], config: Mapping[str, Any] | None = None
+) -> str:
+    """The text whose ids :func:`encode_chat` gives, special tokens as they are written."""
+    return _through_template(tokenizer, messages, config)[2]
+
+
+def _through_template(
+    tokenizer: Any, messages: Sequence[Any], config: Mapping[str, Any] | None
+) -> tuple[list[dict[str, Any]], dict[str, Any], str]:
+    """The messages, checked; the template's arguments; and the text that it makes of them."""
     if not getattr(tokenizer, "has_chat_template", True):
         raise TempoError("prompt is chat messages, but the model has no chat template")
     checked = [_checked(f"prompt[{i}]", message) for i, message in enumerate(messages)]
     arguments = {"add_generation_prompt": True, **(config or {})}
-    check_text("prompt", _rendered(tokenizer, checked, arguments))
+    text = _rendered(tokenizer, checked, arguments)
+    check_text("prompt", text)
     _require_all_used(tokenizer, checked, arguments)
-    ids: list[int] = tokenizer.apply_chat_template(checked, **arguments)
-    return ids
+    return checked, arguments, text
 
 
 def _checked(name: str, message: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from ..arguments import check_text, shown
 from ..errors import TempoError
-from .chat import encode_chat
+from .chat import Chat, encode_chat
 from .printable import spelled, unfinished
 
 #: What tokenizers decode bytes to that are only a part of a character.
@@ -181,7 +181,8 @@ def encode_prompt(
     else:
         items = _items(prompt)
         chat = _begins_with_message(items)
-        ids = encode_chat(tokenizer, items) if chat else _ids(items)
+        config = prompt.config if isinstance(prompt, Chat) else None
+        ids = encode_chat(tokenizer, items, config) if chat else _ids(items)
     if not len(ids):
         raise TempoError("prompt is empty; give at least one token")
     size = model.vocabulary_size

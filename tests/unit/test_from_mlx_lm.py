@@ -39,5 +39,4 @@ def test_options_that_are_the_same_are_there(command):
     ours = {option for each in load_command(OURS[command]).params for option in each.opts}
     for theirs, here, _ in rows(command):
         options = re.findall(r"`(--[a-z-]+)`", theirs if here.startswith("the same") else here)
-        if "in `tempo-mlx chat`" not in here:
-            assert set(options) <= ours, here
+        assert set(options) <= ours, here

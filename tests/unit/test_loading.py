@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from tempo_mlx.doctor import local_models as inventory
 from tempo_mlx.weights.loading import ModelLoadError, load
 from tempo_mlx.weights.recipes import RecipeError
-from tests.tiny_folder import save_tiny_model
+from tests.tiny_folder import save_adapters, save_tiny_model
 
 import huggingface_hub.constants
 import mlx.core as mx
@@ -17,7 +17,6 @@ import mlx_lm
 import mlx_lm.tuner.utils
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
 
 PROMPT = mx.array([[3, 40, 100, 7, 7, 90]])
 
@@ -110,23 +109,6 @@ def test_adapters_of_peft_are_refused_with_what_to_do(original, tmp_path):
     (tmp_path / "adapter_model.safetensors").touch()
     told = fail(original, adapter_path=tmp_path)
     assert "PEFT" in told and "merge_and_unload" in told and "mlx_lm.convert" in told
-
-
-def save_adapters(folder, path):
-    """Random adapters for the model in the folder."""
-    path.mkdir()
-    parameters = {"rank": 4, "scale": 10.0, "dropout": 0.0}
-    config = {"fine_tune_type": "lora", "num_layers": 2, "lora_parameters": parameters}
-    (path / "adapter_config.json").write_text(json.dumps(config))
-    model, _ = mlx_lm.load(str(folder))
-    model.freeze()
-    mlx_lm.tuner.utils.linear_to_lora_layers(model, 2, parameters)
-    weights = {
-        name: mx.random.normal(array.shape, key=mx.random.key(i))
-        for i, (name, array) in enumerate(tree_flatten(model.trainable_parameters()))
-    }
-    mx.save_safetensors(str(path / "adapters.safetensors"), weights)
-    return path
 
 
 def test_unknown_name_lists_the_recipes():
