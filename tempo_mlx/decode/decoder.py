@@ -300,8 +300,8 @@ class BatchDecoder:
             processed is logits
             and all(request.wants_best_only for request in requests)
             and len(groups) == len(logits)
-            and self._table is None
         ):
+            ranked = logits
             ids, p = most_probable_of(logits, temps)
             step_candidates = StepCandidates(ids, p, p, sizes, attention, attending)
         else:
@@ -320,8 +320,8 @@ class BatchDecoder:
                 [offer.request.noise(len(offer.ahead)) for offer in groups],
             )
             scores = _sampled(scores, processed, [offer.request for offer in groups])
-            k = max(request.k for request in requests)
-            ids = most_probable(scores, k if self._table is None else max(k, FOLLOWERS))
+            ranked = p
+            ids = most_probable(scores, max(request.k for request in requests))
             step_candidates = StepCandidates.of_rows(
                 ids,
                 p,
@@ -331,6 +331,8 @@ class BatchDecoder:
                 attending=attending,
                 observed=_observed(requests, p),
             )
+        if self._table is not None:
+            step_candidates.followers = most_probable(ranked, FOLLOWERS)
         if any(request.wants_logprobs for request in requests):
             step_candidates.logprobs = log_softmax(logits.astype(mx.float32))
         for place, offer in enumerate(offers):

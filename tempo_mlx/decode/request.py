@@ -210,12 +210,15 @@ class Request:
         if self.follower_table is None or self.step_candidates is None:
             return
         candidates, place = self.step_candidates
+        if candidates.followers is None:
+            # Made before the first run that drafts by them came.
+            return
         last = self.lattice.steps[-1].tokens[0].id if self.step else self.lattice.prompt_tokens[-1]
-        self.follower_table.note(last, candidates.ids_of(place))
+        self.follower_table.note(last, candidates.followers_of(place))
         if self.sequence.drafted is not None and self._ahead is not None and self._reached == TEXT:
             candidates, first = self._ahead
             for i, token in enumerate(self.sequence.drafted.draft.tokens.tolist()):
-                self.follower_table.note(token, candidates.ids_of(first + i))
+                self.follower_table.note(token, candidates.followers_of(first + i))
 
     def follow_draft(self) -> bool:
         """Go on from a drafted token, if the set that was recorded last is it."""

@@ -44,6 +44,9 @@ class StepCandidates:
         self._rows = [0, *accumulate(sum(run) for run in sizes)]
         #: the model's own log-probabilities of the rows, [N, V], if a run wants them
         self.logprobs: mx.array | None = None
+        #: most probable ids of each distribution, [G, K'], if a run drafts by them
+        self.followers: mx.array | None = None
+        self._host_followers: np.ndarray | None = None
         self._host_logprobs: np.ndarray | None = None
         self._seen: list[np.ndarray] | None = None
         self._read: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
@@ -68,14 +71,14 @@ class StepCandidates:
     def state(self) -> list[mx.array]:
         """The arrays to evaluate."""
         attention = [] if self.attention is None else self.attention.state
-        logprobs = [] if self.logprobs is None else [self.logprobs]
+        wanted = [each for each in (self.logprobs, self.followers) if each is not None]
         return [
             self.ids,
             self.probabilities,
             self.transitions,
             *attention,
             *self._observed,
-            *logprobs,
+            *wanted,
         ]
 
     def logprobs_of(self, run: int) -> np.ndarray:
@@ -91,10 +94,12 @@ class StepCandidates:
             self._seen = [np.array(array) for array in self._observed]
         return [array[self._groups[run]] for array in self._seen]
 
-    def ids_of(self, run: int) -> np.ndarray:
-        """Ids [K] of one run's first distribution, best first; once :meth:`of` has been called."""
-        assert self._read is not None
-        ids: np.ndarray = self._read[0][self._groups[run]]
+    def followers_of(self, run: int) -> np.ndarray:
+        """The most probable ids of one run's first distribution, best first, [K']."""
+        assert self.followers is not None
+        if self._host_followers is None:
+            self._host_followers = np.array(self.followers)
+        ids: np.ndarray = self._host_followers[self._groups[run]]
         return ids
 
     def of(self, run: int, k: int | None = None, leaves: bool = False) -> Candidates:

@@ -14,6 +14,7 @@ from typing import Any
 import mlx.core as mx
 
 from .. import blas
+from ..drafts.costs import measured_costs
 from ..weights.recipes import device_variant
 from .checks import TF32_VARIABLE
 from .local_models import recipe_models, size
@@ -52,6 +53,7 @@ def examine() -> list[Finding]:
         _blas(),
         _tf32(),
         *_default_model(),
+        *_pass_costs(),
         *_extras(),
     ]
 
@@ -178,6 +180,19 @@ def _default_model() -> list[Finding]:
                 {"ready": model.ready, "path": str(model.path), "bytes": model.n_bytes},
             )
         )
+    return findings
+
+
+def _pass_costs() -> list[Finding]:
+    """What passes over several tokens cost, by which drafts are as wide as they are."""
+    findings = []
+    for of, costs in measured_costs():
+        if of.get("blas") != str(blas.info().library or "mlx's own"):
+            continue
+        shown = ", ".join(f"{n}: {costs(n):.2f}" for n in (2, 4, 8, 16))
+        what = f"{of.get('architecture', '')} {of.get('precision', '')} on {of.get('device', '')}"
+        data = {**of, "sizes": costs.sizes, "seconds": costs.seconds}
+        findings.append(Finding("cost of tokens", f"{shown} passes of one, {what}", data=data))
     return findings
 
 
