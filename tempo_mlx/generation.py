@@ -208,7 +208,7 @@ def steps_of(
             yield StepResponse(
                 run.lattice.steps[-1],
                 result,
-                len(run.sequence.held),
+                run.sequence.n_held,
                 decoder.batch.cache.nbytes,
                 result.finish_reason,
             )

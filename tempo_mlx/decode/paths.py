@@ -10,62 +10,62 @@ from collections.abc import Sequence
 import mlx.core as mx
 import numpy as np
 
-from ..lattice.lattice import Lattice
+from ..lattice.lattice import NONE, Lattice
 from ..models import PositionedModel, SlotStore
 from ..numerics import log_softmax_at
 from .result import BEAM, GenerationResult
 from .sequences import Batch, SequenceState
-
-#: Fraction of unused slots above which the cache is compacted.
-MAX_UNUSED = 0.5
 
 #: Prompt tokens in one forward pass.
 CHUNK = 2048
 
 
 class _Beam:
-    """The hypotheses of one problem: paths so far, their scores, and what they attend to."""
+    """The hypotheses of one problem: R paths, the branches of a tree.
 
-    def __init__(self, prompt: list[int], beam: int):
-        self.prompt, self.beam = prompt, beam
+    Args:
+        prompt: ids, at least one.
+        width: R at most.
+    """
+
+    def __init__(self, prompt: list[int], width: int):
+        self.lattice = Lattice(prompt)
+        self.sequence = SequenceState(self.lattice, "tree")
+        self.width = width
         self.sets: list[list[int]] = []
-        self.scores = np.zeros(1)  # [R], nats
-        self.chains: list[list[int]] = [[]]
-        self.sees = np.ones((1, len(prompt)), bool)  # [R, S]: slots that each path's last one sees
-        self.last = np.array([len(prompt) - 1])  # [R]: slot of each path's last token
+        #: log-probability of each path in nats, [R], and the slot of its last token, [R]
+        self.scores = np.zeros(1)
+        self.last = np.array([len(prompt) - 1])
+        #: of each slot, [S]
+        self.ids = np.array(prompt)
         self.step = 0
 
     @property
-    def finished(self) -> bool:
+    def is_finished(self) -> bool:
         return self.step == len(self.sets)
 
     @property
-    def ids(self) -> list[int]:
-        """The set to choose from."""
+    def next_set(self) -> list[int]:
+        """Ids to choose from."""
         return self.sets[self.step]
 
     def extend(self, logp: np.ndarray) -> None:
         """Go on with the best of all paths, log p [R, N] of the set's tokens in each."""
         joint = self.scores[:, None] + logp
-        best = np.argsort(-joint, axis=None, kind="stable")[: self.beam]
-        parents, choice = np.unravel_index(best, joint.shape)
-        self.scores = joint[parents, choice]
-        ids = np.array(self.ids)[choice]
-        self.chains = [[*self.chains[p], int(t)] for p, t in zip(parents, ids, strict=True)]
-        self.sees, self.last = self.sees[parents], self.last[parents]
+        best = np.argsort(-joint, axis=None, kind="stable")[: self.width]
+        rows, choice = np.unravel_index(best, joint.shape)
+        self.scores = joint[rows, choice]
+        self.sequence.pending = self.lattice.reserve(len(best), self.step, self.last[rows])
+        self.last = self.sequence.pending.index
+        self.ids = np.append(self.ids, np.array(self.next_set)[choice])
         self.step += 1
 
-    def read(self) -> np.ndarray:
-        """Append the paths' last tokens; the slots that they continue, [R]."""
-        continued, (n, first) = self.last, self.sees.shape
-        self.sees = np.concatenate([self.sees, np.eye(n, dtype=bool)], axis=1)
-        self.last = np.arange(first, first + n)
-        return continued
-
-    def keep(self, slots: np.ndarray) -> None:
-        """Only these slots are left, ascending."""
-        self.sees = self.sees[:, slots]
-        self.last = np.searchsorted(slots, self.last)
+    @property
+    def paths(self) -> list[tuple[list[int], float]]:
+        """Ids and score of each path, best first."""
+        chains = self.lattice.chains(self.last)
+        ids = [self.ids[chain[chain != NONE][::-1]].tolist() for chain in chains]
+        return list(zip(ids, self.scores.tolist(), strict=True))
 
 
 class PathSearch:
@@ -86,12 +86,8 @@ class PathSearch:
         beam: int,
         cache: SlotStore | None = None,
     ):
-        self._model = model
         self._beams = [_Beam(prompt, beam) for prompt in prompts]
-        #: of the last tokens that were read, [N, V], and the problem of each
-        self._logits: mx.array | None
-        self._cache, self._logits = _read_prompts(model, prompts, cache)
-        self._rows = np.arange(len(self._beams))
+        self._batch = _read_prompts(model, [beam.sequence for beam in self._beams], cache)
 
     def extend(
         self, sets: Sequence[list[list[int]]], last: bool = False
@@ -106,27 +102,36 @@ class PathSearch:
         Returns:
             for each problem at most ``beam`` pairs (ids, log-probability in nats), best first.
         """
-        beams = self._beams
-        for each, own in zip(beams, sets, strict=True):
-            each.sets = own
-        while going := [row for row, each in enumerate(beams) if not each.finished]:
-            if self._logits is None:
-                _drop_unused(self._cache, beams, last)
-                self._rows, self._logits = _read_last(self._model, self._cache, beams, going)
-            keep = np.isin(self._rows, going)
-            of_row, logits = self._rows[keep], self._logits[mx.array(np.flatnonzero(keep))]
-            widest = max(len(beams[row].ids) for row in going)
-            ids = np.array([np.resize(beams[row].ids, widest) for row in of_row])
-            logp = log_softmax_at(logits.astype(mx.float32), mx.array(ids))
-            mx.eval(logp, self._cache.state)
-            found = np.array(logp, np.float64)
-            for row in going:
-                beams[row].extend(found[of_row == row, : len(beams[row].ids)])
-            self._logits = None
-        return [
-            [(chain, float(score)) for chain, score in zip(each.chains, each.scores, strict=True)]
-            for each in beams
-        ]
+        for beam, own in zip(self._beams, sets, strict=True):
+            beam.sets = own
+        while going := [beam for beam in self._beams if not beam.is_finished]:
+            if last:
+                self._release_finished()
+            self._read_ends(going)
+            sets_of_rows = [(beam.next_set, len(beam.scores)) for beam in going]
+            widest = max(len(ids) for ids, _ in sets_of_rows)
+            ids = [np.resize(ids, widest) for ids, n in sets_of_rows for _ in range(n)]
+            logits = mx.concatenate([beam.sequence.passed() for beam in going])
+            logp = log_softmax_at(logits.astype(mx.float32), mx.array(np.array(ids)))
+            mx.eval(logp, self._batch.cache.state)
+            ends = np.cumsum([n for _, n in sets_of_rows])
+            found = np.split(np.array(logp, np.float64), ends)
+            for beam, rows in zip(going, found, strict=False):
+                beam.extend(rows[:, : len(beam.next_set)])
+        return [beam.paths for beam in self._beams]
+
+    def _release_finished(self) -> None:
+        for beam in self._beams:
+            if beam.is_finished and beam.sequence in self._batch.sequences:
+                self._batch.release(beam.sequence)
+
+    def _read_ends(self, going: list[_Beam]) -> None:
+        """Read the paths' last tokens; those of the prompts were read."""
+        parts = [(b.sequence, b.sequence.pending) for b in going if b.sequence.pending is not None]
+        if parts:
+            self._batch.compact()
+            tokens = np.concatenate([b.ids[b.last] for b in going])
+            self._batch.append(mx.array(tokens), parts)
 
 
 def best_paths(
@@ -169,44 +174,17 @@ def find_paths(
 
 
 def _read_prompts(
-    model: PositionedModel, prompts: Sequence[list[int]], cache: SlotStore | None
-) -> tuple[SlotStore, mx.array]:
-    """A cache with a row for each prompt, and logits of their last tokens, [B, V]."""
-    sequences = [SequenceState(Lattice(prompt)) for prompt in prompts]
+    model: PositionedModel, sequences: list[SequenceState], cache: SlotStore | None
+) -> Batch:
+    """A batch that has read its sequences' prompts."""
+    if cache is not None or not model.is_recurrent:
+        batch = Batch(model, sequences, cache)
+        batch.prefill(CHUNK)
+        return batch
     # Recurrent layers read texts of several lengths one at a time.
-    alone = model.is_recurrent and cache is None
-    batches = [Batch(model, [s]) for s in sequences] if alone else [Batch(model, sequences, cache)]
-    logits = mx.concatenate([batch.prefill(CHUNK) for batch in batches])
-    if len(batches) == 1:
-        return batches[0].cache, logits
-    return SlotStore.merge([batch.cache for batch in batches]), logits
-
-
-def _read_last(
-    model: PositionedModel, cache: SlotStore, beams: list[_Beam], going: list[int]
-) -> tuple[np.ndarray, mx.array]:
-    """Append each path's last token; returns the row of each and their logits [N, V]."""
-    sizes = [len(beams[row].chains) for row in going]
-    rows = np.repeat(going, sizes)
-    added = np.bincount(rows, minlength=len(beams))
-    mask = np.zeros((len(rows), int((cache.counts + added).max())), bool)
-    done, parents = 0, []
-    for row, n in zip(going, sizes, strict=True):
-        each = beams[row]
-        parents.append(each.read())
-        mask[done : done + n, : each.sees.shape[1]] = each.sees
-        done += n
-    tokens = mx.array([chain[-1] for row in going for chain in beams[row].chains])
-    positions = np.repeat([len(beams[r].prompt) + beams[r].step - 1 for r in going], sizes)
-    call = tokens[None], positions[None], mx.array(mask)[None, None], cache
-    return rows, model(*call, rows=rows, parents=np.concatenate(parents))[0]
-
-
-def _drop_unused(cache: SlotStore, beams: list[_Beam], last: bool) -> None:
-    """Drop slots that no path sees, if they are many; of finished problems all if it is the last
-    call."""
-    used = [each.sees.any(axis=0) & (not (last and each.finished)) for each in beams]
-    if sum(int(u.sum()) for u in used) < (1 - MAX_UNUSED) * cache.counts.sum():
-        cache.compact([np.flatnonzero(u) for u in used])
-        for each, chosen in zip(beams, used, strict=True):
-            each.keep(np.flatnonzero(chosen))
+    batch = Batch(model, [])
+    for sequence in sequences:
+        alone = Batch(model, [sequence])
+        alone.prefill(CHUNK)
+        batch.adopt(alone, [(sequence, sequence)])
+    return batch

@@ -1,14 +1,13 @@
 """One prompt's generation: what it selects, what it knows afterwards, and when it ends."""
 
 import time
-from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
 
 from ..drafts import TEXT, Drafter, FollowerTable
 from ..errors import TempoError
-from ..lattice.lattice import NEVER, Slots, Step, Token
+from ..lattice.lattice import Slots, Step, Token
 from ..models import PositionedModel, SlotStore
 from ..rules.branching import branch, recombine
 from ..rules.processors import processors_of
@@ -320,8 +319,9 @@ class Request:
                     self.pruner.attend(received, attending.held)
             self.pruner.select(self._kept.probabilities, self._kept.transitions)
             pruned = self.pruner.prune()
-            if settings.repairs and pruned is not None:
-                self.pruned = pruned
+            self.sequence.drop(pruned)
+            if settings.repairs and pruned:
+                self.pruned = int(self.lattice.column("step")[pruned[0]])
                 # What runs again sees the tokens that stay, with weights that sum to 1.
                 self.pruner.weigh()
 
@@ -382,7 +382,7 @@ class Request:
         """The first step that has to be run again; siblings too where they saw each other."""
         assert self.pruned is not None
         slots = np.array([token.slot for token in self.lattice.steps[self.pruned].tokens])
-        siblings = replace(self.lattice.slots[slots], pruned_at=np.full(len(slots), NEVER))
+        siblings = self.lattice.slots[slots]
         seen = may_attend(self.sequence.visibility, siblings, siblings)
         return self.pruned if seen.sum() > len(slots) else self.pruned + 1
 

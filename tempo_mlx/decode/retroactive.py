@@ -70,17 +70,17 @@ class RetroactivePruner:
         first = not self._lattice.steps
         self._posteriors.extend(probabilities, None if first else transitions, replace=again)
 
-    def prune(self) -> int | None:
-        """Judge the recent sets; returns the earliest step of which a token was pruned, or None."""
+    def prune(self) -> list[int]:
+        """Judge the recent sets; returns the slots that were pruned, ascending."""
         if self._pruner is None:
-            return None
+            return []
         lattice, pruner = self._lattice, self._pruner
         now = len(lattice.steps)  # the step just selected; the last forward pass was of now - 1
         # Attention was paid by the rows of the last pass, other evidence is the selection itself.
         latest = now - 1 if pruner.pruning.scoring.needs_attention else now
         received = np.zeros(lattice.n_slots)
         received[self._attended] = self._received
-        earliest = None
+        fallen: list[int] = []
         for step in range(max(0, latest - self._lookback), now):
             live = lattice.steps[step].live
             if len(live) < 2 or not pruner.wants(latest - step):
@@ -95,14 +95,13 @@ class RetroactivePruner:
                 pruner.seed,
             )
             verdict = pruner.judge(now - 1, step, evidence)
-            erase = pruner.pruning.repair == "recompute"
-            lattice.apply(verdict, pruner.pruning.scoring.name, erase)
+            lattice.apply(verdict, pruner.pruning.scoring.name)
             if any(verdict.pruned):
                 pruned = np.zeros(len(chosen), bool)
                 pruned[np.flatnonzero(chosen)[verdict.pruned]] = True
                 self._posteriors.prune(step, pruned)
-                earliest = step if earliest is None else earliest
-        return earliest
+                fallen += slots[verdict.pruned].tolist()
+        return fallen
 
     def weigh(self) -> None:
         """Set the weights of the recent sets' tokens as keys, the last set's included."""

@@ -249,8 +249,7 @@ class Scheduler:
         status, requests = self.status, self._decoder.requests
         width = max(1.0, status.tokens / status.steps) if status.steps else 1.0
         slots = sum(
-            len(request.sequence.held) + width * (request.limit - request.step)
-            for request in requests
+            request.sequence.n_held + width * (request.limit - request.step) for request in requests
         )
         slots += sum(request.length + width * request.limit for request in newcomers)
         model = self._decoder.model

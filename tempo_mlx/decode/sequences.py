@@ -9,8 +9,9 @@ import mlx.core as mx
 import numpy as np
 
 from ..drafts import Draft
-from ..lattice.lattice import NEVER, Lattice, Slots
+from ..lattice.lattice import NONE, Lattice, Slots
 from ..models import Capture, PositionedModel, SlotStore
+from ..rules.pruning import COMPACT_ABOVE
 from ..rules.visibility import Visibility, may_attend, visibility_of, weighted_rows
 
 #: Largest share of unused slots after sequences are repacked into rows.
@@ -52,9 +53,9 @@ class SequenceState:
     is_line: bool = False
     #: row of the cache
     row: int = 0
-    #: lattice slot of each held slot, and its place in the row, [S]
-    held: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
-    at: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    #: place in the row of each slot of the lattice, NONE where the cache does not hold it; replaced
+    #: whenever it changes
+    place: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     #: slots that are appended next
     pending: Slots | None = None
     #: (lattice slots [N], logits [N, V]) of each pass, if they are kept
@@ -65,19 +66,39 @@ class SequenceState:
     #: what :meth:`seen_by` found last, and what it was asked of
     _seen: tuple[Slots, np.ndarray, np.ndarray] | None = None
 
+    @property
+    def held(self) -> np.ndarray:
+        """The slots that are held, [S]: numbers in the lattice, ascending."""
+        return np.flatnonzero(self.place != NONE)
+
+    @property
+    def at(self) -> np.ndarray:
+        """Their places in the row, [S]."""
+        return self.place[self.place != NONE]
+
+    @property
+    def n_held(self) -> int:
+        """S."""
+        return int(np.count_nonzero(self.place != NONE))
+
+    @property
+    def n_drafted(self) -> int:
+        """Slots of the draft, of which some have been accepted at most."""
+        return 0 if self.drafted is None else len(self.drafted.at)
+
     def seen_by(self, queries: Slots) -> np.ndarray:
         """Which held slots and, behind them, new ones each of the new slots may see, [N, S + N].
 
         Found once for a set, whose visibility is asked for before its pass and in it.
         """
-        if self._seen is not None and self._seen[0] is queries and self._seen[1] is self.held:
+        if self._seen is not None and self._seen[0] is queries and self._seen[1] is self.place:
             return self._seen[2]
         if self.is_line and len(queries) == 1:
-            seen = np.ones((1, len(self.held) + 1), bool)
+            seen = np.ones((1, self.n_held + 1), bool)
         else:
-            keys = self.lattice.slots[np.concatenate([self.held, queries.index])]
+            keys = self.lattice.of(np.concatenate([self.held, queries.index]))
             seen = may_attend(self.visibility, queries, keys)
-        self._seen = queries, self.held, seen
+        self._seen = queries, self.place, seen
         return seen
 
     def seen_with(self, queries: Slots, draft: Draft) -> np.ndarray:
@@ -93,7 +114,7 @@ class SequenceState:
             # All of the text that the one new token ends.
             before = np.repeat(seen[-1:], len(draft), axis=0)
         else:
-            keys = self.lattice.slots[np.concatenate([self.held, queries.index])]
+            keys = self.lattice.of(np.concatenate([self.held, queries.index]))
             ahead = self.lattice.ahead(int(queries.step[-1]) + draft.depths)
             before = may_attend(rule, ahead, keys)
         none = np.zeros((N, len(draft)), bool)
@@ -103,31 +124,42 @@ class SequenceState:
         """Hold a drafted token as the lattice's slot ``index``, which it has become."""
         drafted = self.drafted
         assert drafted is not None
-        self.held = np.append(self.held, index)
-        self.at = np.append(self.at, drafted.at[place])
+        self.hold(np.array([index]), int(drafted.at[place]))
         self.take(self.lattice.slots[index : index + 1], drafted.logits[place : place + 1])
 
     def seen_by_next(self) -> np.ndarray:
-        """Which held slots the pending set, and so any later one, may see, [S]."""
-        if self.pending is None or self.is_line:
-            return np.ones(len(self.held), bool)
-        if not visibility_of(self.visibility).monotone:
-            # A later step may see what this one does not.
-            return self.lattice.slots[self.held].pruned_at >= self.pending.step.max()
-        return np.any(self.seen_by(self.pending)[:, : len(self.held)], axis=0)
+        """The held slots that the pending set, or any later one, may see, ascending."""
+        held = self.held
+        if self.pending is None or self.is_line or not visibility_of(self.visibility).monotone:
+            return held
+        return held[np.any(self.seen_by(self.pending)[:, : len(held)], axis=0)]
 
-    def places_of(self, chosen: np.ndarray) -> np.ndarray:
-        """Places of the chosen ones of the held slots, and of the draft."""
-        ahead = [] if self.drafted is None else [self.drafted.at]
-        return np.concatenate([self.at[chosen], *ahead])
+    def hold(self, slots: np.ndarray, first: int) -> None:
+        """Hold these slots too, side by side from a place on."""
+        place = np.full(max(len(self.place), slots.max(initial=NONE) + 1), NONE)
+        place[: len(self.place)] = self.place
+        place[slots] = np.arange(first, first + len(slots))
+        self.place = place
 
-    def keep(self, chosen: np.ndarray, at: np.ndarray | None = None) -> None:
-        """Hold only the chosen ones of the held slots, and the draft, at these places."""
-        self.held = self.held[chosen]
-        n = len(self.held)
-        self.at = self.at[chosen] if at is None else at[:n]
-        if self.drafted is not None and at is not None:
-            self.drafted = replace(self.drafted, at=at[n:])
+    def gather(self, slots: np.ndarray, first: int) -> np.ndarray:
+        """Hold only these slots, and the draft behind them, side by side from a place on.
+
+        Returns:
+            their places before.
+        """
+        before = [self.place[slots]]
+        if self.drafted is not None:
+            before.append(self.drafted.at)
+            at = first + len(slots) + np.arange(len(self.drafted.at))
+            self.drafted = replace(self.drafted, at=at)
+        self.place = np.zeros(0, np.int64)
+        self.hold(slots, first)
+        return np.concatenate(before)
+
+    def drop(self, slots: np.ndarray | list[int]) -> None:
+        """Hold these slots no more; they stay in the cache until it is compacted."""
+        self.place = self.place.copy()
+        self.place[slots] = NONE
 
     def take(self, queries: Slots, logits: mx.array) -> None:
         """Note the logits [N, V] of a pass over these slots."""
@@ -139,22 +171,19 @@ class SequenceState:
         """Logits of the last set's tokens that live, [N, V]."""
         assert self.last is not None
         index, logits = self.last
-        slots = self.lattice.slots
-        live = (slots.step[index] == slots.step[index[-1]]) & (slots.pruned_at[index] == NEVER)
+        step = self.lattice.column("step")[index]
+        live = (step == step[-1]) & (self.place[index] != NONE)
         return logits[mx.array(np.flatnonzero(live))]
 
-    def forget(self, first_step: int) -> np.ndarray:
-        """Let go of ``first_step`` and later; returns their live slots, to be run again."""
-        slots = self.lattice.slots
-        again = np.flatnonzero((slots.step >= first_step) & (slots.pruned_at == NEVER))
-        if again.size:
-            self.keep(slots.step[self.held] < first_step)
-            self.logits = [
-                (index[early], rows[mx.array(early)])
-                for index, rows in self.logits
-                if (early := np.flatnonzero(slots.step[index] < first_step)).size
-            ]
-        return again
+    def forget(self, first_step: int) -> None:
+        """Let go of what was read at ``first_step`` and later."""
+        step = self.lattice.column("step")
+        self.drop(np.flatnonzero(step[: len(self.place)] >= first_step))
+        self.logits = [
+            (index[early], rows[mx.array(early)])
+            for index, rows in self.logits
+            if (early := np.flatnonzero(step[index] < first_step)).size
+        ]
 
 
 class Batch:
@@ -181,8 +210,7 @@ class Batch:
         self.cache.continue_as(model.quantization)
         for row, sequence in enumerate(self.sequences):
             sequence.row = row
-            sequence.held = np.arange(self.cache.counts[row])
-            sequence.at = sequence.held
+            sequence.place = np.arange(self.cache.counts[row])
 
     def prefill(
         self, step_size: int, progress: Callable[[int, int], None] | None = None
@@ -206,7 +234,7 @@ class Batch:
         while True:
             parts, ids = [], []
             for sequence, prompt in zip(self.sequences, prompts, strict=True):
-                start = len(sequence.held)
+                start = sequence.n_held
                 end = min(start + chunk, len(prompt) - 1)
                 if end > start:
                     parts.append((sequence, sequence.lattice.slots[start:end]))
@@ -217,13 +245,13 @@ class Batch:
             self.append(mx.array(np.concatenate(ids)), parts, note=False)
             mx.eval(self.cache.state)
             mx.clear_cache()
-            yield sum(len(sequence.held) for sequence in self.sequences), total
+            yield sum(sequence.n_held for sequence in self.sequences), total
 
     def read_last(self) -> mx.array:
         """Read the prompts' last tokens; their logits, [B, V]."""
         last = [sequence.lattice.prompt_tokens[-1] for sequence in self.sequences]
         parts = [
-            (s, s.lattice.slots[len(s.held) : len(s.lattice.prompt_tokens)]) for s in self.sequences
+            (s, s.lattice.slots[s.n_held : len(s.lattice.prompt_tokens)]) for s in self.sequences
         ]
         return self.append(mx.array(last), parts)[0]
 
@@ -272,10 +300,9 @@ class Batch:
         used = self.cache.counts.copy()
         ahead = []
         for (sequence, queries), n in zip(parts, sizes, strict=True):
-            places = np.arange(used[sequence.row], used[sequence.row] + n)
-            sequence.held = np.concatenate([sequence.held, queries.index])
-            sequence.at = np.concatenate([sequence.at, places[: len(queries)]])
-            ahead.append(places[len(queries) :])
+            first = int(used[sequence.row]) + len(queries)
+            sequence.hold(queries.index, first - len(queries))
+            ahead.append(np.arange(first, first + n - len(queries)))
             used[sequence.row] += n
         mask = "causal" if causal else self._mask(parts, seen, ahead, int(used.max()))
         parents = self._parents(parts) if self.model.is_recurrent else None
@@ -307,28 +334,19 @@ class Batch:
         drafted, sequence.drafted = sequence.drafted, None
         if drafted is None or self.cache.counts[sequence.row] != drafted.at[-1] + 1:
             return
-        accepted = sequence.at >= drafted.at[0]
-        end = drafted.at[0] + np.count_nonzero(accepted)
-        moved = np.arange(drafted.at[0], end)
-        if (sequence.at[accepted] != moved).any():
-            self.cache.move(sequence.row, sequence.at[accepted], int(drafted.at[0]))
-            sequence.at = np.concatenate([sequence.at[~accepted], moved])
-        self.cache.truncate(int(end), sequence.row)
+        start = int(drafted.at[0])
+        accepted = np.flatnonzero(sequence.place >= start)
+        places, end = sequence.place[accepted], start + len(accepted)
+        if (places != np.arange(start, end)).any():
+            self.cache.move(sequence.row, places, start)
+            sequence.hold(accepted, start)
+        self.cache.truncate(end, sequence.row)
 
     def _parents(self, parts: Sequence[tuple[SequenceState, Slots]]) -> np.ndarray | None:
         """The place in its row of the slot that each new token continues, [N]; None for prompts."""
         if all((queries.step < 0).all() for _, queries in parts):
             return None
-        found = []
-        for sequence, queries in parts:
-            last = len(sequence.lattice.prompt_tokens) - 1
-            if queries.chains is None:
-                # Sets of one, each behind the one before.
-                slots = (queries.index - 1).tolist()
-            else:
-                slots = [int(c[-2]) if len(c) > 1 else last for c in queries.chains]
-            found.append(sequence.at[np.searchsorted(sequence.held, slots)])
-        return np.concatenate(found)
+        return np.concatenate([sequence.place[queries.parent] for sequence, queries in parts])
 
     def _is_causal(
         self, parts: Sequence[tuple[SequenceState, Slots]], drafts: Sequence[Draft | None]
@@ -339,10 +357,10 @@ class Batch:
             # One line, and a chain behind it.
             alone = len(parts) == len(self.sequences) == self.cache.batch_size == 1
             (sequence, _), draft = parts[0], drafts[0]
-            chain = alone and n == 1 and len(sequence.held) == held and sequence.is_line
+            chain = alone and n == 1 and sequence.n_held == held and sequence.is_line
             return chain and draft is not None and draft.is_chain
         alike = len(parts) == len(self.sequences) == self.cache.batch_size and all(
-            len(queries) == n and len(sequence.held) == held and not sequence.weighted
+            len(queries) == n and sequence.n_held == held and not sequence.weighted
             for sequence, queries in parts
         )
         if not alike:
@@ -371,14 +389,21 @@ class Batch:
         done = 0
         for (sequence, queries), rows, drafted in zip(parts, seen, ahead, strict=True):
             if weighted:
-                weights = np.ones(len(sequence.held))
+                keys = sequence.lattice.of(sequence.held)
+                weights = np.ones(len(keys))
                 if sequence.weighted:
-                    weights = sequence.lattice.weights_seen_by(queries)[sequence.held]
-                keys = sequence.lattice.slots[sequence.held]
+                    weights = sequence.lattice.weights_seen_by(queries)[keys.index]
                 rows = weighted_rows(rows, queries, keys, weights)
             mask[done : done + len(rows), np.concatenate([sequence.at, drafted])] = rows
             done += len(rows)
         return mx.array((mask.astype(np.float32) if weighted else mask)[None, None])
+
+    def take_back(self, sequence: SequenceState, n: int) -> None:
+        """Forget all slots of a lattice but the first n; its sequence is the only one."""
+        later = sequence.place[n:]
+        self.cache.truncate(int(later[later != NONE].min(initial=self.cache.n_slots)))
+        sequence.lattice.truncate(n)
+        sequence.place = sequence.place[:n]
 
     def recompute(self, fallen: Sequence[tuple[SequenceState, int]]) -> None:
         """Run each sequence's live slots of a step and later again, as visibility stands now.
@@ -388,16 +413,16 @@ class Batch:
         """
         parts, ids = [], []
         for sequence, first_step in fallen:
-            again = sequence.forget(first_step)
-            if again.size:
-                steps = sequence.lattice.steps[first_step:]
-                known = {token.slot: token.id for step in steps for token in step.tokens}
-                ids += [known[slot] for slot in again.tolist()]
-                parts.append((sequence, sequence.lattice.slots[again]))
+            again = [t for step in sequence.lattice.steps[first_step:] for t in step.live]
+            if again:
+                sequence.forget(first_step)
+                ids += [token.id for token in again]
+                slots = np.array([token.slot for token in again])
+                parts.append((sequence, sequence.lattice.of(slots)))
         if parts:
             if len(self.sequences) == 1:
                 # Nothing else is in the cache: what was let go of leaves it at once.
-                self.keep([np.ones(len(self.sequences[0].held), bool)])
+                self.keep([self.sequences[0].held])
             self.append(mx.array(ids), parts)
 
     def prompt_slots(self, sequence: SequenceState) -> SlotStore | None:
@@ -407,9 +432,9 @@ class Batch:
         """
         if self.model.is_recurrent:
             return None
-        prompt = sequence.held < len(sequence.lattice.prompt_tokens) - 1
+        prompt = sequence.place[: len(sequence.lattice.prompt_tokens) - 1]
         alone = self.cache.extract(sequence.row)
-        alone.compact(sequence.at[prompt])
+        alone.compact(prompt[prompt != NONE])
         return alone
 
     def slots_of(self, sequence: SequenceState) -> SlotStore:
@@ -433,25 +458,26 @@ class Batch:
                 may be copied more than once.
         """
         # A sequence may be its own copy: where it was is noted before it moves.
-        sources = [(source.row, source.held, source.at) for source, _ in copies]
+        sources = [(source.row, source.place) for source, _ in copies]
         moved = [new for _, new in copies]
         if not self.sequences:
             self.cache = other.cache
-            rows = [row for row, _, _ in sources]
+            rows = [row for row, _ in sources]
             if rows != list(range(self.cache.batch_size)):
                 self.cache.select(rows)
-            for row, (new, (_, held, at)) in enumerate(zip(moved, sources, strict=True)):
-                new.row, new.held, new.at = row, held, at
+            for row, (new, (_, place)) in enumerate(zip(moved, sources, strict=True)):
+                new.row, new.place = row, place
             self.sequences = moved
             return
-        for new, (source, held, at) in zip(moved, sources, strict=True):
-            free = self._row_for(len(held))
+        for new, (source, place) in zip(moved, sources, strict=True):
+            free = self._row_for(int(other.cache.counts[source]))
             if free is None:
                 new.row = self.cache.batch_size
                 self.cache = SlotStore.merge([self.cache, other.cache.extract(source)])
             else:
-                new.row, at = free, self.cache.adopt(other.cache, source, free)[at]
-            new.held, new.at = held, at
+                slots = self.cache.adopt(other.cache, source, free)
+                new.row, place = free, np.append(slots, NONE)[place]
+            new.place = place
             self.sequences.append(new)
         self.sequences.sort(key=lambda sequence: sequence.row)
 
@@ -499,14 +525,12 @@ class Batch:
     def waste(self) -> float:
         """Share of the slots in the cache that hold nothing of a running sequence."""
         slots = self.cache.batch_size * self.cache.n_slots
-        used = sum(len(sequence.held) for sequence in self.sequences) + self._n_drafted()
+        used = sum(s.n_held + s.n_drafted for s in self.sequences)
         return 1 - used / max(slots, 1)
 
-    def _n_drafted(self) -> int:
-        """Slots of drafts, of which some have been accepted at most."""
-        return sum(len(s.drafted.draft) for s in self.sequences if s.drafted is not None)
-
-    def compact(self, above: float, growth: Mapping[SequenceState, int] | None = None) -> bool:
+    def compact(
+        self, above: float = COMPACT_ABOVE, growth: Mapping[SequenceState, int] | None = None
+    ) -> bool:
         """Drop what no later step can see, if unused slots are more than a share ``above``.
 
         Args:
@@ -518,7 +542,8 @@ class Batch:
         live = [sequence.seen_by_next() for sequence in self.sequences]
         growth = growth or {}
         slots = self.cache.batch_size * self.width_after(growth)
-        used = sum(map(np.count_nonzero, live)) + sum(growth.values()) + self._n_drafted()
+        drafted = sum(s.n_drafted for s in self.sequences)
+        used = sum(map(len, live)) + sum(growth.values()) + drafted
         if slots - used <= above * slots:
             return False
         self.keep(live)
@@ -535,29 +560,27 @@ class Batch:
         if len(self.sequences) > 1 or self.cache.batch_size > 1:
             return False
         sequence = self.sequences[0]
-        return sequence.is_line and len(sequence.held) == self.cache.n_slots
+        return sequence.is_line and sequence.n_held == self.cache.n_slots
 
     def keep(self, live: list[np.ndarray]) -> None:
-        """Keep only these of each sequence's held slots, in as many rows as waste little."""
-        kept = [s.places_of(chosen) for s, chosen in zip(self.sequences, live, strict=True)]
+        """Keep only these slots of each sequence, in as many rows as waste little."""
         if len(self.sequences) == 1:
             sequence = self.sequences[0]
-            self.cache.rearrange_row(sequence.row, kept[0])
+            self.cache.rearrange_row(sequence.row, sequence.gather(live[0], 0))
             sequence.row = 0
-            sequence.keep(live[0], np.arange(len(kept[0])))
             return
-        row_of, counts = spread_evenly(np.array([len(places) for places in kept]), REPACKED_WASTE)
+        loads = [len(slots) + s.n_drafted for s, slots in zip(self.sequences, live, strict=True)]
+        row_of, counts = spread_evenly(np.array(loads), REPACKED_WASTE)
         rows = np.zeros((len(counts), counts.max()), np.int64)
-        slots = np.zeros_like(rows)
+        places = np.zeros_like(rows)
         filled = np.zeros(len(counts), np.int64)
-        for sequence, chosen, places, row in zip(self.sequences, live, kept, row_of, strict=True):
-            at = np.arange(filled[row], filled[row] + len(places))
+        for sequence, slots, n, row in zip(self.sequences, live, loads, row_of, strict=True):
+            at = slice(filled[row], filled[row] + n)
             rows[row, at] = sequence.row
-            slots[row, at] = places
-            filled[row] += len(at)
+            places[row, at] = sequence.gather(slots, filled[row])
             sequence.row = int(row)
-            sequence.keep(chosen, at)
-        self.cache.rearrange(rows, slots, counts)
+            filled[row] += n
+        self.cache.rearrange(rows, places, counts)
         self.sequences.sort(key=lambda sequence: sequence.row)
 
 

@@ -241,7 +241,7 @@ def replay(
             mask[query.index, [key.index for key in seen]] = True
             continue
         mask[query.index] = -np.inf
-        weights = lattice.key_weights.get(query.step)
+        weights = lattice.key_weights(query.step)
         siblings = sum(key.step == query.step for key in seen) > 1
         for key in seen:
             own = key is query and not siblings

@@ -1,18 +1,21 @@
 """Slots, steps and parallel sets: what a run computed and what it offers to read."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
 from ..view import snippet
 
-#: ``pruned_at`` of a slot that lives.
-NEVER = np.iinfo(np.int64).max
+#: In place of a slot where there is none.
+NONE = -1
 
-#: ``pruned_at`` of a slot that no step may see.
-ERASED = np.iinfo(np.int64).min
+#: What a lattice knows of a slot: its step; the tokens of its set; the slot that it continues,
+#: :data:`NONE` for the first one and for merged sets of several; and its weight as a key.
+_SLOT = np.dtype(
+    [("step", np.int64), ("set_size", np.int64), ("parent", np.int64), ("weight", np.float64)]
+)
 
 
 @dataclass(frozen=True)
@@ -35,37 +38,35 @@ class Slot:
 
 @dataclass(frozen=True, eq=False)
 class Slots:
-    """What visibility needs to know of S slots; every array is [S], integers.
+    """Slots of a lattice, as a rule of visibility sees them; every array is [S], integers.
 
     Args:
-        index: number of the slot, in order of appending.
-        step: step of its set; prompt tokens count down to -1 before step 0.
+        index: number of each slot, in order of appending.
+        step: of its set; prompt tokens count down to -1 before step 0.
         set_size: tokens in its set.
-        pruned_at: step after whose forward pass it was pruned, or :data:`NEVER`.
-        chains: where tokens have parents, for each slot the slots behind the prompt that lead to
-            it, itself the last; None where that is not known.
+        lattice: theirs.
     """
 
     index: np.ndarray
     step: np.ndarray
     set_size: np.ndarray
-    pruned_at: np.ndarray
-    chains: tuple[np.ndarray, ...] | None = None
+    lattice: "Lattice" = field(repr=False)
 
     def __len__(self) -> int:
         return len(self.index)
 
     def __getitem__(self, chosen: slice | np.ndarray) -> "Slots":
-        chains = self.chains
-        if chains is not None:
-            chains = tuple(chains[i] for i in np.arange(len(self))[chosen])
-        return Slots(
-            self.index[chosen],
-            self.step[chosen],
-            self.set_size[chosen],
-            self.pruned_at[chosen],
-            chains,
-        )
+        return Slots(self.index[chosen], self.step[chosen], self.set_size[chosen], self.lattice)
+
+    @property
+    def parent(self) -> np.ndarray:
+        """The slot that each continues; :data:`NONE` where it continues a whole set."""
+        return self.lattice.column("parent", self.index)
+
+    @property
+    def chains(self) -> tuple[np.ndarray, ...]:
+        """Of each slot, those behind the prompt that lead to it by their parents, itself last."""
+        return tuple(chain[chain != NONE][::-1] for chain in self.lattice.chains(self.index))
 
 
 @dataclass
@@ -168,107 +169,126 @@ class Lattice:
         self.steps: list[Step] = []
         #: p_i(x_j) of each set's tokens j in the rows i of the set before, [M, N]; by step
         self.transitions: list[np.ndarray] = []
-        #: key weights [S] that the rows of a step saw, by step; empty without weighting
-        self.key_weights: dict[int, np.ndarray] = {}
         #: every verdict on a set, in order
         self.pruning_decisions: list[PruningDecision] = []
-        length = len(prompt_tokens)
-        # Columns grow by doubling: a step appends in amortised constant time.
-        self._step = np.arange(-length, 0)
-        self._set_size = np.ones(length, np.int64)
-        self._pruned_at = np.full(length, NEVER)
-        self._weight = np.ones(length)
-        self.n_slots = length
-        self._chains: dict[int, np.ndarray] = {}
+        self.n_slots = length = len(prompt_tokens)
+        # Grows by doubling: a step appends in amortised constant time.
+        self._table = np.zeros(length, _SLOT)
+        self._table["step"] = np.arange(-length, 0)
+        self._table["parent"] = np.arange(-1, length - 1)
+        self._table["set_size"] = self._table["weight"] = 1
+        #: (slots, weights) of each :meth:`weigh`, and how many of them the rows of a step saw
+        self._weighings: list[tuple[list[int], np.ndarray]] = []
+        self._weighings_seen: dict[int, int] = {}
 
     def reserve(
-        self, n: int, step: int | np.ndarray, parents: Sequence[int] | None = None
+        self, n: int, step: int | np.ndarray, parents: Sequence[int] | np.ndarray | None = None
     ) -> Slots:
         """Append n slots, the set of ``step``; returns them.
 
         Args:
             n: at least 0.
             step: of the set, or of each slot, [n].
-            parents: the slot that each continues, of the set before or the prompt's last.
+            parents: the slot that each continues; None where it continues the set before.
         """
-        end = self.n_slots + n
-        if end > len(self._step):
-            grow = max(end, 2 * len(self._step)) - len(self._step)
-            self._step = np.concatenate([self._step, np.zeros(grow, np.int64)])
-            self._set_size = np.concatenate([self._set_size, np.ones(grow, np.int64)])
-            self._pruned_at = np.concatenate([self._pruned_at, np.full(grow, NEVER)])
-            self._weight = np.concatenate([self._weight, np.ones(grow)])
-        new = slice(self.n_slots, end)
-        self._step[new] = step
-        self._set_size[new] = n
-        self.n_slots = end
-        index = np.arange(new.start, end)
-        chains = None
+        start, end = self.n_slots, self.n_slots + n
+        if end > len(self._table):
+            more = np.zeros(max(end, 2 * len(self._table)) - len(self._table), _SLOT)
+            self._table = np.concatenate([self._table, more])
+        new = self._table[start:end]
+        new["step"], new["set_size"], new["weight"] = step, n, 1
         if parents is not None:
-            none = index[:0]
-            chains = tuple(
-                np.concatenate([self._chains.get(parent, none), index[i : i + 1]])
-                for i, parent in enumerate(parents)
-            )
-            # Only the last set's chains go on.
-            self._chains = dict(zip(index.tolist(), chains, strict=True))
-        return Slots(index, self._step[new], self._set_size[new], self._pruned_at[new], chains)
+            new["parent"] = parents
+        else:
+            # Where sets have one token, that is the slot before.
+            new["parent"] = start - 1 if n == 1 else NONE
+        self.n_slots = end
+        return self.of(np.arange(start, end))
 
     def ahead(self, steps: np.ndarray) -> Slots:
         """Slots that single tokens of these later steps would have, [n]; nothing is reserved."""
         n = len(steps)
-        index = self.n_slots + np.arange(n)
-        return Slots(index, steps, np.ones(n, np.int64), np.full(n, NEVER))
+        return Slots(self.n_slots + np.arange(n), steps, np.ones(n, np.int64), self)
 
-    def with_chains(self, slots: Slots) -> Slots:
-        """The slots with the chains that lead to them; none for the prompt's."""
-        parents = {token.slot: token.parent for step in self.steps for token in step.tokens}
-        chains = []
-        for slot in slots.index.tolist():
-            chain: list[int] = []
-            while slot in parents:
-                chain.append(slot)
-                slot = parents[slot]
-            chains.append(np.array(chain[::-1], np.int64))
-        return replace(slots, chains=tuple(chains))
+    def truncate(self, n: int) -> None:
+        """Forget all slots but the first n."""
+        self.n_slots = n
+
+    def column(self, name: str, slots: np.ndarray | None = None) -> np.ndarray:
+        """Step, set_size, parent or weight of slots; of all, in order of appending."""
+        column: np.ndarray = self._table[name][: self.n_slots]
+        return column if slots is None else column[slots]
+
+    def chains(self, slots: np.ndarray) -> np.ndarray:
+        """Each slot and those behind the prompt that lead to it by their parents, nearest first.
+
+        Found by doubling: who leads to a slot from twice as far leads to who leads to it.
+
+        Args:
+            slots: numbers, [n].
+
+        Returns:
+            slots [n, L], L at least the longest chain; :data:`NONE` where there is no more.
+        """
+        first = len(self.prompt_tokens)
+        # Counted from the first slot behind the prompt; NONE is the last entry and leads to itself.
+        before = np.append(np.maximum(self.column("parent")[first:] - first, NONE), NONE)
+        found = np.maximum(slots - first, NONE)[:, None]
+        while (further := before[found])[:, :1].max(initial=NONE) != NONE:
+            found, before = np.concatenate([found, further], axis=1), before[before]
+        return np.where(found == NONE, NONE, found + first)
 
     def tokens_to(self, slot: int | None) -> list[Token]:
         """The tokens of the chain that ends with a slot, where tokens have parents."""
-        tokens = {token.slot: token for step in self.steps for token in step.tokens}
-        chain = []
-        while slot in tokens:
-            chain.append(tokens[slot])
-            slot = tokens[slot].parent
-        return chain[::-1]
+        if slot is None:
+            return []
+        steps = self.column("step")
+        chain = self.chains(np.array([slot]))[0]
+        found = []
+        for each in chain[chain != NONE][::-1].tolist():
+            tokens = self.steps[steps[each]].tokens
+            found.append(tokens[each - tokens[0].slot])
+        return found
 
     @property
     def slots(self) -> Slots:
         """All slots, in order of appending."""
-        n = self.n_slots
-        return Slots(np.arange(n), self._step[:n], self._set_size[:n], self._pruned_at[:n])
+        return self.of(np.arange(self.n_slots))
+
+    def of(self, index: np.ndarray) -> Slots:
+        """The slots of these numbers."""
+        return Slots(index, self.column("step", index), self.column("set_size", index), self)
 
     @property
     def weights(self) -> np.ndarray:
         """Weight of each slot as a key, [S]; 1 unless a weighting has set it."""
-        return self._weight[: self.n_slots]
+        return self.column("weight")
 
     def weights_seen_by(self, queries: Slots) -> np.ndarray:
-        """:attr:`weights` as they stand; recorded as what the queries' steps saw."""
-        for step in np.unique(queries.step):
-            self.key_weights[int(step)] = self.weights.copy()
+        """:attr:`weights` as they stand; noted as what the queries' steps saw."""
+        self._weighings_seen |= dict.fromkeys(queries.step.tolist(), len(self._weighings))
         return self.weights
+
+    def key_weights(self, step: int) -> np.ndarray | None:
+        """Weights of keys [S] that the rows of a step saw; None without weighting."""
+        if step not in self._weighings_seen:
+            return None
+        seen = np.ones(self.n_slots)
+        for slots, weights in self._weighings[: self._weighings_seen[step]]:
+            seen[slots] = weights
+        return seen
 
     def weigh(self, slots: list[int], weights: np.ndarray) -> None:
         """Set the weights of a set's live tokens as keys; they are made to sum to 1."""
-        self._weight[slots] = weights / weights.sum()
+        self.weights[slots] = shares = weights / weights.sum()
+        self._weighings.append((slots, shares))
 
-    def apply(self, decision: PruningDecision, rule: str, erase: bool = False) -> None:
-        """Record a verdict: its pruned tokens are invisible after its step.
+    def apply(self, decision: PruningDecision, rule: str) -> None:
+        """Record a verdict.
 
         Args:
             decision: on the live tokens of one set.
             rule: name of the pruning rule.
-            erase: invisible to every step, as if they had never been there.
         """
         self.pruning_decisions.append(decision)
         tokens = {token.slot: token for token in self.steps[decision.set_step].tokens}
@@ -278,7 +298,6 @@ class Lattice:
             token.score = score
             if pruned:
                 token.pruned_at, token.pruned_by = decision.step, rule
-                self._pruned_at[slot] = ERASED if erase else decision.step
 
     def _repr_html_(self) -> str:
         """What a notebook shows, drawn by a script; a lattice does not know its prompt's text."""

@@ -1,13 +1,12 @@
 """A picture of who saw whom: the visibility of every slot to every other."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..lattice.lattice import NEVER, Lattice, Slots
-from ..rules.visibility import Visibility, may_attend, visibility_of
+from ..lattice.lattice import Lattice, Slots
+from ..rules.visibility import Visibility, may_attend
 from .figure import (
     GREY,
     INK,
@@ -62,22 +61,29 @@ def plot_mask(
     return finished(lambda: mask_figure(run, visibility), path, "mask")
 
 
-def visibility_matrix(slots: Slots, visibility: Visibility | str, shown: np.ndarray) -> np.ndarray:
+def visibility_matrix(
+    lattice: Lattice, visibility: Visibility | str, shown: np.ndarray, repairs: bool = False
+) -> np.ndarray:
     """Whether each query of ``shown`` may attend to each key of ``shown``: indices of MEANINGS.
 
     Args:
-        slots: all of the run.
+        lattice: of the run.
         visibility: a rule, or its name in :data:`tempo_mlx.rules.visibility.VISIBILITY`.
         shown: numbers of slots, [n].
+        repairs: whether what saw a pruned token was run again.
 
     Returns:
         integers [n, n], queries x keys.
     """
-    rule = visibility_of(visibility)
-    allowed = may_attend(rule, slots[shown], slots)[:, shown]
-    unpruned = replace(slots, pruned_at=np.full(len(slots), NEVER))
-    by_rule = may_attend(rule, unpruned[shown], unpruned)[:, shown]
-    return np.where(allowed, 1, np.where(by_rule, 2, 0))
+    slots = lattice.slots
+    by_rule = may_attend(visibility, slots[shown], slots)[:, shown]
+    unseen_from = np.full(len(slots), np.inf)
+    for step in lattice.steps:
+        for token in step.tokens:
+            if token.pruned_at is not None:
+                unseen_from[token.slot] = 0 if repairs else token.pruned_at + 1
+    lives = slots.step[shown, None] < unseen_from[shown]
+    return np.where(by_rule, np.where(lives, 1, 2), 0)
 
 
 def mask_figure(run: "GenerationResult | Lattice", visibility: Visibility | str) -> "Figure":
@@ -87,10 +93,8 @@ def mask_figure(run: "GenerationResult | Lattice", visibility: Visibility | str)
     lattice = run if isinstance(run, Lattice) else run.lattice
     left_out = max(0, len(lattice.prompt_tokens) - PROMPT_TOKENS)
     shown = np.arange(left_out, lattice.n_slots)
-    slots = lattice.slots
-    if visibility_of(visibility).has_parents:
-        slots = lattice.with_chains(slots)
-    matrix = visibility_matrix(slots, visibility, shown)
+    repairs = not isinstance(run, Lattice) and run.settings.repairs
+    matrix = visibility_matrix(lattice, visibility, shown, repairs)
 
     cell = min(LARGEST_CELL, LARGEST_MATRIX / len(shown))
     side = cell * len(shown)

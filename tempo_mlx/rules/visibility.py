@@ -1,8 +1,8 @@
 """Visibility rules: which slots each token may attend to.
 
-Under every rule a token sees itself, and never a later token or one that was pruned before it. The
-prompt is causal: each of its tokens sees all tokens before it. The rule decides which earlier slots
-and which siblings a generated token sees.
+Under every rule a token sees itself, and never a later token. The prompt is causal: each of its
+tokens sees all tokens before it. The rule decides which earlier slots and which siblings a
+generated token sees. A pruned slot is not among the keys any more.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from ..errors import TempoError
-from ..lattice.lattice import Slot, Slots
+from ..lattice.lattice import NONE, Slot, Slots
 from .rule import Named, called, find, name_of, stored
 
 #: Smaller weights are raised to this one. It hides a key as well as 0, with a finite logarithm.
@@ -144,14 +144,13 @@ class Recombined(Visibility):
     full_context = monotone = True
 
     def allowed(self, queries: Slots, keys: Slots) -> np.ndarray:
-        prompt = np.broadcast_to(keys.step < 0, (len(queries), len(keys)))
-        if queries.chains is None:
+        lattice = queries.lattice
+        if (queries.parent[queries.step >= 0] == NONE).any():
             raise TempoError("generated slots need parents under this visibility")
-        slots = 1 + max(int(keys.index.max()), int(queries.index.max()))
-        led = np.zeros((len(queries), slots), bool)
-        for row, chain in zip(led, queries.chains, strict=True):
-            row[chain] = True
-        return prompt | led.take(keys.index, axis=1)
+        # The last column takes what is none.
+        leads = np.zeros((len(queries), lattice.n_slots + 1), bool)
+        leads[np.arange(len(queries))[:, None], lattice.chains(queries.index)] = True
+        return (keys.step < 0) | leads.take(keys.index, axis=1)
 
     def sees(self, query: Slot, key: Slot) -> bool:
         return key.step < 0 or key.index in query.chain
@@ -205,7 +204,7 @@ def may_attend(rule: Visibility | str, queries: Slots, keys: Slots) -> np.ndarra
         allowed = allowed & earlier | (keys.index == queries.index[:, None])
         if prompt.any():
             allowed[prompt] = earlier[prompt]
-    return allowed & (keys.pruned_at >= queries.step[:, None])
+    return allowed
 
 
 def weighted_rows(

@@ -5,7 +5,7 @@ itself, so a node's probabilities are those of a sequential decode of its text.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
@@ -24,9 +24,6 @@ from .tree import NONE, ROOT, Tree
 
 #: (ids of a text's tokens behind the prompt, the text) -> its value in [0, 1].
 Value = Callable[[list[int], str], float]
-
-#: Share of slots of dropped branches above which the cache is compacted.
-COMPACT_ABOVE = 0.25
 
 
 @dataclass(frozen=True)
@@ -80,8 +77,8 @@ class TextEnvironment:
         self._longest = min(settings.max_tokens, room)
         #: why the longest text ends
         self.limit_reason = "context" if room < settings.max_tokens else "length"
-        self._slots: dict[int, int] = {}  # of the nodes that passed through the model
-        self._chains: dict[int, np.ndarray] = {ROOT: np.zeros(0, np.int64)}  # of those nodes
+        #: of the nodes that passed through the model
+        self._slots: dict[int, int] = {ROOT: len(prompt) - 1}
         self._logits: dict[int, mx.array] = {}  # of the nodes expanded last
         self._draws = 0
 
@@ -93,7 +90,7 @@ class TextEnvironment:
     @property
     def n_slots(self) -> int:
         """Slots in the cache."""
-        return len(self._sequence.held)
+        return self._batch.cache.n_slots
 
     def read_prompt(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Read the prompt, the root of the tree."""
@@ -188,47 +185,43 @@ class TextEnvironment:
         """
         self.committed.append(float(self.tree.prior[child]))
         numbers = self.tree.commit(child)
-        for name in ("_slots", "_chains", "_logits"):
+        for name in ("_slots", "_logits"):
             kept = {int(numbers[node]): known for node, known in getattr(self, name).items()}
             kept.pop(NONE, None)
             setattr(self, name, kept)
-        live = np.zeros(self._lattice.n_slots, bool)
-        live[: len(self._lattice.prompt_tokens)] = True
-        live[list(self._slots.values())] = True
-        live[self._chains.get(ROOT, np.zeros(0, np.int64))] = True
-        held = live[self._sequence.held]
-        if (~held).mean() > COMPACT_ABOVE:
-            self._batch.keep([held])
+        slots = np.array(list(self._slots.values()), np.int64)
+        live = np.zeros(self._lattice.n_slots + 1, bool)
+        live[: len(self.prompt)] = live[self._lattice.chains(slots)] = True
+        held = self._sequence.held
+        self._sequence.drop(held[~live[held]])
+        self._batch.compact()
         return numbers
 
     def _pass(self, nodes: list[int]) -> list[mx.array]:
         """Read the last tokens of nodes whose parents were read; the logits [V] of each."""
         tree = self.tree
-        parents = [self._chains[int(tree.parent[node])] for node in nodes]
+        parents = [self._slots[int(tree.parent[node])] for node in nodes]
         tokens = mx.array(tree.action[nodes].astype(np.int32))
-        logits, chains = self._append(tokens, tree.depth[nodes] - 1, parents)
-        for node, chain in zip(nodes, chains, strict=True):
-            self._slots[node], self._chains[node] = int(chain[-1]), chain
+        logits, slots = self._append(tokens, tree.depth[nodes] - 1, parents)
+        self._slots |= zip(nodes, slots, strict=True)
         return [logits[i] for i in range(len(nodes))]
 
     def _append(
-        self, tokens: mx.array, steps: np.ndarray, parents: Sequence[np.ndarray]
-    ) -> tuple[mx.array, list[np.ndarray]]:
-        """Append tokens behind chains of slots, in one forward pass.
+        self, tokens: mx.array, steps: np.ndarray, parents: list[int]
+    ) -> tuple[mx.array, list[int]]:
+        """Append tokens that continue these slots, in one forward pass.
 
         Returns:
-            logits [n, V], lazy, and the new chains.
+            logits [n, V], lazy, and the new slots.
         """
         n = len(parents)
         self._require_room(n)
-        queries = self._lattice.reserve(n, steps)
-        chains = [np.append(c, slot) for c, slot in zip(parents, queries.index, strict=True)]
-        queries = replace(queries, chains=tuple(chains))
+        queries = self._lattice.reserve(n, steps, parents)
         with mx.stream(generation_stream):
             logits, _ = self._batch.append(tokens, [(self._sequence, queries)], note=False)
         self.forward_tokens += n
         self.passes += 1
-        return logits, chains
+        return logits, queries.index.tolist()
 
     def _require_room(self, n: int) -> None:
         budget = self.settings.max_kv_bytes
@@ -237,7 +230,7 @@ class TextEnvironment:
         growth = {self._sequence: n}
         if self._batch.bytes_after(growth) > budget:
             # Without the room for more that is there.
-            self._batch.keep([np.ones(len(self._sequence.held), bool)])
+            self._batch.shrink()
         needed = self._batch.bytes_after(growth)
         if needed > budget:
             raise CacheBudgetError(
@@ -253,8 +246,8 @@ class TextEnvironment:
         missing = [node for node in going if node not in self._logits]
         if missing:
             self._logits |= dict(zip(missing, self._pass(missing), strict=True))
-        before = self._sequence.held, self._sequence.at, int(self._batch.cache.counts[0])
-        chains = [self._chains[node] for node in going]
+        before = self._lattice.n_slots
+        ends = [self._slots[node] for node in going]
         texts = [self.tokens(node) for node in going]
         logits = mx.stack([self._logits[node] for node in going]) if going else None
         for step in range(self.settings.depth):
@@ -278,10 +271,8 @@ class TextEnvironment:
             going = [going[i] for i in on]
             texts = [[*texts[i], int(picked[i])] for i in on]
             depths = np.array([len(found[node]) - 1 for node in going])
-            behind = [chains[i] for i in on]
-            logits, chains = self._append(ids[mx.array(on)], depths, behind)
-        self._sequence.held, self._sequence.at, count = before
-        self._batch.cache.truncate(count)
+            logits, ends = self._append(ids[mx.array(on)], depths, [ends[i] for i in on])
+        self._batch.take_back(self._sequence, before)
         return [found[node] for node in nodes]
 
     def _draw(self, allowed: mx.array, logits: mx.array) -> tuple[mx.array, mx.array]:

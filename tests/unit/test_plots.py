@@ -53,7 +53,6 @@ def make_lattice(sets, prompt=3, pruned=(), endings=()):
     for step, rank, when in pruned:
         token = lattice.steps[step].tokens[rank]
         token.pruned_at = when
-        lattice.slots.pruned_at[token.slot] = when
     for step, probability in endings:
         lattice.steps[step].endings.append(Ending(0, probability))
     return lattice
@@ -370,7 +369,9 @@ def may(rule, lattice, query, key):
     }
     if not rules[rule]:
         return 0
-    return 1 if q <= slots.pruned_at[key] else 2
+    pruned_at = {token.slot: token.pruned_at for step in lattice.steps for token in step.tokens}
+    when = pruned_at.get(key)
+    return 1 if when is None or q <= when else 2
 
 
 @pytest.mark.parametrize("rule", ["isolated", "visible", "hidden"])

@@ -201,7 +201,8 @@ def test_repair_equals_generating_without_the_token(model, visibility):
     state, before = state_of([[4, 20], [11], [5, 9]])
     slot = len(PROMPT) + 1
     verdict = PruningDecision(2, 0, 0.5, [slot - 1, slot], [1.0, 0.0], [False, True])
-    state.sequence.lattice.apply(verdict, "posterior", erase=True)
+    state.sequence.lattice.apply(verdict, "posterior")
+    state.sequence.drop([slot])
     state.recompute([(state.sequence, 0 if visibility == "visible" else 1)])
     repaired = np.array(state.sequence.passed())
     _, without = state_of([[4], [11], [5, 9]])
@@ -262,8 +263,8 @@ def test_attention_finds_the_token_that_later_queries_look_at():
         _, attention = state.append(mx.array(ids), queries, capture)
         pruner.attend(np.array(attention[0])[0], state.held)
     pruner.select(np.array([1.0]), np.ones((1, 1)))
-    assert pruner.prune() == 0
     kept, pruned = lattice.steps[0].tokens
+    assert pruner.prune() == [pruned.slot]
     assert kept.pruned_at is None and pruned.pruned_at == 1 and pruned.pruned_by == "attention"
     assert kept.score > 5 * pruned.score
 

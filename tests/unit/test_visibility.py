@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 @st.composite
 def lattices(draw):
-    """A lattice of a short prompt and up to six sets, some tokens pruned later."""
+    """A lattice of a short prompt and up to six sets."""
     lattice = Lattice([0] * draw(st.integers(1, 4)))
     last = [len(lattice.prompt_tokens) - 1]
     for step in range(draw(st.integers(1, 6))):
@@ -22,10 +22,6 @@ def lattices(draw):
             Token(0, "", 0.5, slot, parent) for slot, parent in zip(last, parents, strict=True)
         ]
         lattice.steps.append(Step(step, step, 0.1, tokens))
-    slots = lattice.slots
-    for slot in range(len(lattice.prompt_tokens), lattice.n_slots):
-        if draw(st.booleans()):
-            slots.pruned_at[slot] = slots.step[slot] + draw(st.integers(1, 3))
     return lattice
 
 
@@ -35,8 +31,6 @@ def parent_of(lattice, slot):
 
 def by_definition(rule, lattice, q, k):
     slots, length = lattice.slots, len(lattice.prompt_tokens)
-    if slots.pruned_at[k] < slots.step[q]:
-        return False
     if q == k:
         return True
     if rule in WITH_PARENTS:
@@ -56,7 +50,7 @@ def by_definition(rule, lattice, q, k):
 @pytest.mark.parametrize("rule", VISIBILITY)
 @given(lattices())
 def test_rule_is_its_definition(rule, lattice):
-    slots = lattice.with_chains(lattice.slots)
+    slots = lattice.slots
     mask = may_attend(rule, slots, slots)
     expected = [
         [by_definition(rule, lattice, q, k) for k in range(len(slots))] for q in range(len(slots))
@@ -67,20 +61,19 @@ def test_rule_is_its_definition(rule, lattice):
 @pytest.mark.parametrize("rule", VISIBILITY)
 @given(lattices())
 def test_what_one_pair_says_is_the_definition_too(rule, lattice):
-    chains = lattice.with_chains(lattice.slots).chains
+    chains = lattice.slots.chains
     rows = zip(lattice.slots.step.tolist(), lattice.slots.set_size.tolist(), chains, strict=True)
     slots = [Slot(i, step, size, frozenset(c.tolist())) for i, (step, size, c) in enumerate(rows)]
     for query in slots[len(lattice.prompt_tokens) :]:
         for key in slots[: query.index]:
-            if lattice.slots.pruned_at[key.index] >= query.step:
-                sees = VISIBILITY[rule].sees(query, key)
-                assert sees == by_definition(rule, lattice, query.index, key.index)
+            sees = VISIBILITY[rule].sees(query, key)
+            assert sees == by_definition(rule, lattice, query.index, key.index)
 
 
 @pytest.mark.parametrize("rule", VISIBILITY)
 @given(lattices())
 def test_no_row_is_masked_everywhere_and_nothing_sees_later_steps(rule, lattice):
-    slots = lattice.with_chains(lattice.slots)
+    slots = lattice.slots
     mask = may_attend(rule, slots, slots)
     assert mask.any(axis=1).all()
     assert not mask[slots.step[None] > slots.step[:, None]].any()
@@ -95,7 +88,7 @@ def test_prompt_is_causal(rule):
 @pytest.mark.parametrize("rule", VISIBILITY)
 @given(lattices(), st.integers(0, 10**6))
 def test_weights_are_added_as_logarithms_where_a_key_may_be_seen(rule, lattice, seed):
-    slots = lattice.with_chains(lattice.slots)
+    slots = lattice.slots
     weights = np.random.default_rng(seed).uniform(0.1, 1, len(slots))
     allowed = may_attend(rule, slots, slots)
     rows = weighted_rows(allowed, slots, slots, weights)
