@@ -234,8 +234,8 @@ class Lattice:
         # Counted from the first slot behind the prompt; NONE is the last entry and leads to itself.
         before = np.append(np.maximum(self.column("parent")[first:] - first, NONE), NONE)
         found = np.maximum(slots - first, NONE)[:, None]
-        while (further := before[found])[:, :1].max(initial=NONE) != NONE:
-            found, before = np.concatenate([found, further], axis=1), before[before]
+        while (further := before.take(found))[:, :1].max(initial=NONE) != NONE:
+            found, before = np.concatenate([found, further], axis=1), before.take(before)
         return np.where(found == NONE, NONE, found + first)
 
     def tokens_to(self, slot: int | None) -> list[Token]:
