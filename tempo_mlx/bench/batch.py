@@ -1,4 +1,4 @@
-"""Many prompts in one batch, beside mlx-lm's batches and beside one prompt after another."""
+"""Many prompts in one batch, compared with mlx-lm's batches and with one prompt at a time."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -27,7 +27,7 @@ SETS = "threshold 0.1"
 ONE_BY_ONE = {SINGLE: "threshold 1, one by one", SETS: "threshold 0.1, one by one"}
 
 MIN_SPEED_RATIO = 0.97
-#: Times the throughput of one prompt after another that a batch should have.
+#: Target for the throughput of a batch, relative to one prompt at a time.
 MIN_SPEEDUP = {8: 5.0, 16: 7.0}
 MAX_WASTE = 0.25
 
@@ -40,7 +40,7 @@ WASTE = "slots unused"
 
 @dataclass(frozen=True)
 class Taken:
-    """One run of a batch: all of it, its median step, and the tokens of its sets."""
+    """One run of a batch: its time, its median step time, and the tokens in its sets."""
 
     seconds: float
     step_seconds: float
@@ -50,18 +50,18 @@ class Taken:
 def bench_batch(
     subject: Subject, prompt_tokens: int, max_tokens: int, batch_sizes: Sequence[int]
 ) -> Result:
-    """Measure batches of prompts whose lengths differ by half, by turns.
+    """Measure batches of prompts of 3/4 to 5/4 of the mean length, in alternation.
 
-    Nothing ends a prompt early: end tokens count as ordinary ones on both sides.
+    No prompt ends early: both sides treat end tokens as ordinary tokens.
 
     Args:
         subject: the model.
-        prompt_tokens: of the prompts in the mean, at least 4.
+        prompt_tokens: mean tokens of a prompt, at least 4.
         max_tokens: steps, at least 4.
         batch_sizes: each at least 1.
 
     Raises:
-        TempoError: if the model's context cannot hold the runs.
+        TempoError: if the runs do not fit into the model's context.
     """
     # The longest prompt of a batch.
     subject.require_room(-(-5 * prompt_tokens // 4), max_tokens)
@@ -91,7 +91,7 @@ def bench_batch(
 def _variants(
     subject: Subject, size: int, prompt_tokens: int, settings: dict[str, Settings]
 ) -> dict[str, Callable[[], Taken]]:
-    """mlx-lm's batch and ours, and for some sizes ours one prompt after another."""
+    """mlx-lm's batch and ours, and for some sizes ours with one prompt at a time."""
     prompts = prompts_of(subject.tokenizer, size, prompt_tokens)
     model, endless = subject.model, without_end(subject.tokenizer)
     max_tokens = settings[SINGLE].max_tokens
@@ -106,7 +106,7 @@ def _variants(
 
 
 def _throughput(size: int, runs: dict[str, list[Taken]]) -> list[Row]:
-    """A line for each batch of this size: times, speeds, and what one by one takes over it."""
+    """Rows for each kind of batch of this size: times, speeds, and speed-ups over one by one."""
     rows = []
     for name in (STOCK, SINGLE, SETS):
         line = f"{size} x {name}"
@@ -125,7 +125,7 @@ def _throughput(size: int, runs: dict[str, list[Taken]]) -> list[Row]:
 
 
 def _speedups(size: int, name: str, runs: dict[str, list[Taken]]) -> dict[str, list[float]]:
-    """How many times faster a batch is than its prompts one by one, where both were run."""
+    """Speed-ups of a batch over its prompts one by one; empty if those were not run."""
     alone = runs.get(ONE_BY_ONE.get(name, ""))
     if alone is None:
         return {}
@@ -138,7 +138,7 @@ def _speedups(size: int, name: str, runs: dict[str, list[Taken]]) -> dict[str, l
 
 
 def _seconds(runs: Sequence[Taken]) -> tuple[list[float], list[float]]:
-    """Of a step and of a whole run, in each round."""
+    """Seconds of a step and of a whole run, in each round."""
     return [run.step_seconds for run in runs], [run.seconds for run in runs]
 
 
@@ -217,12 +217,12 @@ def _one_by_one(
 
 
 def _taken(start: float, times: list[float], tokens: int) -> Taken:
-    # The first step grows buffers; the last one computes nothing, its set was known before.
+    # Without the first step, which grows buffers, and the last, which needs no forward pass.
     return Taken(times[-1] - start, float(np.median(np.diff(times)[1:-1])), tokens)
 
 
 def _copies(subject: Subject, prompt: list[int], rows: int) -> list[Row]:
-    """Rows of one prompt: read as often, or read once and replicated, first tokens included."""
+    """Rows of one prompt and their first tokens: read separately, or once and replicated."""
     model = subject.model
 
     def read(n: int) -> Any:
@@ -255,7 +255,7 @@ def _copies(subject: Subject, prompt: list[int], rows: int) -> list[Row]:
         return time.perf_counter() - start
 
     group = f"{rows} rows of one prompt of {len(prompt)} tokens"
-    # A part of its own: the progress counts it as one.
+    # Not subject.alternate, because the progress counts this part as one.
     seconds = alternate({READ: reread, REPLICATED: replicated}, subject.rounds)
     before, after = memory[-1]
     return [
@@ -266,7 +266,7 @@ def _copies(subject: Subject, prompt: list[int], rows: int) -> list[Row]:
 
 
 def _largest_waste(subject: Subject, prompt_tokens: int, max_tokens: int) -> float:
-    """Of 24 prompts of very different lengths, 8 at a time, joining and leaving."""
+    """Largest share of unused slots for 24 prompts of very different lengths, 8 at a time."""
     rng = np.random.default_rng(0)
     lengths = rng.integers(2, 2 * prompt_tokens, 24)
     prompts = [prompt_of(subject.tokenizer, int(length)) for length in lengths]

@@ -1,4 +1,4 @@
-"""Decoding speed and memory: mlx-lm, ours at threshold 1, and sets of a forced width."""
+"""Decoding speed and memory: mlx-lm, ours at threshold 1, and sets of fixed width."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -22,12 +22,12 @@ from .runs import (
 from .setting import Subject, prompt_of, weight_bytes
 from .timing import copy_bandwidth
 
-#: What the targets ask for.
+#: Targets.
 MIN_SPEED_RATIO = 0.97
 MAX_MEMORY_RATIO = 1.05
 MAX_STEP_RATIO = 1.45
 TARGET_SIBLINGS = 8
-#: Our rise in time per step over a long run may exceed mlx-lm's by this factor, which is noise.
+#: Largest rise of our time per step over a long run, relative to mlx-lm's; the margin is noise.
 MAX_RISE_RATIO = 1.05
 
 GROUP, MACHINE, LONG = "decoding", "memory bandwidth", "a step as the cache grows"
@@ -40,19 +40,19 @@ def bench_decode(
     siblings: Sequence[int],
     long_steps: int = 0,
 ) -> Result:
-    """Measure mlx-lm, ours at threshold 1 and ours with sets of a forced width, by turns.
+    """Measure mlx-lm, ours at threshold 1 and ours with sets of fixed width, in alternation.
 
-    Nothing ends a run early: end tokens count as ordinary ones on both sides.
+    No run ends early: both sides treat end tokens as ordinary tokens.
 
     Args:
         subject: the model.
         prompt_tokens: length of the prompt, at least 1.
         max_tokens: steps of a run, at least 4.
-        siblings: widths of the forced sets, each at least 1.
-        long_steps: also decode this many steps at threshold 1 and by mlx-lm; 0 does not.
+        siblings: widths of the sets, each at least 1.
+        long_steps: also decode this many steps at threshold 1 and with mlx-lm; 0 for none.
 
     Raises:
-        TempoError: if the model's context cannot hold the runs.
+        TempoError: if the runs do not fit into the model's context.
     """
     model, visibility = subject.model, subject.visibility_of_sets
     subject.require_room(prompt_tokens, max(max_tokens, long_steps))
@@ -143,7 +143,7 @@ def _decoding(runs: dict[str, list[Run]], one: str, prompt_tokens: int, n_bytes:
 
 
 def _blocks(seconds: dict[str, list[float]], block: int) -> list[Row]:
-    """Times of a long run: a line for each block, both sides beside each other."""
+    """Times of a long run, with both sides in one row for each block."""
     rows = []
     for i, (stock, ours) in enumerate(zip(seconds[STOCK], seconds[SINGLE], strict=True)):
         name = f"steps {i * block + 1}-{(i + 1) * block}"
@@ -153,7 +153,7 @@ def _blocks(seconds: dict[str, list[float]], block: int) -> list[Row]:
 
 
 def rise(seconds: dict[str, list[float]]) -> Target:
-    """How much more our step slows from the first to the last block than mlx-lm's."""
+    """Slow-down of our steps from the first to the last block, relative to mlx-lm's."""
     stock, ours = seconds[STOCK], seconds[SINGLE]
     name = "rise of ms/step over a long run / mlx-lm's"
     return Target(name, "<=", MAX_RISE_RATIO, (ours[-1] / ours[0]) / (stock[-1] / stock[0]))

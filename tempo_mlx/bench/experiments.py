@@ -1,4 +1,4 @@
-"""Suites of many short runs: in one batch, one by one, in processes, by a command for each."""
+"""Suites of many short runs: in one batch, one by one, in processes, or one command for each."""
 
 import gc
 import shlex
@@ -35,16 +35,16 @@ MIN_OVER_SEQUENTIAL, MIN_OVER_RELOADING, MAX_CAPTURE = 8.0, 30.0, 1.15
 
 TIME, DIFFERING, LARGEST = "time of a run", "runs that differ", "largest difference"
 
-#: Runs that are measured by a command for each; all cost the same.
+#: Runs measured with one command for each; all cost the same.
 RELOADED = 10
 
-#: The built-in suite, with tokens drawn, so that every seed of every prompt is a run of its own.
+#: The built-in suite. Its tokens are drawn here, so every seed of every prompt is a separate run.
 SUITE = "parallel-attention"
 
 
 @dataclass(frozen=True)
 class Taken:
-    """One go of a variant: seconds for a run, and what came out."""
+    """One measurement of a variant: seconds for each run, and the outcomes."""
 
     seconds: float
     outcomes: dict[int, Outcome]
@@ -53,11 +53,11 @@ class Taken:
 def bench_experiments(
     subject: Subject, runs: int, max_tokens: int, batch_size: int, workers: int
 ) -> Result:
-    """Measure the same runs in every way to run a suite, by turns.
+    """Measure the same runs in every way of running a suite, in alternation.
 
-    The prompts, conditions and seeds are those of the built-in suite, with tokens drawn. Times are
-    of the runs with what is captured of them, not of reading the model before, except where it is
-    loaded by each worker, or for each run by a command of its own, as a loop in a shell would.
+    The prompts, conditions and seeds are those of the built-in suite, with tokens drawn. Times
+    include captures. They exclude loading the model, except when each worker loads it, or each run
+    loads it in a separate command, as in a shell loop.
 
     Args:
         subject: the model.
@@ -172,7 +172,7 @@ def _alone(suite: Suite, run: RunConfig) -> Suite:
 
 
 def _in_a_shell(suite: Suite, folder: Path) -> None:
-    """Run a suite by a command of its own."""
+    """Run a suite with a separate command."""
     file = folder.with_suffix(".yaml")
     file.write_text(yaml.safe_dump(suite.to_dict()), encoding="utf-8")
     command = [sys.executable, "-m", "tempo_mlx", "experiment", "run"]
@@ -186,7 +186,7 @@ def _in_a_shell(suite: Suite, folder: Path) -> None:
 def _differences(
     found: dict[int, Outcome], alone: dict[int, Outcome], allowed: float
 ) -> tuple[int, float]:
-    """Runs that differ from those one by one by more than is allowed, and by how much at most."""
+    """Number of runs that differ too much from those one by one, and the largest difference."""
     differing, largest = 0, [0.0]
     for number, outcome in found.items():
         for run, other in zip(outcome.runs, alone[number].runs, strict=True):

@@ -1,4 +1,4 @@
-"""What a step costs beside the model: steps of a model that has next to nothing to compute."""
+"""The cost of a step outside the model, measured with a model that computes almost nothing."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,10 +16,10 @@ from .setting import Progress, Subject, prompt_of
 
 LAYERS, WIDTH, VOCABULARY = 2, 64, 2048
 
-#: Tokens of the wide sets.
+#: Tokens in the wide sets.
 SIBLINGS = 4
 
-#: Milliseconds that a step may take beyond mlx-lm's.
+#: Targets: most milliseconds that a step takes beyond mlx-lm's.
 MAX_SINGLE, MAX_WIDE = 0.2, 0.7
 
 GROUP, STEP, BEYOND = "steps", "step", "beyond mlx-lm's"
@@ -30,9 +30,9 @@ class Variant:
     """One way to make steps.
 
     Args:
-        siblings: tokens of each step.
-        settings: of our generation; None is mlx-lm's.
-        most: milliseconds that a step may take beyond mlx-lm's; None sets no target.
+        siblings: tokens in each step.
+        settings: of our generation; None for mlx-lm's generation.
+        most: target for the milliseconds beyond mlx-lm's step; None for no target.
     """
 
     siblings: int = 1
@@ -56,16 +56,16 @@ VARIANTS = {
 
 
 def bench_host(prompt_tokens: int, max_tokens: int, rounds: int, progress: Progress) -> Result:
-    """Measure steps of mlx-lm, of ours at threshold 1 and of forced sets, by turns.
+    """Measure steps of mlx-lm, of ours at threshold 1 and of sets of fixed width, in alternation.
 
     The model is a llama with random weights. mlx-lm's steps end with the token on the host; ours
-    also find the token's text and record the step.
+    also look up the token's text and record the step.
 
     Args:
         prompt_tokens: length of the prompt, at least 1.
         max_tokens: steps of a run, at least 4.
         rounds: runs of each variant, at least 1; one more warms up.
-        progress: told what is measured.
+        progress: reports what is measured.
     """
     model = random_model(
         "llama",
@@ -116,5 +116,5 @@ def bench_host(prompt_tokens: int, max_tokens: int, rounds: int, progress: Progr
 
 
 def differences(greater: list[float], less: list[float]) -> list[float]:
-    """Of measurements that were taken next to each other."""
+    """Differences of paired measurements."""
     return [a - b for a, b in zip(greater, less, strict=True)]

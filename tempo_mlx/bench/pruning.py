@@ -1,4 +1,4 @@
-"""What pruning costs and what compaction saves."""
+"""The cost of pruning and the savings of compaction."""
 
 import gc
 import time
@@ -28,7 +28,7 @@ ALL_LAYERS = "attention, all layers"
 
 MAX_PRUNING_RATIO = 1.15
 MAX_CAPTURE_RATIO = 1.35
-#: What a compaction may hold at its worst, over the cache before it.
+#: Target for the peak memory of a compaction, relative to the cache before it.
 MAX_COMPACTION_PEAK = 1.3
 
 HALVED = "half of the tokens pruned"
@@ -42,12 +42,12 @@ def bench_pruning(
     Args:
         subject: the model.
         prompt_tokens: length of the prompt, at least 1.
-        siblings: tokens of each set, at least 2.
-        max_tokens: steps of the runs that are timed, at least 4.
+        siblings: tokens in each set, at least 2.
+        max_tokens: steps of the timed runs, at least 4.
         steps: lengths of the runs with and without compaction, each at least 4.
 
     Raises:
-        TempoError: if the model's context cannot hold the runs.
+        TempoError: if the runs do not fit into the model's context.
         UnsupportedModelError: if the model cannot see sets as isolated.
     """
     model = subject.model
@@ -67,7 +67,7 @@ def bench_pruning(
         )
         return GenerationResult(model, vocabulary, subject.name, "", Lattice(prompt), settings)
 
-    # A threshold of 0 judges every set and prunes nothing, so that all variants make one lattice.
+    # With threshold 0 every set is judged but nothing is pruned, so all lattices are the same.
     watching: dict[str, Any] = {"threshold": 0.0, "schedule": Constant()}
     prunings: dict[str, Pruning | None] = {
         OFF: None,
@@ -139,7 +139,7 @@ def _halved(
 
 
 def compaction_peak(model: PositionedModel, slots: int = 2048) -> float:
-    """Most memory held while a cache drops a quarter of its slots, over the cache's bytes."""
+    """Peak memory while a cache drops a quarter of its slots, relative to the cache's bytes."""
     cache = model.make_cache()
     model(mx.zeros((1, slots), mx.int32), np.arange(slots)[None], "causal", cache)
     mx.eval(cache.state)

@@ -1,4 +1,4 @@
-"""What a bench found: rows of measurements, beside what they should be."""
+"""Results of benches: rows of measurements, and targets."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -12,7 +12,7 @@ SCHEMA = 2
 
 @dataclass(frozen=True)
 class Spread:
-    """A repeated measurement: its median and its quartiles."""
+    """Median and quartiles of a repeated measurement."""
 
     median: float
     low: float
@@ -25,7 +25,7 @@ class Spread:
 
 
 def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Spread:
-    """Spread of the ratios of measurements that were taken next to each other."""
+    """Spread of the ratios of paired measurements."""
     return Spread.of([a / b for a, b in zip(numerators, denominators, strict=True)])
 
 
@@ -38,8 +38,8 @@ class Row:
         name: of the variant.
         measure: what was measured, such as "time of a step".
         unit: of the values: "s", "bytes", "bytes/s", "tokens/s", "nats"; "" for plain numbers.
-        values: one of each round, or a single one.
-        ratios: of the values to those of other variants, by the other's name, round by round.
+        values: one for each round, or a single one.
+        ratios: of the values to those of other variants, round by round, by the other's name.
     """
 
     group: str
@@ -71,7 +71,7 @@ def compared(
     """A row for each variant, with its ratios to each of the baselines.
 
     Args:
-        taken: name of the variant -> its values, those of one round at the same index.
+        taken: name of the variant -> its values, one for each round.
         baselines: names of variants.
     """
     return [
@@ -88,18 +88,18 @@ def compared(
 
 
 def single(group: str, measure: str, unit: str, taken: Mapping[str, float]) -> list[Row]:
-    """A row for each variant whose quantity is one number."""
+    """A row for each variant, with a single value."""
     return [Row(group, name, measure, unit, [one]) for name, one in taken.items()]
 
 
 @dataclass(frozen=True)
 class Target:
-    """A measurement beside what it should be.
+    """A target for a measurement.
 
     Args:
         name: what is measured.
         relation: ">=" or "<=".
-        wanted, value: the bound, and what was found.
+        wanted, value: the bound, and the measured value.
     """
 
     name: str
@@ -114,14 +114,14 @@ class Target:
 
 @dataclass(frozen=True)
 class Result:
-    """Everything that a bench found.
+    """The result of a bench.
 
     Args:
         bench: its name.
-        model: what it measured.
+        model: name of the model.
         setting: where and how it was measured, see :meth:`.setting.Subject.describe`.
         rows: the measurements.
-        targets: what some of them should be; those that were not taken are missing.
+        targets: for some of the measurements.
     """
 
     bench: str
@@ -143,6 +143,6 @@ class Result:
 
 
 def finder(rows: Sequence[Row]) -> Callable[[str, str], Row]:
-    """Finds a row by the name of its variant and its measure."""
+    """A function (name of a variant, measure) -> row."""
     found = {(row.name, row.measure): row for row in rows}
     return lambda name, measure: found[name, measure]

@@ -1,4 +1,4 @@
-"""Generations that are timed step by step."""
+"""Generation, timed step by step."""
 
 import gc
 import time
@@ -14,13 +14,13 @@ from ..errors import TempoError
 #: Variants of several benches.
 STOCK, SINGLE = "mlx-lm", "threshold 1"
 
-#: Below every probability that fp32 can tell from 0: a set is as wide as `max_parallel` allows.
+#: A threshold below every positive fp32 number, so sets are as wide as `max_parallel` allows.
 ANY = 1e-45
-#: Only a certain token reaches it: sets of one, found as every other set is, where threshold 1
-#: lets the loop start the next pass before the host has seen the token.
+#: A threshold for sets of one that takes the general path. Threshold 1 has a shortcut: the loop
+#: starts the next pass before the host has seen the token.
 NEARLY_ONE = 1 - 1e-9
 
-#: Steps at the start of a run whose times are dropped: buffers grow and caches warm up.
+#: Steps at the start of a run that are not timed, because buffers grow and caches warm up.
 WARM_UP = 2
 
 #: Blocks of a long run.
@@ -33,8 +33,8 @@ class Run:
 
     Args:
         step_seconds: median time of its steps, in seconds.
-        peak_bytes: the most memory that mlx held, weights included.
-        tokens: ids [steps, N] that it appended.
+        peak_bytes: mlx's peak memory, including weights.
+        tokens: generated ids, [steps, N].
     """
 
     step_seconds: float
@@ -67,15 +67,15 @@ def long_run(
     steps: int,
     tick: Callable[[str], None] = lambda name: None,
 ) -> dict[str, list[float]]:
-    """Decode ``steps`` steps on each side, taking turns block by block.
+    """Decode ``steps`` steps on each side, alternating after each block.
 
     Args:
         sides: name -> generation.
-        steps: of each, at least two for each of the :data:`LONG_BLOCKS` blocks.
+        steps: of each side, at least two for each of the :data:`LONG_BLOCKS` blocks.
         tick: called with the name of a side before each of its blocks.
 
     Returns:
-        for each side the median seconds per step, block after block.
+        for each side, the median seconds per step of each block.
     """
     block = steps // LONG_BLOCKS
     seconds: dict[str, list[float]] = {name: [] for name in sides}
@@ -87,7 +87,7 @@ def long_run(
                 next(sides[name])
                 stamps.append(time.perf_counter())
             seconds[name].append(float(np.median(np.diff(stamps))))
-            # What was started ahead must not run in the other side's time.
+            # Passes started ahead must not run in the other side's time.
             mx.synchronize(generation_stream)
     return seconds
 

@@ -1,4 +1,4 @@
-"""Scores of candidate words, beside three plainer ways to compute them with mlx-lm."""
+"""Scores of candidate words, compared with three simpler ways to compute them with mlx-lm."""
 
 import random
 import time
@@ -26,21 +26,22 @@ ALONE = "every text alone"
 PASSES = "context cached, a pass a word"
 PADDED = "context cached, a padded batch"
 
-#: Largest share of the budget that may be held.
+#: Target: most memory held, relative to the budget.
 MEMORY = 1.1
 
-#: Times faster that a call is whose contexts grew by one word.
+#: Target: speed-up of a second call whose contexts grew by one word.
 GROWN = 3.0
 
-#: A pass costs what it reads: the time of a word may exceed that with little held by this factor.
+#: Target: most time for a word with much memory held, relative to little. A pass should cost what
+#: it reads, not what is held.
 MAX_HELD = 1.05
 
 GROUP, LATER = "contexts x words", "second call, a word later"
 HELD, MANY = "one more word after a known context", "many contexts"
 CALL, DIFFERENCE, FASTER = "call", "largest difference", "times faster"
 
-#: Contexts of one call where there are many; texts of a call, and words of each, that are read to
-#: be held.
+#: Contexts in one call, if there are many; and number of texts, and words in each, of a call that
+#: fills the memory.
 IN_A_CALL, FILLING = 100, 20
 
 STORY = """the old man walked slowly down to the river because he wanted to see whether the boats
@@ -59,7 +60,7 @@ Scores = list[list[float]]
 
 @dataclass(frozen=True)
 class Workload:
-    """Contexts and their candidates, and how much faster ours should be than two of the others."""
+    """Contexts with their candidates, and targets for our speed-up over two of the other ways."""
 
     name: str
     contexts: list[str]
@@ -68,7 +69,7 @@ class Workload:
     over_passes: float | None
 
     def grown(self) -> "Workload":
-        """The next call of a beam search: every context with its first candidate."""
+        """The next call of a beam search: each context is extended by its first candidate."""
         pairs = zip(self.contexts, self.words, strict=True)
         contexts = [f"{context} {words[0]}" for context, words in pairs]
         return Workload(f"{self.name}, a word later", contexts, self.words, None, None)
@@ -95,7 +96,7 @@ def workloads(seed: int = 0) -> list[Workload]:
 
 
 class Plain:
-    """What one would write with mlx-lm: exact scores of words behind contexts."""
+    """Exact scores of words after contexts, written simply with mlx-lm."""
 
     def __init__(self, model: nn.Module, tokenizer: Any):
         self.model, self.tokenizer = model, tokenizer
@@ -106,7 +107,7 @@ class Plain:
         return before, both[len(before) :]
 
     def alone(self, contexts: Sequence[str], candidates: Sequence[Sequence[str]]) -> Scores:
-        """Every context with every word through the model by itself."""
+        """One pass for each context with each word."""
         return [
             [self._alone(*self._ids(context, word)) for word in words]
             for context, words in zip(contexts, candidates, strict=True)
@@ -117,7 +118,7 @@ class Plain:
         return float(_log_p(logits, word).sum())
 
     def passes(self, contexts: Sequence[str], candidates: Sequence[Sequence[str]]) -> Scores:
-        """Every context once, and a pass over the cached context for every word."""
+        """One pass for each context, and one for each word over the cached context."""
         scores = []
         for context, words in zip(contexts, candidates, strict=True):
             cache, last = self._read(context)
@@ -131,7 +132,7 @@ class Plain:
         return scores
 
     def padded(self, contexts: Sequence[str], candidates: Sequence[Sequence[str]]) -> Scores:
-        """Every context once, and one batch of its words over copies of its cache."""
+        """One pass for each context, and one batch of its words over copies of its cache."""
         scores = []
         for context, words in zip(contexts, candidates, strict=True):
             cache, last = self._read(context)
@@ -160,18 +161,18 @@ def _log_p(logits: mx.array, ids: list[int]) -> mx.array:
 
 
 def bench_score(subject: Subject, contexts: int, max_kv_bytes: int, held: Sequence[int]) -> Result:
-    """Time calls of the scorer and of plainer ones by turns, and hold many contexts.
+    """Time calls of the scorer and of simpler ways in alternation, and score many contexts.
 
     Args:
         subject: the model.
-        contexts: that are scored under ``max_kv_bytes``, at least 0.
-        max_kv_bytes: of that part.
-        held: bytes that a scorer holds while it reads one more word; sizes that do not fit in
-            memory together with those before them are left out; so are all where a model holds
-            nothing.
+        contexts: number of contexts scored under ``max_kv_bytes``, at least 0.
+        max_kv_bytes: memory limit for these contexts.
+        held: bytes that a scorer holds while it reads one more word. Sizes that do not fit in
+            memory together with the previous ones are left out. All are left out if the scorer
+            holds nothing for this model.
     """
     works = workloads()
-    # What is read in full passes holds nothing.
+    # Scoring by full passes holds nothing.
     holds = ContinuationScorer(subject.model, subject.tokenizer).stats().method == "tree"
     room = default_budget() if holds else 0
     fitting = [size for i, size in enumerate(held) if sum(held[: i + 1]) <= room]
@@ -204,12 +205,12 @@ def bench_score(subject: Subject, contexts: int, max_kv_bytes: int, held: Sequen
 
 
 def _workload(subject: Subject, work: Workload) -> tuple[list[Row], list[Target]]:
-    """A workload in every way, and ours a word later."""
+    """Measure a workload in every way, and ours again one word later."""
     plain = Plain(subject.model.model, subject.tokenizer)
     calls: list[tuple[float, float, int, int]] = []
 
     def ours() -> tuple[float, Scores]:
-        # The plain ways put nothing before a context.
+        # The simple ways put nothing before a context.
         scorer = ContinuationScorer(subject.model, subject.tokenizer, start=None)
         seconds, scores = _timed(scorer.score_continuations, work)
         first = scorer.stats().tokens_computed
@@ -259,7 +260,7 @@ def _timed(score: Callable[..., Scores], work: Workload) -> tuple[float, Scores]
 
 
 def _one_more_word(subject: Subject, held: Sequence[int]) -> list[Row]:
-    """Seconds of one more word after a known context, by the bytes that a scorer holds."""
+    """Time one more word after a known context, for each number of bytes held."""
     rng, vocabulary = random.Random(2), WORDS.split()
     words = vocabulary[:1]
 
@@ -273,7 +274,7 @@ def _one_more_word(subject: Subject, held: Sequence[int]) -> list[Row]:
         return scorer
 
     def next_word(scorer: ContinuationScorer, numbers: Iterator[int]) -> float:
-        # A number that no text has had: its tokens are read, and no others.
+        # The number is new, so only its tokens are read.
         context = f"{STORY} {next(numbers)}"
         start = time.perf_counter()
         scorer.score_continuations([context], [words])
@@ -287,7 +288,7 @@ def _one_more_word(subject: Subject, held: Sequence[int]) -> list[Row]:
 
 
 def _many(subject: Subject, contexts: int, max_kv_bytes: int) -> tuple[int, list[Row]]:
-    """Score short unrelated contexts; the most bytes that were held, and all that was measured."""
+    """Score short unrelated contexts; returns the most bytes held, and the rows."""
     scorer = ContinuationScorer(subject.model, subject.tokenizer, max_kv_bytes=max_kv_bytes)
     rng, vocabulary = random.Random(1), WORDS.split()
     largest, start = 0, time.perf_counter()

@@ -1,4 +1,4 @@
-"""Simulations in one sequence state, beside searches that reread texts or copy the cache."""
+"""Search in one sequence state, compared with searches that reread texts or copy the cache."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ from .result import Result, Target, compared, finder
 from .setting import Subject, prompt_of
 
 READING, COPYING = "rereading each text", "copying the cache for each branch"
-#: No token is less probable.
+#: A threshold that every token reaches.
 ANY = 1e-30
 
 MIN_OVER_READING, MIN_OVER_COPYING = 10.0, 2.0
@@ -26,7 +26,7 @@ TIME = "time"
 
 
 class Rereading(TextEnvironment):
-    """Reads a leaf's whole text, prompt included, whenever it expands it."""
+    """Reads a leaf's whole text, including the prompt, whenever the leaf is expanded."""
 
     def _pass(self, nodes: list[int]) -> list[mx.array]:
         logits = []
@@ -39,7 +39,7 @@ class Rereading(TextEnvironment):
 
 
 class Copying(TextEnvironment):
-    """Keeps a cache of its own for each node, copied from its parent's."""
+    """Keeps a separate cache for each node, copied from its parent's."""
 
     def read_prompt(self, progress: Callable[[int, int], None] | None = None) -> None:
         super().read_prompt(progress)
@@ -73,23 +73,23 @@ def ours_name(leaves: int) -> str:
 def bench_search(
     subject: Subject, prompt_tokens: int, simulations: int, leaves: Sequence[int]
 ) -> Result:
-    """Measure the simulations of a search's first token, by turns; reading the prompt is left out.
+    """Measure the simulations of a search's first token, in alternation, without the prompt.
 
     Args:
         subject: the model.
         prompt_tokens: at least 1.
         simulations: at least 1.
-        leaves: leaves in one pass, each at least 1.
+        leaves: numbers of leaves in one pass, each at least 1.
 
     Raises:
-        TempoError: if the model's context cannot hold the prompt.
+        TempoError: if the prompt does not fit into the model's context.
     """
     subject.require_room(prompt_tokens, 1)
     vocabulary = Vocabulary(without_end(subject.tokenizer))
     prompt = prompt_of(subject.tokenizer, prompt_tokens)
 
     def run(kind: type[TextEnvironment], in_pass: int) -> float:
-        # Wide and by turns, so that every simulation has a leaf of its own.
+        # A wide tree searched with uct, so every simulation has its own leaf.
         settings = SearchSettings(
             simulations=simulations, leaves_per_batch=in_pass, threshold=ANY, selection="uct"
         )

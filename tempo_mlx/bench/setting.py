@@ -1,4 +1,4 @@
-"""What is measured, on what: the model's weights, the prompt, the machine."""
+"""The subject of a bench: model, prompt and machine."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,15 +22,15 @@ TEXT = (
     "lit for years. A boy counted the gulls on the roof of the church and lost his place twice. "
 )
 
-#: What is measured at most: tokens of a prompt and steps of a run, tokens of a step, rounds.
+#: Limits: tokens of a prompt or steps of a run, tokens of a step, rounds.
 MOST_TOKENS, MOST_WIDTH, MOST_ROUNDS = 10**6, 4096, 10_000
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Bytes of weights that a step reads: all of them, a tied embedding table once.
+    """Bytes of weights that a step reads, counting a tied embedding table once.
 
-    Of an embedding table that is no output layer, a step reads a few rows, which do not count. Of
-    a mixture of experts all experts count, though a step of few tokens does not read all.
+    An embedding table that is not also the output layer is left out, because a step reads only a
+    few of its rows. All experts of a mixture count, although a step of few tokens reads only some.
     """
     total = _nbytes(model)
     modules = model.modules()
@@ -52,31 +52,31 @@ def _nbytes(module: nn.Module) -> int:
 
 
 def prompt_of(tokenizer: Any, length: int) -> list[int]:
-    """The first ``length`` token ids of a text that repeats."""
+    """The first ``length`` token ids of a repeated text."""
     ids = list(tokenizer.encode(TEXT))
     return (ids * -(-length // len(ids)))[:length]
 
 
 class Progress:
-    """How far a bench is; this one tells nobody."""
+    """Progress of a bench; this base class reports nothing."""
 
     def expect(self, ticks: int) -> None:
-        """Say how many things will be measured."""
+        """Announce the number of measurements."""
 
     def tick(self, what: str) -> None:
-        """Say what is measured next."""
+        """Announce the next measurement."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What a bench measures, and how often.
+    """The model that a bench measures, and how often.
 
     Args:
-        model: with its positions and caches.
+        model: to measure.
         tokenizer: mlx-lm's tokenizer wrapper.
-        name: of the model, by which ``load`` finds it again.
-        rounds: runs of each variant that count, at least 1; one more warms up.
-        progress: told what is measured.
+        name: of the model, as given to ``load``.
+        rounds: measured runs of each variant, at least 1; one more warms up.
+        progress: reports what is measured.
     """
 
     model: PositionedModel
@@ -94,17 +94,17 @@ class Subject:
         rounds: int,
         progress: Progress | None = None,
     ) -> "Subject":
-        """The subject for a model as ``load`` returns it."""
+        """The subject for a model from ``load``."""
         return cls(PositionedModel.of(model), tokenizer, name, rounds, progress or Progress())
 
     def expect(self, variants: int, more: int = 0) -> None:
-        """Say what will be measured: variants in every round, and more things once."""
+        """Announce the measurements: variants in every round, and ``more`` single ones."""
         self.progress.expect((self.rounds + 1) * variants + more)
 
     def alternate(
         self, variants: Mapping[str, Callable[[], T]], within: str = ""
     ) -> dict[str, list[T]]:
-        """Variants by turns, as :func:`.timing.alternate`; ``within`` precedes their names."""
+        """Run variants as :func:`.timing.alternate` does; ``within`` precedes their names."""
         return self.alternate_for(variants, self.rounds, within)
 
     def alternate_for(
@@ -114,7 +114,7 @@ class Subject:
         return alternate(variants, rounds, lambda name: self.progress.tick(within + name))
 
     def require_room(self, prompt_tokens: int, steps: int) -> None:
-        """Raise TempoError unless the model's context holds a prompt and the steps after it."""
+        """Raise TempoError unless a prompt and the steps after it fit into the model's context."""
         length = self.model.context_length
         if length is not None and prompt_tokens + steps > length:
             raise TempoError(
@@ -124,11 +124,11 @@ class Subject:
 
     @property
     def visibility_of_sets(self) -> str:
-        """Of sets that are measured: "isolated", or "recombined" where layers are recurrent."""
+        """The visibility to measure sets with: "isolated", or "recombined" for recurrent models."""
         return "recombined" if self.model.is_recurrent else "isolated"
 
     def describe(self, **sizes: Any) -> dict[str, Any]:
-        """Where and how it was measured, with the sizes of this bench."""
+        """Where and how the bench was run, with its sizes."""
         library = blas.info().library
         return {
             "architecture": self.model.architecture,

@@ -1,4 +1,4 @@
-"""Paired measurement: variants take turns, so that what slows the machine slows all of them."""
+"""Paired measurement: variants alternate, so disturbances of the machine affect all of them."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -8,7 +8,7 @@ import mlx.core as mx
 
 T = TypeVar("T")
 
-#: Size of the array whose copy gives the memory bandwidth: larger than any cache of a processor.
+#: Size of the array that is copied to measure memory bandwidth, larger than any processor cache.
 COPIED_BYTES = 1 << 28
 
 
@@ -17,18 +17,18 @@ def alternate(
     rounds: int,
     tick: Callable[[str], None] = lambda name: None,
 ) -> dict[str, list[T]]:
-    """Run every variant once in each round, every other round in reverse order.
+    """Run every variant once in each round, with the order reversed in every other round.
 
-    A first round warms up (memory, compiled kernels) and is not kept.
+    A first round warms up memory and compiled kernels and is discarded.
 
     Args:
-        variants: name -> a run that returns its measurement.
-        rounds: kept rounds, at least 1.
+        variants: name -> a function that runs the variant and returns its measurement.
+        rounds: measured rounds, at least 1.
         tick: called with the name of each variant before it runs.
 
     Returns:
-        for each variant its measurements, in the order of the rounds: entries of the same index
-        were taken next to each other.
+        for each variant, its measurements in the order of the rounds. Entries with the same index
+        are paired.
     """
     taken: dict[str, list[T]] = {name: [] for name in variants}
     for turn in range(rounds + 1):
@@ -41,11 +41,11 @@ def alternate(
 
 
 def copy_bandwidth(n_bytes: int = COPIED_BYTES, repeats: int = 5) -> float:
-    """Bytes that the device reads and writes in a second when it copies a large array."""
+    """Bytes per second that the device reads and writes when it copies a large array."""
     size = n_bytes // 4
     source = mx.zeros(size, mx.float32)
-    # Into memory that is there already: a fresh result would measure page faults. It is one
-    # longer than the source, because mlx would replace an array of equal size, not write it.
+    # Written into existing memory, because a new array would measure page faults. The target is
+    # one element longer, because mlx would replace an array of equal size instead of writing it.
     target = mx.zeros(size + 1, mx.float32)
     mx.eval(source, target)
     best = float("inf")

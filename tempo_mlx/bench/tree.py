@@ -1,6 +1,6 @@
-"""Branches of one prompt: in one sequence, in a row each, and one after another.
+"""Branches of one prompt: in one sequence, in one row for each, and one after another.
 
-Those of a hybrid model, too, whose recurrent layers keep a state for each branch.
+Also for a hybrid model, whose recurrent layers keep a state for each branch.
 """
 
 import time
@@ -29,7 +29,7 @@ HYBRID_TREE, HYBRID_STOCK = f"hybrid: {TREE}", f"hybrid: {STOCK}"
 TIME, CACHE = "time", "cache"
 MODEL, STATES = "hybrid model", "states of a branch"
 
-#: A hybrid model whose layers take longer than the host, with random weights.
+#: A hybrid model with random weights, large enough that layers take longer than the host.
 HYBRID = "qwen3_next"
 WIDTHS = {
     "vocab_size": 2 * MOST_WIDTH,
@@ -42,24 +42,24 @@ WIDTHS = {
 }
 
 MIN_OVER_SEPARATE, MIN_OVER_REPLICATE, MAX_BYTES = 4.0, 1.0, 0.5
-#: Every token qualifies.
+#: A threshold that every token reaches.
 ANY = 1e-45
 
 
 @dataclass(frozen=True)
 class Taken:
-    """One run: time from the first step to the last, and bytes of its caches at the end."""
+    """One run: seconds from the first step to the last, and bytes of its caches at the end."""
 
     seconds: float
     cache_bytes: int
 
 
 def bench_tree(subject: Subject, prompt_tokens: int, leaves: int, max_tokens: int) -> Result:
-    """Measure ``leaves`` branches of one prompt, ``max_tokens`` steps each, by turns.
+    """Measure ``leaves`` branches of one prompt, ``max_tokens`` steps each, in alternation.
 
-    The tree keeps that many leaves from its first step on. Separate runs and mlx-lm's batch decode
-    greedily, as many texts of as many tokens. Times leave the prompt out. A hybrid model with
-    random weights takes its turns, too, beside mlx-lm's batch of the same model.
+    The tree has this many leaves from its first step on. Separate runs and mlx-lm's batch decode
+    the same number of texts and tokens greedily. Times exclude the prompt. A hybrid model with
+    random weights is also measured, and compared with mlx-lm's batch of the same model.
 
     Args:
         subject: the model.
@@ -68,7 +68,7 @@ def bench_tree(subject: Subject, prompt_tokens: int, leaves: int, max_tokens: in
         max_tokens: at least 4.
 
     Raises:
-        TempoError: if the model's context cannot hold the runs.
+        TempoError: if the runs do not fit into the model's context.
     """
     subject.require_room(prompt_tokens, max_tokens)
     model, endless = subject.model, without_end(subject.tokenizer)

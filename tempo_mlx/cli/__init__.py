@@ -19,28 +19,28 @@ from ..interrupts import leave_on_interrupt
 from ..old_names import RenamedWarning
 from ..text.printable import visible
 
-#: Commands in the order of the help, each a module of this package -> what it does.
+#: Commands in the order of the help, each a module of this package -> its help.
 COMMANDS = {
     "generate": "Generate text with parallel token sets.",
-    "chat": "Talk with a model; each answer shows its parallel sets as they come.",
-    "search": "Search for a text by Monte Carlo tree search over one shared cache.",
-    "score": "Score words that may follow contexts, and rank them.",
-    "rescore": "Rank the hypotheses of a decoder again: n-best lists, lattices, tuning.",
-    "serve": "Serve a model over HTTP, as OpenAI's interface has it, with exact scores and sets.",
+    "chat": "Chat with a model; each answer shows its parallel sets as they are generated.",
+    "search": "Generate text by Monte Carlo tree search over one shared cache.",
+    "score": "Score and rank words that may follow contexts.",
+    "rescore": "Rerank the hypotheses of a decoder: n-best lists, lattices, tuning.",
+    "serve": "Serve a model over HTTP with OpenAI's API, with exact scores and sets.",
     "experiment": "Run suites of prompts, settings and seeds from one file, analyse them and write "
     "reports.",
     "schedule": "Show how a schedule moves a threshold over a run.",
-    "models": "List the models that run by name and those in the Hub's cache, or fetch one.",
-    "doctor": "Say what is installed, on what device, how fast, and what is missing.",
-    "bench": "Measure speed and memory on this machine. Variants take turns in one process; the "
+    "models": "List models that can be run by name and models in the Hub's cache, or fetch one.",
+    "doctor": "Report versions, device and speed, and what is missing.",
+    "bench": "Measure speed and memory on this machine. Variants alternate in one process; the "
     "tables show medians and quartiles. Targets are printed, never enforced.",
 }
 
 
 class Commands(TyperGroup):
-    """The commands by name; a command's module is imported when that command runs.
+    """The commands by name. A command's module is only imported when that command runs.
 
-    All of them take seconds to import, and the help needs none.
+    Importing all of them takes seconds, and the help needs none.
     """
 
     def list_commands(self, ctx: Any) -> list[str]:
@@ -72,7 +72,7 @@ app = _application(cls=Commands, context_settings={"help_option_names": ["-h", "
 
 
 def load_command(name: str) -> Any:
-    """A command with its options, whose module is imported for it.
+    """Import a command's module, and return the command with its options.
 
     Args:
         name: a key of :data:`COMMANDS`.
@@ -108,7 +108,7 @@ def root(
 
 
 def fail(message: str, code: int = 2) -> None:
-    """One line on standard error, then the exit code."""
+    """Print one line on standard error and exit with the code."""
     line = visible(" ".join(message.split()))
     print(f"tempo-mlx: error: {line}", file=sys.stderr)
     raise SystemExit(code)
@@ -128,11 +128,11 @@ def main() -> None:
         fail("interrupted", 130)
     except typer.TyperException as error:
         code = 0
-        # Without a message it has printed the help, which was all that was asked for.
+        # Without a message, the help was requested and has been printed.
         if message := error.format_message():
             fail(message)
     except BrokenPipeError:
-        # The reader of our output has left (`| head`), which is not an error.
+        # The reader of our output has exited (`| head`), which is not an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except (TempoError, OSError) as error:
@@ -144,7 +144,7 @@ def main() -> None:
 
 @contextmanager
 def _new_names_told() -> Iterator[None]:
-    """Print what is told of settings' old names as notes, each once."""
+    """Print warnings about old names of settings as notes, each once."""
     told = set()
     with warnings.catch_warnings():
         show = warnings.showwarning
@@ -162,8 +162,7 @@ def _new_names_told() -> Iterator[None]:
 
 
 def _prepare_streams() -> None:
-    """Let everything be printed: into nothing where a stream is closed, escaped where its encoding
-    has no such character."""
+    """Make printing safe: closed streams discard output, and unencodable characters are escaped."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
@@ -173,10 +172,10 @@ def _prepare_streams() -> None:
 
 
 def _described(error: Exception) -> str:
-    """What is wrong, and with which file."""
+    """The error's message, with the file that it concerns."""
     if not isinstance(error, OSError) or not error.strerror:
         return str(error) or type(error).__name__
-    # Whoever writes a file names it; what is printed goes to standard output.
+    # Errors in writing files name the file; without one, standard output was full.
     full = error.errno == errno.ENOSPC
     where = error.filename or ("standard output" if full else None)
     return f"{where}: {error.strerror}" if where else error.strerror

@@ -33,7 +33,7 @@ DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
 bench = typer.Typer(
     name="bench",
-    help="Measure speed and memory on this machine. Variants take turns in one process; the "
+    help="Measure speed and memory on this machine. Variants alternate in one process; the "
     "tables show medians and quartiles. Targets are printed, never enforced.",
     no_args_is_help=True,
 )
@@ -70,7 +70,7 @@ Rounds = Annotated[
         "--num-trials",
         "-n",
         callback=at_least(1, MOST_ROUNDS),
-        help="Runs of each variant that count, at least 1; a first round warms up.",
+        help="Measured runs of each variant, at least 1; a first round warms up.",
     ),
 ]
 
@@ -98,20 +98,20 @@ def decode(
             "-m",
             callback=at_least(4, MOST_TOKENS),
             help="Steps of each run, at least 4. A step of N siblings adds N slots to the cache, "
-            "so that attention costs more the longer a run is.",
+            "so attention becomes slower in longer runs.",
         ),
     ] = 24,
     rounds: Rounds = 7,
     siblings: Annotated[
         str,
-        typer.Option(help="Widths of the forced sets, at least 1 each, separated by commas."),
+        typer.Option(help="Widths of the sets, at least 1 each, separated by commas."),
     ] = "1,2,4,8,16",
     dtype: Annotated[
         str | None,
         typer.Option(
             metavar="|".join(DTYPES),
-            help="Cast the weights; of a quantised model, what is not packed in bits. "
-            "Default: as they are stored.",
+            help="Cast the weights, or the unpacked parts of a quantised model. Default: as "
+            "stored.",
         ),
     ] = None,
     long: Annotated[
@@ -119,18 +119,18 @@ def decode(
         typer.Option(
             "--long",
             help=f"Also decode {LONG_STEPS} steps on both sides and print the time per step in "
-            f"{LONG_BLOCKS} blocks: a rise beyond mlx-lm's is not attention over more slots.",
+            f"{LONG_BLOCKS} blocks. A larger rise than mlx-lm's is not due to attention.",
         ),
     ] = False,
     output: Measurements = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Decoding speed of mlx-lm, of ours at threshold 1, and of forced sets of N siblings.
+    """Decoding speed of mlx-lm, ours at threshold 1, and ours with sets of N siblings.
 
-    Forced means that every step keeps exactly N tokens, whatever their probabilities. "1 sibling"
-    are sets of one that the loop finds as it finds every set; at threshold 1 it knows beforehand
-    that there is one, and starts the next pass early. Bandwidth is the weights' bytes over the
-    time of a step, beside that of a plain copy of an array (read and written bytes).
+    Every step of a set of N siblings keeps exactly N tokens, whatever their probabilities. "1
+    sibling" takes the general path; threshold 1 knows that each set has one token and starts the
+    next pass early. Bandwidth is the weights' bytes over the time of a step, compared with that of
+    copying an array (bytes read and written).
     """
     widths = numbers(siblings, "--siblings", 1, MOST_WIDTH)
     if dtype is not None and dtype not in DTYPES:
@@ -151,10 +151,10 @@ def host(
     output: Measurements = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """What a step costs beside the model, where the model has next to nothing to compute.
+    """The cost of a step outside the model, measured with a model that computes almost nothing.
 
-    The model is a llama of two small layers with random weights, made here. mlx-lm's steps end
-    with the token on the host; ours also find its text and record the step.
+    The model is a llama with two small layers and random weights. mlx-lm's steps end with the token
+    on the host; ours also look up its text and record the step.
     """
     check_result("host", output, overwrite)
     with ticking() as progress:
@@ -168,9 +168,7 @@ def pruning(
     prompt_tokens: PromptTokens = 64,
     siblings: Annotated[
         int,
-        typer.Option(
-            callback=at_least(2, MOST_WIDTH), help="Tokens of each forced set, at least 2."
-        ),
+        typer.Option(callback=at_least(2, MOST_WIDTH), help="Tokens in each set, at least 2."),
     ] = 4,
     max_tokens: Steps = 24,
     rounds: Rounds = 7,
@@ -184,10 +182,10 @@ def pruning(
     output: Measurements = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Cost of each kind of evidence for pruning, and what compaction saves.
+    """Cost of each kind of evidence for pruning, and savings of compaction.
 
-    The timed runs judge every set and prune nothing, so that all variants make the same sets. The
-    long runs lose half of their tokens at random, without and with compaction of the cache.
+    The timed runs judge every set but prune nothing, so all variants have the same sets. The long
+    runs lose half of their tokens at random, with and without compaction of the cache.
     """
     lengths = numbers(steps, "--steps", 4, MOST_TOKENS)
 
@@ -217,10 +215,10 @@ def batch(
     output: Measurements = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Throughput of batches, beside mlx-lm's batches and one prompt after another.
+    """Throughput of batches, compared with mlx-lm's batches and with one prompt at a time.
 
-    The prompts of a batch differ in length by up to two thirds. Times of a step are those of a
-    forward pass and what belongs to it; times of a whole run include reading the prompts.
+    The prompts of a batch have 3/4 to 5/4 of the mean length. The time of a step includes the
+    forward pass and everything around it; the time of a whole run also includes the prompts.
     """
     sizes = numbers(batch_sizes, "--batch-sizes", 1, MOST_WIDTH)
 
@@ -242,9 +240,9 @@ def tree(
     output: Measurements = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Branches of one prompt in one sequence, in a row each, and one after another.
+    """Branches of one prompt in one sequence, in one row for each, and one after another.
 
-    Then those of a hybrid model with random weights, beside mlx-lm's batch.
+    Also for a hybrid model with random weights, compared with mlx-lm's batch.
     """
 
     def run(subject: Subject) -> Result:
@@ -259,7 +257,9 @@ def draft(
     prompts: Annotated[
         int,
         typer.Option(
-            "--prompts", callback=at_least(1, MOST_TOKENS), help="Of each kind of text, at least 1."
+            "--prompts",
+            callback=at_least(1, MOST_TOKENS),
+            help="Prompts of each kind of text, at least 1.",
         ),
     ] = 20,
     max_tokens: Annotated[
@@ -274,10 +274,11 @@ def draft(
     output: Measurements = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Decoding at threshold 1 with drafts, beside mlx-lm, on prose, questions, copies and code.
+    """Decoding at threshold 1 with drafts, and by mlx-lm, on prose, questions, copies and code.
 
-    Every prompt is run by mlx-lm and by ours without drafts and with each source of drafts, by
-    turns. Speeds are of the tokens after the first; ratios are of each prompt, their median shown.
+    Each prompt is run by mlx-lm, by ours without drafts, and by ours with each source of drafts, in
+    alternation. Speeds exclude the first token. The table shows the median over prompts of each
+    ratio.
     """
 
     def run(subject: Subject) -> Result:
@@ -306,10 +307,10 @@ def search(
     output: Measurements = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Simulations per second in one sequence state, by leaves in a pass; and of plainer searches.
+    """Simulations per second in one sequence state by leaves in a pass, and in simpler searches.
 
-    The others are the same search with another environment: one rereads the whole text of a leaf,
-    one keeps a copy of the cache for each node.
+    The simpler ones are the same search with another environment: one rereads the whole text of a
+    leaf, the other keeps a copy of the cache for each node.
     """
     widths = numbers(leaves, "--leaves", 1, MOST_WIDTH)
 
@@ -329,27 +330,27 @@ def score(
             "--contexts",
             "-c",
             callback=at_least(0, MOST_TOKENS),
-            help="Contexts that are scored under --max-kv-bytes; 0 for none.",
+            help="Contexts to score within --max-kv-bytes; 0 for none.",
         ),
     ] = 10_000,
     max_kv_bytes: Annotated[
-        str, typer.Option("--max-kv-bytes", help="Memory that these contexts may hold.")
+        str, typer.Option("--max-kv-bytes", help="Memory limit for these contexts.")
     ] = "100MB",
     held: Annotated[
         str,
         typer.Option(
-            help="Sizes of what is held while one more word is read, separated by commas; 'none' "
-            "for no such calls. Those that do not fit in memory are left out."
+            help="Memory held while one more word is read, sizes separated by commas, or 'none' to "
+            "skip this part. Sizes that do not fit in memory are left out."
         ),
     ] = "10MB,100MB,1GB",
     rounds: Rounds = 3,
     output: Measurements = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Candidate words in contexts: one trie of tokens beside three plainer ways, and its memory.
+    """Scoring candidate words with one trie of tokens, compared with three simpler ways; memory.
 
-    The others run every text alone; or a pass a word over the context's cache; or one padded
-    batch of words over copies of it.
+    The simpler ways run every text alone, or one pass for each word over the context's cache, or
+    one padded batch of words over copies of the cache.
     """
     require_effect(context, {"max_kv_bytes": (Need("contexts"),)})
     kv_bytes = parse_bytes(max_kv_bytes)
@@ -413,13 +414,13 @@ def experiments(
     output: Measurements = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """The runs of a suite: in one batch, one by one, in processes, and loading the model for each.
+    """The runs of a suite: in one batch, one by one, in processes, and with one command for each.
 
-    Every way runs the same prompts with the same seeds, and what it makes is compared with what
-    the runs make one by one.
+    Every way runs the same prompts with the same seeds. Its results are compared with those of the
+    runs one by one.
     """
     require_extra()
-    # What suites need is an extra.
+    # Suites need an extra.
     from ..bench.experiments import bench_experiments
     from ..experiments.session import MOST_WORKERS
 

@@ -1,4 +1,4 @@
-"""``tempo-mlx doctor``: what is here, what is missing, and whether every mode is exact."""
+"""``tempo-mlx doctor``: what is installed, what is missing, and whether every mode is exact."""
 
 import json
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ from ..io.console import Console
 from ..needs import Need
 from .effects import require_effect
 
-#: Version of what --json prints.
+#: Version of --json's output.
 SCHEMA = 1
 
 
@@ -38,27 +38,27 @@ def doctor(
         bool,
         typer.Option(
             "--check",
-            help="Run the oracles on this device, in about a minute: is every mode exact here, in "
-            "fp32, fp16, bf16 and 4 bits? Exit code 1 if one is not.",
+            help="Check on this device, in about a minute, that every mode is exact in fp32, fp16, "
+            "bf16 and 4 bits. Exit code 1 if one is not.",
         ),
     ] = False,
     everything: Annotated[
         bool,
         typer.Option(
             "--all",
-            help="With --check: also the models that are slow on this device.",
+            help="With --check: also check models that are slow on this device.",
         ),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
-    """Say what is installed, on what device, how fast, and what is missing.
+    """Report versions, device and speed, and what is missing.
 
-    Below the table it says how to fix what is missing. With --check, runs are compared with an
-    uncached replay, with stock mlx-lm and with NumPy.
+    Instructions for fixing what is missing follow the table. With --check, runs are compared with
+    an uncached replay, with stock mlx-lm and with NumPy.
     """
     require_effect(context, {"everything": (Need("check"),)})
     if check:
-        # Before the first product of the process, which fixes it.
+        # The setting must precede the first product of the process.
         request_full_precision()
     console = Console(highlight=False)
     findings = examine()
@@ -80,7 +80,7 @@ def with_progress(everything: bool) -> list[Check]:
     with Progress(
         *columns, console=console, transient=True, disable=not console.is_terminal
     ) as progress:
-        # How many checks there are depends on the device, and is not known before.
+        # The number of checks depends on the device and is not known in advance.
         task = progress.add_task("", total=None)
 
         def tell(what: str) -> None:
@@ -90,7 +90,7 @@ def with_progress(everything: bool) -> list[Check]:
 
 
 def to_dict(findings: Sequence[Finding], checks: Sequence[Check], checked: bool) -> dict[str, Any]:
-    """What --json prints."""
+    """The output of --json."""
     return {
         "schema": SCHEMA,
         "findings": [asdict(finding) for finding in findings],
@@ -101,7 +101,7 @@ def to_dict(findings: Sequence[Finding], checks: Sequence[Check], checked: bool)
 
 def check_to_dict(check: Check) -> dict[str, Any]:
     difference = check.difference
-    # JSON has no NaN; the verdict and the note say what happened.
+    # JSON has no NaN; the verdict and the note show the failure.
     if difference is not None and not isfinite(difference):
         difference = None
     return {**asdict(check), "difference": difference, "verdict": check.verdict}
@@ -122,7 +122,7 @@ def print_findings(findings: Sequence[Finding], console: Console) -> None:
 
 
 def print_checks(checks: Sequence[Check], console: Console) -> None:
-    """One table for each model: oracles down, precisions across."""
+    """Print one table for each model, with oracles as rows and precisions as columns."""
     for name in dict.fromkeys(check.model for check in checks):
         mine = [check for check in checks if check.model == name]
         forms = [form for form in FORMS if any(check.form == form for check in mine)]

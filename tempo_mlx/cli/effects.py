@@ -1,4 +1,4 @@
-"""Options that a user typed and that can change nothing beside the others."""
+"""Refuse options that have no effect in combination with the others."""
 
 from collections.abc import Mapping
 from dataclasses import fields
@@ -12,12 +12,12 @@ from ..needs import NEEDS, Need, Needs, told, unmet
 from ..rules.pruning import Pruning
 from .options import flag_of
 
-#: What a report on the screen needs: neither the text alone nor the result as JSON in its place.
+#: Conditions for printing a report: not only the text is printed, and not JSON instead.
 PRINTED = (Need("quiet", absent=True), Need("output", (STANDARD_OUTPUT,), absent=True))
 
 
 def typed(context: typer.Context) -> dict[str, str]:
-    """The options on the command line: name of the parameter -> the option, "--beam-width"."""
+    """The options given on the command line: parameter name -> option, such as "--beam-width"."""
     return {
         name: flag
         for name, flag in _flags(context).items()
@@ -26,16 +26,17 @@ def typed(context: typer.Context) -> dict[str, str]:
 
 
 def require_effect(context: typer.Context, needs: Needs, *cases: Mapping[str, Any]) -> None:
-    """Refuse options that were typed and have no effect.
+    """Refuse options that were given and have no effect.
 
     Args:
         context: of the command.
-        needs: of its options, by the names of the command's parameters.
-        cases: values of the settings in each run of the command, by name; where none are given,
-            or a name is not among them, what was typed counts. One case with an effect is enough.
+        needs: conditions of its options, by parameter name.
+        cases: values of the settings in each run of the command, by name. Without cases, or for
+            names that a case does not have, the given options are used. An option is accepted if it
+            has an effect in at least one case.
 
     Raises:
-        TempoError: naming the first such option and what it needs.
+        TempoError: naming the first such option and its condition.
     """
     flags = _flags(context)
     for name, flag in typed(context).items():

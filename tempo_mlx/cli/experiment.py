@@ -20,7 +20,7 @@ from .experiment_analysis import MISSING, analyze, plot, report
 from .options import AdapterPath, Overwrite, output_file
 from .outputs import Output, check_outputs, json_where
 
-#: Packages of the extra that brings them.
+#: Packages of the extra ``experiments`` that runs of suites need.
 NEEDED = ("pandas", "psutil", "pyarrow", "pydantic", "yaml")
 
 #: Default folder of suites.
@@ -28,7 +28,7 @@ RUNS = Path("runs")
 
 _HERE = Need("scheduler", absent=True)
 
-#: What options of `run` need to have an effect.
+#: Conditions under which options of `run` have an effect.
 RUN_OPTIONS: Needs = {
     "runner": (_HERE,),
     "batch_size": (_HERE, Need("runner", ("batched",))),
@@ -69,7 +69,7 @@ def run(
             "--output",
             "-o",
             metavar="DIR",
-            help="Folder of the suite; runs that are done there are kept. Default: runs/ and the "
+            help="Folder of the suite; finished runs in it are kept. Default: runs/ and the "
             "suite's name.",
         ),
     ] = None,
@@ -101,14 +101,14 @@ def run(
         str | None,
         typer.Option(
             metavar="SIZE",
-            help="Memory for keys, values and states, such as 800MB; default: half of it.",
+            help="Memory for keys, values and states, such as 800MB; default: half of the memory.",
         ),
     ] = None,
     capture: Annotated[
         str | None,
         typer.Option(
             metavar="reductions|full|none",
-            help="What to keep beside the tokens, in place of the suite's captures: attention "
+            help="What to store besides the tokens, instead of the suite's captures: attention "
             "received, its entropy by head, the most probable tokens and divergences "
             "(reductions); attention matrices as well (full); or nothing (none).",
         ),
@@ -120,15 +120,15 @@ def run(
         float,
         typer.Option(
             metavar="SHARE",
-            help="Share of the runs to repeat alone, to compare tokens, probabilities and "
-            "captures, [0, 1]. A mismatch fails the suite.",
+            help="Share of the runs to repeat alone and compare in tokens, probabilities and "
+            "captures, in [0, 1]. A mismatch fails the suite.",
         ),
     ] = 0.0,
 ) -> None:
-    """Run a suite, or the rest of it.
+    """Run a suite, or resume it.
 
-    Stop it at any time; rerun the same command to resume. Failed runs are retried. Exit code 1 if a
-    run failed or a comparison found a mismatch.
+    You can stop it at any time and rerun the same command to resume. Failed runs are retried. Exit
+    code 1 if a run failed or a comparison found a mismatch.
     """
     require_extra()
     from ..experiments.session import RUNNERS, STARTING, Options, Session, Status
@@ -221,11 +221,9 @@ def run(
 @app.command("status")
 def status(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a suite.")],
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print it as JSON and nothing else.")
-    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print only JSON.")] = False,
 ) -> None:
-    """Show how far a suite is: runs by state, failures, time left."""
+    """Show the progress of a suite: runs by state, failures, time left."""
     require_extra()
     from ..experiments.progress import read_progress
     from ..experiments.store import DONE, FAILED
@@ -251,7 +249,7 @@ def schema(
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", metavar="FILE", parser=output_file, help="Write it to a file."
+            "--output", "-o", metavar="FILE", parser=output_file, help="Write it to this file."
         ),
     ] = None,
     overwrite: Overwrite = False,

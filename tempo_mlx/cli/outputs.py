@@ -1,4 +1,4 @@
-"""The files that a command writes: checked before its work starts, written at its end."""
+"""A command's output files: checked before its work starts, written at its end."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,13 +25,13 @@ from ..view.html import BEGINNING
 
 @dataclass(frozen=True)
 class Output:
-    """A file that a command is to write.
+    """An output file of a command.
 
     Args:
         argument: that names it, for messages.
-        path: None where the user wants none.
-        ours: whether a file that is there is an earlier output of the same command, which may be
-            replaced; raises OSError if it cannot be read.
+        path: None if the output is not requested.
+        ours: whether an existing file is an earlier output of the same command, which may be
+            replaced; raises OSError if the file cannot be read.
     """
 
     argument: str
@@ -42,17 +42,17 @@ class Output:
 def check_outputs(
     outputs: Sequence[Output], inputs: Mapping[str, Path | None], overwrite: bool
 ) -> None:
-    """Refuse to write where something would be lost.
+    """Refuse outputs that would destroy something.
 
     Args:
         outputs: of the command.
-        inputs: its input files by argument; None where there is none.
+        inputs: its input files by argument; None for those not given.
         overwrite: whether files that this command did not write may be replaced.
 
     Raises:
-        TempoError: if an output cannot be written, is an input, another output or a standard
-            stream that goes into a file, or if it exists and this command did not write it; or
-            if there is nothing to overwrite.
+        TempoError: if an output cannot be written; if it is also an input, another output, or the
+            target of a redirected standard stream; if it exists and this command did not write it;
+            or if ``overwrite`` has no effect.
     """
     wanted = [(each, each.path) for each in outputs if each.path is not None]
     if overwrite and not wanted:
@@ -87,7 +87,7 @@ def _holds_something(path: Path) -> bool:
 
 
 def is_standard_output(path: Path | None) -> bool:
-    """Whether an output goes to standard output, where no other text may be mixed into it."""
+    """Whether an output is standard output, so nothing else may be printed there."""
     return path is not None and descriptor(path) == 1
 
 
@@ -108,7 +108,7 @@ def json_where(test: Callable[[dict[str, Any]], bool]) -> Callable[[Path], bool]
 
 
 def beginning(*starts: bytes) -> Callable[[Path], bool]:
-    """Recognises files by their first bytes, or fewer if a kill cut them short."""
+    """Recognises files by their first bytes, or fewer if the file was cut short."""
 
     def ours(path: Path) -> bool:
         with path.open("rb") as file:
@@ -139,10 +139,10 @@ PAGE = beginning(BEGINNING.encode())
 
 
 class Written:
-    """Writes the outputs of a command, each even if others fail, and says so.
+    """Writes all outputs of a command even if some fail, and prints a note for each.
 
     Args:
-        notes: where it is said.
+        notes: console for the notes.
     """
 
     def __init__(self, notes: Console):
@@ -151,7 +151,7 @@ class Written:
 
     @contextmanager
     def output(self, path: Path, what: str = "written") -> Iterator[None]:
-        """Around what writes an output; an error waits for :meth:`finish`."""
+        """Context for writing an output; an error is postponed until :meth:`finish`."""
         try:
             yield
         except OSError as error:

@@ -1,4 +1,4 @@
-"""``tempo-mlx generate --prompts-file``: many prompts in one batch, one result a line."""
+"""``tempo-mlx generate --prompts-file``: many prompts in one batch, one result for each line."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -26,7 +26,7 @@ from ..weights.fingerprint import identify
 from .chat_template import Template
 from .outputs import beginning
 
-#: Recognises files that :class:`ResultsFile` goes on with, or says why not.
+#: Recognises files that :class:`ResultsFile` continues or refuses with a reason.
 RESULTS = beginning(b'{"row": ')
 
 
@@ -36,9 +36,9 @@ class Job:
 
     Args:
         number: of the row.
-        prompt: as the model gets it.
+        prompt: as passed to the model.
         settings: of the row.
-        joined: the prompt with the prompt cache, if there is one.
+        joined: the prompt joined to the prompt cache, if there is one.
     """
 
     number: int
@@ -53,7 +53,7 @@ def runnable(rows: list[PromptRow], defaults: Settings) -> list[Settings]:
 
 
 def notes_on(rows: list[PromptRow], defaults: Settings) -> list[str]:
-    """Notes on the settings of all rows, and on those that only some rows have."""
+    """Notes on settings: those that apply to all rows, and those of some rows only."""
     found: dict[str, list[PromptRow]] = {}
     common: list[set[str]] = []
     for row, settings in _runnable(rows, defaults):
@@ -88,11 +88,10 @@ def generate_from_file(
     prompt_cache: PromptCache | None = None,
     overwrite: bool = False,
 ) -> int:
-    """Generate from every row that the output does not hold yet.
+    """Generate from every row that is not in the output yet, and retry failed rows.
 
     Returns:
-        how many rows failed; those that failed in the run that this one goes on with are tried
-        again.
+        how many rows failed.
     """
     positioned = PositionedModel.of(model)
     failed: dict[int, str] = {}
@@ -157,12 +156,12 @@ def generate_from_file(
 
 
 def key_of(row: PromptRow, job: Job | None, common: Sequence[Any]) -> str:
-    """What identifies a row's result.
+    """The key that identifies a row's result.
 
     Args:
         row: of the file.
-        job: how it is run, None if it cannot be.
-        common: what decides the results of all rows beside their prompts and settings.
+        job: for the row; None if the row cannot be run.
+        common: everything else that determines the results of all rows.
     """
     if job is None:
         return row_key(SCHEMA, row.id, row.prompt, row.error, *common)
@@ -175,7 +174,7 @@ def key_of(row: PromptRow, job: Job | None, common: Sequence[Any]) -> str:
 
 
 def join_note(cache: PromptCache, joined: Sequence[JoinedPrompt]) -> str:
-    """What a prompt cache is to prompts, in a line; at least one prompt."""
+    """One line on how prompts, at least one, use a prompt cache."""
     n = len(cache.tokens)
     appended = sum(prompt.appended for prompt in joined)
     if len(joined) == 1 and appended:
@@ -198,7 +197,7 @@ def record(row: PromptRow, outcome: GenerationResult | Failure, paths: int = 1) 
 
 
 def summary(status: BatchStatus) -> str:
-    """How fast a batch goes and what it holds, in a line."""
+    """One line on the speed and memory of a batch."""
     seconds = status.seconds or 1.0
     parts = [
         f"{status.running} running",
@@ -216,7 +215,7 @@ def summary(status: BatchStatus) -> str:
 def results_sink(
     output: Path | None, keys: list[str], overwrite: bool
 ) -> "ResultsFile | RecordStream":
-    """What takes the records of rows: a file that outlives a kill, or else a stream.
+    """Where to write the records of rows: a resumable file if possible, otherwise a stream.
 
     Args:
         output: None for standard output.

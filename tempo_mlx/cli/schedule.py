@@ -18,13 +18,13 @@ from .effects import require_effect
 from .options import Overwrite
 from .outputs import Output, check_outputs, picture, say_written
 
-#: Rows of the curve in the terminal, an odd number, so that one row is half the base.
+#: Rows of the curve in the terminal, an odd number, so one row is at half the base.
 ROWS = 13
 
-#: Steps whose thresholds are worth a line each.
+#: Most steps of a run, each of which is a line of the table.
 MOST_STEPS = 100_000
 
-#: Columns of the curve; beyond the most, it is no easier to read.
+#: Fewest and most columns of the curve; more are not easier to read.
 FEWEST_COLUMNS, MOST_COLUMNS = 10, 100
 
 #: Bits of the dots of a Braille character, [row][column], over U+2800.
@@ -67,8 +67,8 @@ def schedule(
 ) -> None:
     """Show how a schedule moves a threshold over a run.
 
-    The threshold at a step is base x f(t), t = step / steps. The steps of a run count from 0: it
-    ends one step before t = 1, the last value shown.
+    The threshold at a step is base x f(t) with t = step / steps. Steps count from 0, so a run ends
+    one step before t = 1, which is the last value shown.
     """
     require_effect(context, {"values": (Need("as_json", absent=True),)})
     curve = parse_schedule(schedule)
@@ -94,7 +94,7 @@ def schedule(
 
 
 def print_curve(curve: Callable[[float], float], steps: int, base: float, console: Console) -> None:
-    """The curve between its axes, as wide as the console."""
+    """Print the curve with axes, as wide as the console."""
     fine = "utf" in console.encoding.lower()
     corner, level, upright = "└─│" if fine else "+-|"
     marks = {0: f"{base:g}", ROWS // 2: f"{base / 2:g}", ROWS - 1: "0"}
@@ -124,7 +124,7 @@ def draw(curve: Callable[[float], float], columns: int, rows: int, fine: bool) -
     cells = [[0] * columns for _ in range(rows)]
     for x, level in enumerate(levels):
         before = levels[max(0, x - 1)]
-        # Where it is steep, dots above or below join it to the column before.
+        # In steep parts, dots above or below connect it to the previous column.
         for y in range(min(level, before + 1), max(level, before - 1) + 1):
             row, dot = divmod(height - 1 - y, down)
             cells[row][x // across] |= DOTS[dot][x % across]

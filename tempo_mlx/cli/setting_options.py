@@ -1,4 +1,4 @@
-"""Options made of the table of settings, see :mod:`tempo_mlx.rules.table`."""
+"""Command-line options derived from the table of settings, see :mod:`tempo_mlx.rules.table`."""
 
 import functools
 import inspect
@@ -24,7 +24,7 @@ def flag(setting: str) -> str:
     return "--" + option_of(setting).replace("_", "-")
 
 
-#: Old option -> its name now.
+#: Old option -> new option.
 RENAMED = {
     flag(prefix + old): flag(prefix + new)
     for prefix, owner in (("", Settings), ("pruning.", Pruning))
@@ -37,7 +37,7 @@ class Line:
     """A setting that has an option.
 
     Args:
-        setting: its name, "pruning.rule" for one inside of another.
+        setting: its name, such as "pruning.rule" for a nested setting.
         field: of its class.
     """
 
@@ -51,7 +51,7 @@ class Line:
 
     @property
     def default(self) -> Any:
-        """The option's default, as the option is written."""
+        """The option's default, in the form given on the command line."""
         kind, default = self.entry.kind, self.field.default
         if self.setting == "pruning.rule" or isinstance(kind, Texts):
             return None
@@ -60,7 +60,7 @@ class Line:
         return str(default) if kind.option is str and default is not None else default
 
     def value(self, given: Any) -> Any:
-        """The setting's value of the option's."""
+        """The setting's value for the option's value."""
         kind = self.entry.kind
         if given is None:
             return () if isinstance(kind, Texts) else None
@@ -71,7 +71,7 @@ class Line:
         return kind.from_option(given)
 
     def parameter(self, name: str, options: "Mapping[str, Line]") -> inspect.Parameter:
-        """The command's parameter of that name, among all these options."""
+        """The command's parameter of this name; help texts refer to the other options."""
         entry, default = self.entry, self.default
         flags = {line.setting: flag(line.setting) for line in options.values()}
 
@@ -93,7 +93,7 @@ class Line:
 
 
 class SettingsCommand(TyperCommand):
-    """A command whose options may have the names that they had before."""
+    """A command that also accepts old names of options."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         end = args.index("--") if "--" in args else len(args)
@@ -106,7 +106,7 @@ class SettingsCommand(TyperCommand):
 
 
 def options_of(owner: type) -> dict[str, Line]:
-    """The lines of a class's table that have an option, by the option's parameter."""
+    """The settings of a class that have an option, by the option's parameter name."""
     lines = []
     for each in fields(owner):
         kind = each.metadata["entry"].kind
@@ -118,7 +118,7 @@ def options_of(owner: type) -> dict[str, Line]:
 
 
 def with_settings(owner: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command the options of a settings class, in place of its argument ``settings``."""
+    """Replace a command's argument ``settings`` by the options of a settings class."""
     options = options_of(owner)
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
@@ -140,14 +140,14 @@ def with_settings(owner: type) -> Callable[[Callable[..., None]], Callable[..., 
 
 
 def settings_of(owner: type, values: Mapping[str, Any]) -> Any:
-    """The settings that options ask for; pruning where there is a rule for it.
+    """The settings for the values of options; nested settings are None without a rule.
 
     Args:
         owner: class of the settings.
-        values: of its options, by parameter.
+        values: of its options, by parameter name.
 
     Raises:
-        TempoError: naming the option or setting that is wrong.
+        TempoError: naming the invalid option or setting.
     """
     known = {line.setting: line.value(values[name]) for name, line in options_of(owner).items()}
     outer = {name: value for name, value in known.items() if "." not in name}
@@ -155,13 +155,13 @@ def settings_of(owner: type, values: Mapping[str, Any]) -> Any:
         if isinstance(entry.kind, Inner):
             prefix = f"{name}."
             inner = {n.removeprefix(prefix): known[n] for n in known if n.startswith(prefix)}
-            # The rule says whether there is any.
+            # Without a rule there is no pruning.
             outer[name] = None if inner["rule"] is None else entry.kind.owner(**inner)
     return owner(**outer)
 
 
 def files_of(owner: type, values: Mapping[str, Any]) -> dict[str, Path]:
-    """The Python files that options name: option -> file."""
+    """The Python files given in options: option -> file."""
     return {
         flag(line.setting): Path(values[name].rpartition(":")[0])
         for name, line in options_of(owner).items()

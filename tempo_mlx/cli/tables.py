@@ -1,4 +1,4 @@
-"""What the benches share on the command line: progress, tables, targets."""
+"""Command-line output shared by the benches: progress, tables, targets."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +26,7 @@ from ..io.console import Console
 from ..weights import load
 from .outputs import Output, check_outputs, is_standard_output, json_where, say_written, write_json
 
-#: Names of units and how many of the measured unit each is, the largest first.
+#: Unit of a measurement -> units for display and their sizes, largest first.
 SCALES = {
     "s": (("s", 1.0), ("ms", 1e-3)),
     "bytes": (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)),
@@ -38,10 +38,10 @@ DIGITS = 4
 
 
 def numbers(text: str, argument: str, least: int, most: int) -> list[int]:
-    """Integers in [least, most] from "1,2,4"; each once, in the order given.
+    """Parse integers in [least, most] such as "1,2,4", without duplicates, in the given order.
 
     Raises:
-        TempoError: if one is not.
+        TempoError: if the text is anything else.
     """
     try:
         found = list(dict.fromkeys(int(part) for part in text.split(",")))
@@ -72,7 +72,7 @@ class Bar(Told):
 
 @contextmanager
 def ticking() -> Iterator[Told]:
-    """A progress bar on a terminal, nothing elsewhere."""
+    """A progress bar; shown only on a terminal."""
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description:12}"),
@@ -87,7 +87,7 @@ def ticking() -> Iterator[Told]:
 
 
 def check_result(bench: str, output: Path | None, overwrite: bool) -> None:
-    """Refuse an output that holds anything but an earlier result of the same bench."""
+    """Refuse to replace a file that is not an earlier result of the same bench."""
     ours = json_where(lambda data: data.get("bench") == bench and "targets" in data)
     check_outputs([Output("--output", output, ours)], {}, overwrite)
 
@@ -101,7 +101,7 @@ def measure_model(
     run: Callable[[Subject], Result],
     dtype: mx.Dtype | None = None,
 ) -> None:
-    """Load a model, measure it, its weights cast to ``dtype``, and show what was found."""
+    """Load a model, cast its weights to ``dtype`` if given, measure it, and show the result."""
     check_result(bench, output, overwrite)
     language_model, tokenizer = load(model)
     if dtype is not None:
@@ -112,7 +112,7 @@ def measure_model(
 
 
 def conclude(result: Result, output: Path | None) -> None:
-    """Print what was found, and write it; where it goes to standard output, it is all there is."""
+    """Print the result and write it to the output; if that is standard output, print only JSON."""
     console = Console(highlight=False, quiet=is_standard_output(output))
     setting = result.setting
     versions = ", ".join(f"{name} {version}" for name, version in setting["versions"].items())
@@ -132,7 +132,7 @@ def conclude(result: Result, output: Path | None) -> None:
 
 
 def table_of(rows: Sequence[Row]) -> Table:
-    """Rows of one group: a line for each variant, a column for each measure and each ratio."""
+    """A table of one group, with a row for each variant and a column for each measure and ratio."""
     cells: dict[str, dict[str, str]] = {row.name: {} for row in rows}
     columns: dict[str, None] = {}
     for measure in dict.fromkeys(row.measure for row in rows):
@@ -153,20 +153,20 @@ def table_of(rows: Sequence[Row]) -> Table:
 
 
 def unit_of(rows: Sequence[Row]) -> tuple[str, float]:
-    """The unit in which measurements are shown, and how many of theirs it is."""
+    """The unit for displaying measurements, and its size in their unit."""
     largest = max(abs(row.median) for row in rows)
     scales = SCALES.get(rows[0].unit, ((rows[0].unit, 1.0),))
     return next((each for each in scales if largest >= each[1]), scales[-1])
 
 
 def shown(value: Spread, scale: float = 1.0) -> str:
-    """Median and quartiles, "1.02 [1.01, 1.04]"; the median alone where all are the same."""
+    """Median and quartiles, "1.02 [1.01, 1.04]"; the median alone if all are the same."""
     median, low, high = (digits(each / scale) for each in (value.median, value.low, value.high))
     return median if value.low == value.high else f"{median} [{low}, {high}]"
 
 
 def digits(number: float) -> str:
-    """A number with :data:`DIGITS` significant digits, thousands separated."""
+    """A number with :data:`DIGITS` significant digits and thousands separators."""
     if not math.isfinite(number):
         return str(number)
     if number == int(number) or abs(number) >= 10**DIGITS:
@@ -177,7 +177,7 @@ def digits(number: float) -> str:
 
 
 def targets_of(wanted: Sequence[Target]) -> Table:
-    """Measurements beside what they should be."""
+    """A table of targets and measured values."""
     table = Table("target", "wanted", "found", "")
     for target in wanted:
         verdict = Text("met", "green") if target.met else Text("not met", "yellow")

@@ -1,8 +1,8 @@
-"""The oracles of the definitions, run on this device: is every mode exact here?
+"""Oracles that check on this device whether every mode is exact.
 
-Each compares a run of ours with an uncached replay, stock mlx-lm, or NumPy; docs/verification.md
-says what the two sides share. Differences of logits are in units of the standard deviation of the
-model's logits over the vocabulary, so that one tolerance fits every model; those of attention are
+Each compares one of our runs with an uncached replay, stock mlx-lm, or NumPy. docs/verification.md
+lists what the two sides share. Differences of logits are in units of the standard deviation of the
+model's logits over the vocabulary, so one tolerance fits every model. Differences of attention are
 absolute.
 """
 
@@ -35,16 +35,17 @@ from ..weights import load
 from .random_models import CONFIGS, VOCABULARY, Letters, random_model
 
 #: Largest difference of a logit, in standard deviations of the logits, by dtype of the
-#: activations. Rounding was seen to move logits of the models used here by up to 0.021 in fp16 and
-#: 0.18 in bf16; one hidden key of sixteen, or one sibling a position off, by 0.33 and more.
+#: activations. In the models used here, rounding moved logits by up to 0.021 in fp16 and 0.18 in
+#: bf16. Hiding one of sixteen keys, or moving a sibling by one position, moved them by at least
+#: 0.33.
 TOLERANCE = {mx.float32: 1e-3, mx.float16: 0.08, mx.bfloat16: 0.4}
-#: Largest difference of an attention call's output, as a part of its largest value.
+#: Largest difference of an attention call's output, relative to its largest value.
 KERNEL_TOLERANCE = {mx.float32: 1e-3, mx.float16: 0.015, mx.bfloat16: 0.1}
-#: Largest difference of an attention weight, which is computed in fp32 from the same keys
-#: whatever the dtype.
+#: Largest difference of an attention weight. For every dtype, weights are computed in fp32 from the
+#: same keys.
 ATTENTION_TOLERANCE = 1e-4
 
-#: Where it is not 0, devices with matrix units may round the factors of fp32 products to 10 bits.
+#: Unless it is 0, devices with matrix units may round the factors of fp32 products to 10 bits.
 TF32_VARIABLE = "MLX_ENABLE_TF32"
 
 EMBEDDED = "smollm2-135m"
@@ -55,20 +56,20 @@ RANDOM_PROMPT = 16
 STEPS = 6
 SIBLINGS = 4
 MAX_PARALLEL = 6
-#: Low enough for sets of several tokens in most steps, and of one in some.
+#: Low enough for several tokens in most sets and one token in some.
 EMBEDDED_THRESHOLD, RANDOM_THRESHOLD = 0.05, 0.04
 
 
-#: Slots that scores are read in: fewer than the texts have tokens, so that some are dropped.
+#: Slots for scoring: fewer than the texts have tokens, so some are dropped.
 SCORE_SLOTS = 64
-#: Recurrent states beside them: fewer than the texts have ends.
+#: Recurrent states for scoring: fewer than there are texts, so some are dropped.
 SCORE_STATES = 6
 
 #: Precisions of weights and activations.
 FORMS = ("fp32", "fp16", "bf16", "4-bit")
 
 
-#: Queries, keys, values, scale, mask and output of mlx-lm's attention call, of one sequence.
+#: Queries, keys, values, scale, mask and output of one call of mlx-lm's attention.
 AttentionCall = tuple[mx.array, mx.array, mx.array, float, mx.array | None, mx.array]
 
 
@@ -99,9 +100,9 @@ class Check:
     Args:
         model: name of the model.
         form: one of :data:`FORMS`.
-        oracle: what it was compared with.
-        difference: the largest one found; None where nothing was run.
-        tolerance: the largest allowed; None where the difference is given for comparison only.
+        oracle: name of the comparison.
+        difference: the largest found; None if nothing was run.
+        tolerance: the largest allowed; None if the difference is only for reference.
         note: a remark.
     """
 
@@ -116,12 +117,12 @@ class Check:
     def failed(self) -> bool:
         if self.difference is None or self.tolerance is None:
             return False
-        # NaN is within no tolerance.
+        # Also true for NaN.
         return not self.difference <= self.tolerance
 
     @property
     def verdict(self) -> str:
-        """ "ok", "FAIL", "skipped", or "-" where the number is given for comparison."""
+        """ "ok", "FAIL", "skipped", or "-" if the difference is only for reference."""
         if self.difference is None:
             return "skipped"
         if self.tolerance is None:
@@ -132,13 +133,13 @@ class Check:
 def request_full_precision() -> None:
     """Ask mlx for fp32 products in full precision, unless the user has set the variable.
 
-    Works before the first product of the process.
+    Call it before the first product of the process.
     """
     os.environ.setdefault(TF32_VARIABLE, "0")
 
 
 def rounds_fp32_products() -> bool:
-    """Whether the device may round the factors of fp32 products to 10 bits, as many as fp16 has."""
+    """Whether the device may round the factors of fp32 products to 10 bits, as in fp16."""
     on_gpu = mx.default_device().type == mx.gpu
     return on_gpu and os.environ.get(TF32_VARIABLE, "1") != "0"
 
@@ -146,11 +147,11 @@ def rounds_fp32_products() -> bool:
 def run_checks(
     everything: bool = False, progress: Callable[[str], None] | None = None
 ) -> Iterator[Check]:
-    """All oracles on random models and on the embedded one, in every precision.
+    """Run all oracles on random models and on the embedded one, in every precision.
 
     Args:
-        everything: also run what is slow on this device.
-        progress: called with what is checked next.
+        everything: also run checks that are slow on this device.
+        progress: called with the name of the next check.
     """
     tell = progress or (lambda what: None)
     for subject in random_subjects():
@@ -163,17 +164,17 @@ def run_checks(
         return
     for subject in embedded_subjects(model, tokenizer):
         if subject.form == "4-bit" and mx.default_device().type == mx.cpu and not everything:
-            note = "on a CPU mlx takes seconds for a token of 4-bit weights; --all runs it"
+            note = "on a CPU, mlx takes seconds for each token with 4-bit weights; --all runs it"
             yield Check(subject.name, subject.form, "all oracles", None, None, note)
         else:
             yield from check(subject, tell)
 
 
 def random_subjects() -> Iterator[Subject]:
-    """Tiny random models; those with experts in fp32 only.
+    """Tiny random models; mixtures of experts are not cast to half precision.
 
-    Near a tie, rounding to fewer bits sends a token to another expert, and no tolerance can tell
-    that from an error.
+    Near a tie, rounding can send a token to another expert, which no tolerance can distinguish from
+    an error.
     """
     prompt = np.random.default_rng(0).integers(0, VOCABULARY, RANDOM_PROMPT).tolist()
     for name in CONFIGS:
@@ -189,7 +190,7 @@ def random_subjects() -> Iterator[Subject]:
 
 
 def embedded_subjects(model: nn.Module, tokenizer: Any) -> Iterator[Subject]:
-    """The embedded model as it is, in 4 bits, and dequantised."""
+    """The embedded model in 4 bits, and dequantised in three precisions."""
     prompt = list(tokenizer.encode(EMBEDDED_PROMPT))
     quantized = Subject(
         EMBEDDED, "4-bit", model, without_end(tokenizer), prompt, EMBEDDED_THRESHOLD
@@ -204,7 +205,7 @@ def embedded_subjects(model: nn.Module, tokenizer: Any) -> Iterator[Subject]:
 
 
 def _in_half_precision(subject: Subject) -> Iterator[Subject]:
-    """The same model cast in place, so that only one precision exists at a time."""
+    """The model cast in place to fp16 and bf16, so only one precision is in memory at a time."""
     for form, dtype in (("fp16", mx.float16), ("bf16", mx.bfloat16)):
         subject.model.set_dtype(dtype)
         mx.eval(subject.model.parameters())
@@ -212,7 +213,7 @@ def _in_half_precision(subject: Subject) -> Iterator[Subject]:
 
 
 def check(subject: Subject, tell: Callable[[str], None] = lambda what: None) -> Iterator[Check]:
-    """All oracles on one model."""
+    """Run all oracles on one model."""
     model = PositionedModel.of(subject.model)
     coarse = model.dtype == mx.float32 and rounds_fp32_products()
     dtype = mx.float16 if coarse else model.dtype
@@ -231,7 +232,7 @@ def check(subject: Subject, tell: Callable[[str], None] = lambda what: None) -> 
         limit = limits[oracle.limit]
         try:
             difference, note = oracle.compare(subject, model)
-        # What a device's kernels raise is that oracle's verdict, and the others still run.
+        # An error in a device's kernels fails this oracle; the others still run.
         except (RuntimeError, ValueError) as error:
             difference, limit, note = float("nan"), 0.0, f"{type(error).__name__}: {error}"
         yield Check(subject.name, subject.form, name, difference, limit, note)
@@ -247,8 +248,8 @@ def stock_logits(model: nn.Module, ids: list[int], cached: int = 0) -> np.ndarra
 
     Args:
         ids: the text.
-        cached: how many of them are read first, in one pass; the rest follow one by one.
-            0 reads all in one pass.
+        cached: number of ids read in a first pass; the rest follow one by one. 0 reads all in one
+            pass.
     """
     cache = make_prompt_cache(model)
     tokens = mx.array(ids)[None]
@@ -262,7 +263,7 @@ def stock_logits(model: nn.Module, ids: list[int], cached: int = 0) -> np.ndarra
 
 
 def stock_difference(subject: Subject, model: PositionedModel) -> tuple[float, str]:
-    """How much mlx-lm's model differs from itself when it reads token by token."""
+    """Difference between one pass and reading token by token, both by stock mlx-lm."""
     half = len(subject.prompt) // 2
     whole = stock_logits(subject.model, subject.prompt)
     one_by_one = stock_logits(subject.model, subject.prompt, half)
@@ -273,7 +274,7 @@ def stock_difference(subject: Subject, model: PositionedModel) -> tuple[float, s
 def replay_difference(
     subject: Subject, model: PositionedModel, **settings: Any
 ) -> tuple[float, str]:
-    """Largest difference of a logit between a cached run and its uncached replay; what was run."""
+    """Largest difference of a logit between a cached run and its uncached replay, and a note."""
     result = generate(
         model,
         subject.tokenizer,
@@ -292,7 +293,7 @@ def replay_difference(
 
 
 def retroactive_pruning_difference(subject: Subject, model: PositionedModel) -> tuple[float, str]:
-    """The same for a run that prunes half of its tokens and, where possible, weighs keys."""
+    """The same for a run that prunes half of its tokens and, if possible, weights keys."""
     rule = "attention" if model.captures_attention else "posterior"
     return replay_difference(
         subject,
@@ -305,7 +306,7 @@ def retroactive_pruning_difference(subject: Subject, model: PositionedModel) -> 
 def sibling_difference(
     subject: Subject, model: PositionedModel, visibility: str
 ) -> tuple[float, str]:
-    """Rows after a set whose tokens do not see each other, against a stock decode for each."""
+    """Rows of a set whose tokens do not see each other, against a stock pass for each token."""
     length = len(subject.prompt)
     last = stock_logits(subject.model, subject.prompt)[-1]
     siblings = np.argsort(-last)[:SIBLINGS].tolist()
@@ -321,14 +322,14 @@ def sibling_difference(
 
 
 def greedy_difference(subject: Subject, model: PositionedModel) -> tuple[float, str]:
-    """Compare threshold 1 with mlx-lm's greedy decoding, token for token.
+    """Compare threshold 1 with mlx-lm's greedy decoding, token by token.
 
-    Where the two choose different tokens, the difference is the gap between the two tokens' logits
-    in mlx-lm's run, and the comparison continues from mlx-lm's text: rounding may decide a near
-    tie, while an error shows as a larger gap.
+    If the two choose different tokens, the difference is the gap between their logits in mlx-lm's
+    run, and the comparison continues from mlx-lm's text. Rounding can decide a near tie; an error
+    shows as a larger gap.
 
     Returns:
-        the largest gap, 0 for the same text; and how many tokens differed, if any.
+        the largest gap, 0 for identical texts; and a note on how many tokens differed, if any.
     """
     steps = list(generate_step(mx.array(subject.prompt), subject.model, max_tokens=STEPS))
     stock = [int(token) for token, _ in steps]
@@ -354,7 +355,7 @@ def greedy_difference(subject: Subject, model: PositionedModel) -> tuple[float, 
 
 
 def score_difference(subject: Subject, model: PositionedModel) -> tuple[float, str]:
-    """Log-probabilities of branches and of unrelated texts, against stock passes of each alone."""
+    """Scores of branches and of unrelated texts, against a stock pass for each text."""
     prompt, n = subject.prompt, len(subject.prompt)
     texts = [(*prompt[:end], *prompt[:3]) for end in range(2, n)]
     texts += [(*prompt[::-1], *prompt[:end]) for end in range(1, 4)]
@@ -378,13 +379,13 @@ def score_difference(subject: Subject, model: PositionedModel) -> tuple[float, s
 
 
 def attention_difference(subject: Subject, model: PositionedModel) -> tuple[float, str]:
-    """Captured weights of a set's pass, all layers, against NumPy's; and their sums against 1."""
+    """Captured attention weights of a set, in all layers, against NumPy's; sums against 1."""
     largest = 0.0
     passed = zip(_captured_pass(subject, model), _windows(subject.model), strict=True)
     for (weights, (queries, keys, _, scale, mask, _)), window in passed:
         seen = _sibling_mask(len(subject.prompt), window)
         if mask is not None and mask.dtype != mx.bool_:
-            # Latent attention hands over scores here, which hold the mask.
+            # Latent attention passes its positional scores here, including the mask.
             seen = _numpy(mask)[0]
         expected = _attention(_numpy(queries)[0], _numpy(keys)[0], scale, seen)
         largest = max(largest, np.abs(weights - expected).max())
@@ -393,7 +394,7 @@ def attention_difference(subject: Subject, model: PositionedModel) -> tuple[floa
 
 
 def kernel_difference(subject: Subject, model: PositionedModel) -> tuple[float, str]:
-    """Captured weights x values against what the kernel returned, as a part of its largest."""
+    """Captured weights x values against the kernel's output, relative to the largest value."""
     largest = 0.0
     for weights, (_, _, values, _, _, output) in _captured_pass(subject, model):
         groups = weights.shape[0] // values.shape[1]
@@ -405,7 +406,7 @@ def kernel_difference(subject: Subject, model: PositionedModel) -> tuple[float, 
 def _captured_pass(
     subject: Subject, model: PositionedModel
 ) -> Iterator[tuple[np.ndarray, AttentionCall]]:
-    """A set's pass after the prompt: each layer's captured weights [H, T, S], and its call."""
+    """Run a set after the prompt; yields each layer's captured weights [H, T, S] and its call."""
     length = len(subject.prompt)
     cache = model.make_cache()
     prompt = mx.array(subject.prompt)[None]
@@ -424,7 +425,7 @@ def _captured_pass(
 
 
 def _windows(model: nn.Module) -> list[int | None]:
-    """Of each attention layer, how many positions back it sees, its own included; None for all."""
+    """The window of each attention layer in positions, including its own; None for no window."""
     kinds = (KVCache, RotatingKVCache)
     return [
         getattr(cache, "max_size", None)
@@ -434,7 +435,7 @@ def _windows(model: nn.Module) -> list[int | None]:
 
 
 def _sibling_mask(length: int, window: int | None = None) -> np.ndarray:
-    """Whether siblings behind a prompt see its tokens and each other, [SIBLINGS, S]: not these."""
+    """The mask of siblings after a prompt, booleans [SIBLINGS, S]; they do not see each other."""
     near = np.arange(length) > length - (window or length + 1)
     return np.concatenate([np.tile(near, (SIBLINGS, 1)), np.eye(SIBLINGS, dtype=bool)], axis=1)
 
@@ -450,7 +451,7 @@ def _attention(queries: np.ndarray, keys: np.ndarray, scale: float, mask: np.nda
 
 @contextmanager
 def _listening(model: nn.Module) -> Iterator[list[AttentionCall]]:
-    """Record what goes into the model's attention calls and what comes out."""
+    """Record the arguments and results of the model's attention calls."""
     name = "scaled_dot_product_attention"
     files = {type(module).__module__ for module in model.modules()}
     namespaces = [sys.modules[file].__dict__ for file in sorted(files)]
@@ -470,7 +471,7 @@ def _listening(model: nn.Module) -> Iterator[list[AttentionCall]]:
             output = original(queries, keys, values, cache=cache, scale=scale, mask=mask, **kwargs)
             running = getattr(cache, "forward_pass", None)
             if running is not None and running.recorder is not None:
-                # The tokens come as rows, [N, H, 1, D] and [N, 1, 1, S], of one sequence.
+                # Tokens are packed as rows, [N, H, 1, D] and [N, 1, 1, S], of one sequence.
                 moved, mask, given = (x.transpose(2, 1, 0, 3) for x in (queries, mask, output))
                 calls.append((moved, keys, values, scale, mask, given))
             return output
@@ -497,8 +498,8 @@ class Oracle:
 
     Args:
         compare: (subject, its positioned model) -> the largest difference, and a note.
-        limit: which tolerance bounds it: "logits", "kernel", "attention" or "none".
-        captures: whether it needs a model whose attention can be captured.
+        limit: name of its tolerance: "logits", "kernel", "attention" or "none".
+        captures: whether it needs attention capture.
         merges: whether it needs a model whose tokens can see whole sets.
     """
 

@@ -1,4 +1,4 @@
-"""Which models are on this machine, and whether they can hold parallel tokens."""
+"""The models on this machine, and whether they support parallel tokens."""
 
 import json
 from collections import Counter
@@ -26,11 +26,11 @@ class RecipeModel:
     """One variant of a recipe's model.
 
     Args:
-        recipe: what it is made from.
+        recipe: of the model.
         variant: one of :data:`tempo_mlx.weights.recipes.VARIANTS`.
-        path: its folder, whether or not it is there.
-        ready: whether it needs no more fetching or converting.
-        n_bytes: on the disk.
+        path: its folder, whether or not it exists.
+        ready: whether it has been fetched and converted.
+        n_bytes: on disk.
     """
 
     recipe: Recipe
@@ -47,8 +47,8 @@ class HubModel:
     Args:
         repo: its id, owner/name.
         path: folder of its latest snapshot.
-        n_bytes: on the disk, all revisions together.
-        problem: why it cannot be used here; empty where it can.
+        n_bytes: on disk, of all revisions.
+        problem: why it cannot be used; empty if it can.
         branch_bytes: of the recurrent states of one branch; 0 without recurrent layers.
     """
 
@@ -70,12 +70,12 @@ def recipe_models() -> list[RecipeModel]:
 
 
 def hub_models(cache: Path | None = None) -> Iterator[HubModel]:
-    """Models in the Hub's cache, by name; reads their configurations, not their weights.
+    """Models in the Hub's cache, sorted by name. Reads their configurations, not their weights.
 
     Args:
         cache: the cache's folder; None for the user's.
     """
-    # Named, as the scan's own default is fixed when its module is first imported.
+    # Passed explicitly, because scan_cache_dir reads its default only once, at import.
     cache = cache or Path(huggingface_hub.constants.HF_HUB_CACHE)
     try:
         repos = huggingface_hub.scan_cache_dir(cache).repos
@@ -92,10 +92,10 @@ def hub_models(cache: Path | None = None) -> Iterator[HubModel]:
 
 
 def examined(folder: Path) -> PositionedModel | str:
-    """The model in a folder without its weights, or why it cannot hold parallel tokens.
+    """The model in a folder without its weights, or why it does not support parallel tokens.
 
-    The model is built from its config.json with weights that are never evaluated, of the types that
-    those in the folder have, and put through the checks that a loaded model goes through.
+    The model is built from config.json with the folder's dtypes and weights that are never
+    evaluated. It passes through the same checks as a loaded model.
     """
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -112,7 +112,7 @@ def examined(folder: Path) -> PositionedModel | str:
         model_class, args_class = _get_classes(config)
     except ValueError:
         return f"mlx-lm has no architecture {model_type!r}"
-    # A file of mlx-lm leaves the process where a package that it wants is missing.
+    # Some of mlx-lm's model files exit the process if a package is missing.
     except (ImportError, SystemExit) as error:
         return f"mlx-lm's file for {model_type!r} needs a package that is not installed: {error}"
     try:
@@ -121,7 +121,7 @@ def examined(folder: Path) -> PositionedModel | str:
         return str(error)
     try:
         model = model_class(args_class.from_dict(config))
-    # A configuration leads mlx-lm's code anywhere: divisions by zero, sizes that no array has.
+    # A bad configuration can make mlx-lm's code raise anything, such as ZeroDivisionError.
     except Exception as error:
         return f"config.json does not fit {model_type!r}: {type(error).__name__}: {error}"
     _take_dtypes(model, folder)
@@ -132,14 +132,14 @@ def examined(folder: Path) -> PositionedModel | str:
 
 
 def _take_dtypes(model: nn.Module, folder: Path) -> None:
-    """Give a model the precision that its weights have in the folder, as far as they tell.
+    """Give a model the dtypes of the weights in its folder, where they can be read.
 
-    States are computed in the precision of the activations: that of most weights, or of the scales
-    of quantised ones.
+    Recurrent states have the dtype of the activations: that of most weights, or of the scales of
+    quantised weights.
     """
     stored: dict[str, mx.Dtype] = {}
     for file in folder.glob(WEIGHTS):
-        # Damaged files are for loading to complain about.
+        # Loading reports damaged files.
         with suppress(RuntimeError, ValueError, OSError):
             arrays: Any = mx.load(str(file))  # reads the names only
             stored |= {name: array.dtype for name, array in arrays.items()}
@@ -152,14 +152,14 @@ def _take_dtypes(model: nn.Module, folder: Path) -> None:
 
 
 def folder_bytes(path: Path) -> int:
-    """Bytes of the files in a folder; 0 where there is none."""
+    """Total bytes of the files in a folder; 0 if it does not exist."""
     if not path.is_dir():
         return 0
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
 def size(n_bytes: int) -> str:
-    """Bytes in a readable unit: "98.4 MB"."""
+    """A number of bytes in a readable unit, such as "98.4 MB"."""
     if n_bytes >= 1e9:
         return f"{n_bytes / 1e9:.2f} GB"
     return f"{n_bytes / 1e6:.1f} MB" if n_bytes >= 1e6 else f"{n_bytes / 1e3:.1f} kB"

@@ -1,4 +1,4 @@
-"""Tiny random models of a few kinds of attention and one hybrid, for checks without a download."""
+"""Tiny random models with various kinds of attention, for checks without a download."""
 
 import math
 from typing import Any
@@ -10,7 +10,7 @@ from mlx_lm.utils import _get_classes
 
 #: Standard deviation of a matrix product whose input has standard deviation 1.
 GAIN = 1.2
-#: Spread of the gains and biases around their neutral values.
+#: Standard deviation of gains and biases around their neutral values.
 VARIATION = 0.1
 
 VOCABULARY = 128
@@ -63,7 +63,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "v_head_dim": 64,
         "first_k_dense_replace": 4,
     },
-    # Gated delta rules and attention by turns, without experts.
+    # Alternating gated delta rules and attention, without experts.
     "qwen3_next": {
         **_BASE,
         "model_type": "qwen3_next",
@@ -93,7 +93,7 @@ def random_model(name: str, seed: int = 0, **changed: Any) -> nn.Module:
     Args:
         name: a key of :data:`CONFIGS`.
         seed: of the weights.
-        changed: fields of the configuration that differ from the ones in :data:`CONFIGS`.
+        changed: fields that override the configuration in :data:`CONFIGS`.
     """
     config = CONFIGS[name] | changed
     model_class, args_class = _get_classes(config)
@@ -105,7 +105,7 @@ def random_model(name: str, seed: int = 0, **changed: Any) -> nn.Module:
         key, mine = mx.random.split(key)
         noise = mx.random.normal(initial.shape, key=mine)
         if path.endswith("A_log"):
-            # mlx-lm draws these itself; here a state lasts for several tokens, whatever the draw.
+            # Chosen so that a state lasts for several tokens; mlx-lm's own draws may decay faster.
             return noise / 2 - 1
         if initial.ndim == 1:
             return initial + VARIATION * noise
@@ -118,7 +118,7 @@ def random_model(name: str, seed: int = 0, **changed: Any) -> nn.Module:
 
 
 class Letters:
-    """A tokenizer for the vocabulary of the random models: one character a token, no end.
+    """A tokenizer for the random models: one character for each token, and no end token.
 
     Args:
         size: of the vocabulary.

@@ -1,4 +1,4 @@
-"""What is installed here, on what device, and what is missing."""
+"""A report on installed versions, the device, and what is missing."""
 
 import os
 import platform
@@ -21,20 +21,20 @@ from .local_models import recipe_models, size
 
 DEFAULT_MODEL = "smollm2-135m"
 
-#: The extra of the project's developers, which users do not miss.
+#: The extra for developers of this project, which users do not need.
 DEVELOPMENT = "dev"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at.
+    """One row of the report.
 
     Args:
-        topic: what.
-        value: what was found, for the reader.
+        topic: what was examined.
+        value: the finding, as text.
         missing: whether something should be fixed.
         remedy: how to fix it: a command or a step.
-        data: the value in numbers, for programs.
+        data: the finding as numbers, for programs.
     """
 
     topic: str
@@ -45,7 +45,7 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """Look at versions, device, memory, BLAS, the default model and the extras."""
+    """Examine versions, device, memory, BLAS, the default model and the extras."""
     return [
         *_versions(),
         _device(),
@@ -64,7 +64,7 @@ def _versions() -> list[Finding]:
         try:
             findings.append(Finding(package, metadata.version(package)))
         except metadata.PackageNotFoundError:
-            findings.append(Finding(package, "not installed, runs from its folder"))
+            findings.append(Finding(package, "not installed; runs from its folder"))
     python = f"{platform.python_version()} ({sys.executable})"
     return [*findings, Finding("Python", python), Finding("system", platform.platform())]
 
@@ -80,7 +80,7 @@ def _device() -> Finding:
 
 
 def _memory() -> list[Finding]:
-    """The device's memory and the machine's; on Metal they are the same."""
+    """Memory of the machine and of the device; on Metal they are the same."""
     findings = []
     total, free = _machine_memory()
     if total:
@@ -109,7 +109,7 @@ def _memory() -> list[Finding]:
 
 
 def _machine_memory() -> tuple[int, int]:
-    """Bytes of memory, and of those that a program could get; 0 where unknown."""
+    """Bytes of memory, in total and available; 0 if unknown."""
     try:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
@@ -123,13 +123,13 @@ def _machine_memory() -> tuple[int, int]:
 
 
 def available_of_meminfo(text: str) -> int:
-    """Bytes available, from Linux's /proc/meminfo; 0 if it does not say."""
+    """Bytes available according to Linux's /proc/meminfo; 0 if unknown."""
     found = re.search(r"^MemAvailable:\s+(\d+) kB", text, re.MULTILINE)
     return int(found[1]) * 1024 if found else 0
 
 
 def available_of_vm_stat(text: str) -> int:
-    """Bytes available, from macOS's vm_stat: free pages and those that can be had at once."""
+    """Bytes available according to macOS's vm_stat: free pages and those that can be reclaimed."""
     page = re.search(r"page size of (\d+) bytes", text)
     pages = re.findall(r"^Pages (?:free|inactive|speculative|purgeable):\s+(\d+)", text, re.M)
     return int(page[1]) * sum(map(int, pages)) if page else 0
@@ -149,13 +149,13 @@ def _blas() -> Finding:
 
 
 def _tf32() -> Finding:
-    """How fp32 products are rounded; a choice on devices with matrix units only."""
+    """How fp32 products are rounded; only devices with matrix units have a choice."""
     if os.environ.get(TF32_VARIABLE) == "0":
         return Finding("fp32 products", f"in full precision ({TF32_VARIABLE}=0)")
     return Finding(
         "fp32 products",
-        "in full precision, except on GPUs with matrix units (Apple M5, NVIDIA), which may round "
-        f"factors to 10 bits; {TF32_VARIABLE}=0 forbids it",
+        "in full precision, except that GPUs with matrix units (Apple M5, NVIDIA) may round "
+        f"factors to 10 bits; {TF32_VARIABLE}=0 prevents it",
     )
 
 
@@ -168,8 +168,8 @@ def _default_model() -> list[Finding]:
         if model.ready:
             value = f"ready, {size(model.n_bytes)} in {model.path}"
         else:
-            value = f"not fetched; goes to {model.path}"
-        # The other variant is needed only where it is asked for by name.
+            value = f"not fetched; will be stored in {model.path}"
+        # The other variant is needed only if it is requested by name.
         missing = not model.ready and model.variant == device_variant()
         findings.append(
             Finding(
@@ -207,7 +207,7 @@ def _extras() -> list[Finding]:
 
 
 def packages_of_extras() -> dict[str, list[str]]:
-    """Extra -> the packages that it installs, as the metadata of the installed project say."""
+    """Extra -> the packages that it installs, from the metadata of the installed project."""
     found: dict[str, list[str]] = {}
     try:
         requirements = metadata.requires("tempo-mlx") or []

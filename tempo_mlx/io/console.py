@@ -1,4 +1,4 @@
-"""Rich's console: control characters in texts stay visible, and tables are never cut."""
+"""Rich's console, with control characters shown as symbols and tables never cut."""
 
 import copy
 import errno
@@ -15,27 +15,26 @@ from rich.table import Column, Table
 
 from ..text.printable import running
 
-#: Width of what has no width of its own: a pipe or a file.
+#: Width for pipes and files, which have none.
 UNLIMITED = 100_000
 
-#: A column whose cells may break anywhere (overflow="fold", such as paths) keeps this many
-#: characters, if it has so many and sets no min_width; in stacked rows, so do the names of columns.
+#: Default min_width of columns whose cells may break anywhere (overflow="fold", such as paths), and
+#: of the column names in stacked rows.
 FOLDED = 20
 NAMES = 10
 
 
 class Console(rich.console.Console):
-    """A console that shows control characters as symbols and prints tables whole.
+    """A console that shows control characters as symbols and never cuts tables.
 
-    Prompts, files, file names and the model's own output may hold any character. What rich itself
-    sends to the terminal (colours, cursor movements of progress bars) stays as it is. Brackets and
-    colons in a text are no markup.
+    Prompts, files, file names and the model's output may contain any character. Rich's own control
+    codes (colours, cursor movements of progress bars) are kept. Brackets and colons are not treated
+    as markup.
 
-    A pipe or a file gets lines of any length. On a terminal, a table that is too wide breaks its
+    Lines in pipes and files may have any length. On a terminal, a table that is too wide breaks its
     headers and left-justified cells between words; right-justified cells (numbers) never break. If
-    that is not enough, its rows are stacked: a line for each cell, behind the name of its column.
-    So print a ``rich.table.Table`` with :meth:`print` and justify numbers to the right; nothing
-    else is needed.
+    that is not enough, its rows are stacked, with one line for each column name and cell. All that
+    callers need to do is print a ``rich.table.Table`` and justify numbers to the right.
     """
 
     def __init__(self, **options: Any):
@@ -48,7 +47,7 @@ class Console(rich.console.Console):
         super().print(*whole, **options)
 
     def on_broken_pipe(self) -> None:
-        """Leave the end of the command to it, instead of ending the process here."""
+        """Raise, so the command can end cleanly, instead of exiting the process here."""
         raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
     def render(
@@ -62,7 +61,7 @@ class Console(rich.console.Console):
 
 
 class WholeTable:
-    """A table that fits the console's width without cutting a number or a word."""
+    """A table fitted to the console's width without cutting numbers or words."""
 
     def __init__(self, table: Table):
         self._table = table
@@ -81,7 +80,7 @@ class WholeTable:
 def _fitted(
     table: Table, width: int, console: rich.console.Console, options: ConsoleOptions
 ) -> Table | None:
-    """The table with widths for its columns, or None if the least widths do not fit."""
+    """The table with column widths set, or None if even the least widths do not fit."""
     unlimited = options.update_width(UNLIMITED)
     ranges = [_range(column, table.show_header, console, unlimited) for column in table.columns]
     widths = [least for least, _ in ranges]
@@ -89,7 +88,7 @@ def _fitted(
     spare = width - border - sum(widths)
     if spare < 0:
         return None
-    # The narrowest column that wants more grows first, so that long texts do the breaking.
+    # The narrowest column grows first, so long texts break before short ones.
     while spare and (wanting := [i for i, (_, most) in enumerate(ranges) if widths[i] < most]):
         widths[min(wanting, key=widths.__getitem__)] += 1
         spare -= 1
@@ -104,7 +103,7 @@ def _fitted(
 def _range(
     column: Column, show_header: bool, console: rich.console.Console, options: ConsoleOptions
 ) -> tuple[int, int]:
-    """The least width of a column that cuts nothing, and the width at which nothing breaks."""
+    """The least width at which a column is not cut, and the width at which it does not break."""
     cells = [Measurement.get(console, options, cell) for cell in column.cells]
     headers = [Measurement.get(console, options, column.header)] if show_header else []
     most = max((one.maximum for one in cells + headers), default=1)
@@ -116,7 +115,7 @@ def _range(
 
 
 def _stacked(table: Table, console: rich.console.Console, options: ConsoleOptions) -> Table:
-    """The table with its cells below each other, a section for each row."""
+    """The table with cells below each other, in one section for each row."""
     unlimited = options.update_width(UNLIMITED)
     widest = max(_range(column, False, console, unlimited)[0] for column in table.columns)
     stack = Table(

@@ -1,6 +1,6 @@
-"""Files appear whole or not at all; pipes and devices are written through.
+"""Atomic writing of files, and direct writing to pipes and devices.
 
-A regular file is written under a temporary name beside it, which then takes its place.
+A regular file is written under a temporary name in the same folder, then renamed.
 """
 
 import errno
@@ -22,23 +22,23 @@ from ..text.printable import running
 _STREAMS = tuple(Path(f"/dev/{name}") for name in ("stdin", "stdout", "stderr"))
 STANDARD_INPUT, STANDARD_OUTPUT, STANDARD_ERROR = _STREAMS
 
-#: The folder in which the system shows the descriptors of a process.
+#: The folder with the descriptors of a process.
 _DESCRIPTORS = Path("/dev/fd")
 
-#: Symbolic links that are followed in a row; the system's own limit is about the same.
+#: Most symbolic links followed, about the system's own limit.
 _MOST_LINKS = 40
 
 #: The bits of a mode that allow writing.
 _WRITABLE = stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH
 
-#: Characters of a file's name in its temporary name, which must not become too long.
+#: Characters of a file's name that its temporary name keeps, to stay short.
 _NAME = 50
 
 
 def check_writable(argument: str, path: Path) -> None:
     """Raise TempoError naming the argument unless a file can be written at path.
 
-    For long work: called before it starts, so that its result is not lost at the end.
+    Call it before long work, so the result is not lost at the end.
     """
     try:
         if path.is_dir():
@@ -48,7 +48,7 @@ def check_writable(argument: str, path: Path) -> None:
             if fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
                 raise TempoError(f"{argument} {path} is open for reading only")
         elif replaceable(path):
-            # Replacing it would work, but its mode asks not to.
+            # Replacing it would work, but its mode forbids it.
             if path.exists() and not path.stat().st_mode & _WRITABLE:
                 raise TempoError(
                     f"{argument} {path} is read-only; make it writable or name another"
@@ -63,7 +63,7 @@ def check_writable(argument: str, path: Path) -> None:
 
 
 def write_atomically(path: Path, data: str | bytes) -> None:
-    """Write the whole file, or leave what was there; see :func:`writing`."""
+    """Write a file atomically; see :func:`writing`."""
     raw = data.encode() if isinstance(data, str) else data
     with writing(path) as file:
         file.write(raw)
@@ -71,11 +71,11 @@ def write_atomically(path: Path, data: str | bytes) -> None:
 
 @contextmanager
 def writing(path: Path) -> Iterator[BinaryIO]:
-    """A binary file to write; what it holds appears at path when the block ends without an error.
+    """Open a binary file for writing; it appears at path when the block ends without an error.
 
-    A symbolic link stays, and its target is written. A file that was there passes on its mode and
-    its owner. Anything but a regular file (a pipe, a device, a descriptor such as /dev/fd/63) is
-    written through; its reader may leave before the end.
+    A symbolic link is kept and its target replaced, with the mode and owner of the old file.
+    Anything but a regular file (a pipe, a device, a descriptor such as /dev/fd/63) is written
+    directly, and its reader may close it early.
 
     Raises:
         OSError: naming path, if it cannot be written.
@@ -101,10 +101,10 @@ def writing(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def through(path: Path) -> Iterator[BinaryIO]:
-    """A pipe, a device or an open descriptor, to be written; what was written to it stays."""
+    """Open a pipe, a device or a descriptor for writing, directly and not atomically."""
     number = descriptor(path)
     if number == 1:
-        # What Python has buffered for it comes first.
+        # Python's buffered output comes first.
         sys.stdout.flush()
         yield sys.stdout.buffer
         sys.stdout.buffer.flush()
@@ -126,7 +126,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 class Stream:
-    """Text into a pipe or a device, written at once; safe to read on a terminal.
+    """Unbuffered text output to a pipe or a device, safe to read on a terminal.
 
     Args:
         path: None for standard output.
@@ -139,7 +139,7 @@ class Stream:
             self._file = self._open.enter_context(through(self._path))
 
     def write(self, text: str) -> None:
-        """Write the text, all of it.
+        """Write the whole text.
 
         Raises:
             OSError: naming the path.
@@ -158,15 +158,15 @@ class Stream:
 
 
 def leftovers(path: Path) -> Iterator[Path]:
-    """The temporary files of processes that died while they wrote a file in a folder."""
+    """Temporary files of processes that died while writing this file."""
     return path.parent.glob(f".{glob.escape(path.name[:_NAME])}.{'[0-9a-f]' * 16}.tmp")
 
 
 def replaceable(path: Path) -> bool:
-    """Whether path is a regular file, or will be one: it is written by replacing it.
+    """Whether path is a regular file or does not exist, so it is written by replacing it.
 
     Raises:
-        OSError: if that is unknown, for example because a folder may not be searched.
+        OSError: if this cannot be determined, for example for lack of permission.
     """
     if descriptor(path) is not None:
         return False
@@ -177,7 +177,7 @@ def replaceable(path: Path) -> bool:
 
 
 def descriptor(path: Path) -> int | None:
-    """The open descriptor that /dev/stdout, /dev/fd/63 or a link to such a name stands for."""
+    """The open descriptor that /dev/stdout, /dev/fd/63 or a link to one of them refers to."""
     for _ in range(_MOST_LINKS):
         if path in _STREAMS:
             return _STREAMS.index(path)
@@ -191,7 +191,7 @@ def descriptor(path: Path) -> int | None:
 
 
 def same_file(a: Path, b: Path) -> bool:
-    """Whether two paths lead to one file, through links of either kind, even one not yet there."""
+    """Whether two paths lead to the same file, through hard or symbolic links, even if missing."""
     try:
         return os.path.samefile(a, b)
     except OSError:
@@ -204,20 +204,20 @@ def _target(path: Path) -> Path:
 
 
 def _new_file(target: Path) -> Path:
-    """A new, empty file beside the target, with the mode that the umask allows."""
+    """Create an empty file in the target's folder, with the mode that the umask allows."""
     path = target.with_name(f".{target.name[:_NAME]}.{secrets.token_hex(8)}.tmp")
     os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
     return path
 
 
 def _pass_on(old: os.stat_result, path: Path) -> None:
-    """Give a file the owner, where that is allowed, and the mode of the one that it replaces."""
+    """Give a file the mode and, if permitted, the owner of the file that it replaces."""
     with suppress(PermissionError):
         os.chown(path, old.st_uid, old.st_gid)
     os.chmod(path, stat.S_IMODE(old.st_mode))
 
 
 def _takes_bytes(path: Path) -> bool:
-    """Whether what is at path can be written through; a disk must not be."""
+    """Whether path is a pipe or character device; block devices must not be written."""
     mode = os.stat(path).st_mode
     return stat.S_ISFIFO(mode) or stat.S_ISCHR(mode)

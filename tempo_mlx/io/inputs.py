@@ -1,4 +1,4 @@
-"""Files and standard input that a user gives: read up to a bound, decoded, parsed as JSON."""
+"""Reading users' files and standard input: with a size limit, decoded, parsed as JSON."""
 
 import json
 import math
@@ -9,11 +9,11 @@ from typing import Any
 from ..arguments import shown
 from ..errors import TempoError
 
-#: Most bytes of one prompt, and of a file of many rows: an endless input must not be read on.
+#: Most bytes of one prompt and of a file of rows, so an endless input is not read forever.
 PROMPT_BYTES = 16 * 2**20
 ROWS_BYTES = 256 * 2**20
 
-#: Levels of lists and objects in a line of JSON.
+#: Most levels of nested lists and objects in a line of JSON.
 LEVELS = 100
 
 #: Stands for standard input in place of a file's name.
@@ -33,7 +33,7 @@ def read_bytes(file: str | Path, most: int, option: str = "") -> bytes:
     Args:
         file: its name.
         most: bytes.
-        option: what messages write before the name, such as "--prompt-file ".
+        option: text before the name in messages, such as "--prompt-file ".
 
     Raises:
         TempoError: if it cannot be read or has more than ``most`` bytes.
@@ -51,7 +51,7 @@ def read_bytes(file: str | Path, most: int, option: str = "") -> bytes:
 def read_text(file: str | Path, option: str = "") -> str:
     """The text of a file or of standard input, as an editor shows it.
 
-    A byte order mark and one final newline are left out.
+    A byte order mark and one final newline are removed.
 
     Raises:
         TempoError: if it cannot be read, is too long or not UTF-8.
@@ -70,7 +70,7 @@ def read_lines(file: str | Path) -> list[tuple[int, bytes]]:
     Raises:
         TempoError: if it cannot be read, is too long, or has no such line.
     """
-    # As bytes, because text also splits at characters that a line may hold.
+    # Split as bytes: str.splitlines also splits at other characters.
     lines = read_bytes(file, ROWS_BYTES).splitlines()
     return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
 
@@ -84,14 +84,14 @@ def text_of(data: bytes) -> str:
 
 
 def object_of(line: bytes, example: str) -> dict[str, Any]:
-    """The JSON object of a line, by the standard: each key once, numbers that are finite.
+    """Parse a line as a strict JSON object: unique keys and finite numbers.
 
     Args:
         line: in UTF-8.
         example: of such an object, for the message.
 
     Raises:
-        TempoError: saying what is wrong with the line.
+        TempoError: if the line is anything else.
     """
     text = text_of(line)
     try:
@@ -108,20 +108,20 @@ def object_of(line: bytes, example: str) -> dict[str, Any]:
         raise TempoError(r"half a surrogate pair (\ud800 to \udfff), which is not text") from error
     except TempoError:
         raise
-    except (ValueError, RecursionError) as error:  # integers of too many digits, lists too deep
+    except (ValueError, RecursionError) as error:  # integers or nesting beyond Python's limits
         raise TempoError(f"not JSON that can be read: {error}") from error
     return given
 
 
 def shown_json(value: Any, most: int = 80) -> str:
-    """A value of a user's file in a message, as JSON and no longer than a line."""
+    """A value of a user's file for a message, as JSON cut to one line."""
     try:
         text = json.dumps(value, ensure_ascii=False, default=str)
     except (
         ValueError,
         TypeError,
         RecursionError,
-    ):  # lists in themselves, keys that are not strings
+    ):  # recursive lists, keys that are not strings
         return shown(value)
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
@@ -134,13 +134,13 @@ def _file(path: Path, most: int) -> bytes:
 def _standard_input(most: int) -> bytes:
     if sys.stdin is None or sys.stdin.closed:
         raise TempoError("standard input is closed; give the text as an argument or a file")
-    # As bytes, because the encoding of text depends on the locale; a stand-in may have text only.
+    # Read bytes, because text decoding depends on the locale. A replacement may only have text.
     data = getattr(sys.stdin, "buffer", sys.stdin).read(most)
     return data.encode() if isinstance(data, str) else data
 
 
 def _require_shallow(value: Any) -> None:
-    """Raise TempoError for nesting so deep that writing it might fail."""
+    """Raise TempoError if the nesting is so deep that writing it could fail."""
     level = [value]
     for _ in range(LEVELS):
         inside = [each.values() if isinstance(each, dict) else each for each in level]

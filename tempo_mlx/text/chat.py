@@ -1,4 +1,4 @@
-"""Chat messages, as a model's chat template takes them."""
+"""Chat messages, encoded with a model's chat template."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -46,17 +46,17 @@ class Chat(list[dict[str, Any]]):
 def encode_chat(
     tokenizer: Any, messages: Sequence[Any], config: Mapping[str, Any] | None = None
 ) -> list[int]:
-    """Token ids of chat messages through the model's template, ready for the next answer.
+    """Encode chat messages with the model's template, ready for the next answer.
 
     Args:
         tokenizer: mlx-lm's tokenizer wrapper.
         messages: each {"role": text, "content": text, ...}. A list of parts {"type": "text",
-            "text": ...} is joined to one text. A message with "tool_calls" needs no content.
+            "text": ...} is joined into one text. A message with "tool_calls" needs no content.
         config: further arguments of the template, such as {"enable_thinking": False}.
 
     Raises:
-        TempoError: naming the message, if it is malformed; if the tokenizer has no template,
-            or the template raises or leaves a message out.
+        TempoError: if a message is malformed, or the tokenizer has no template, or the template
+            raises or ignores a message.
     """
     checked, arguments, _ = _through_template(tokenizer, messages, config)
     ids: list[int] = tokenizer.apply_chat_template(checked, **arguments)
@@ -85,7 +85,7 @@ def _through_template(
 
 
 def _checked(name: str, message: Any) -> dict[str, Any]:
-    """The message, with its content as one text."""
+    """The message with its content as one text."""
     if not isinstance(message, Mapping):
         raise TempoError(
             f'{name} must be a chat message such as {{"role": "user", "content": "Hello"}}, '
@@ -130,9 +130,9 @@ def _rendered(tokenizer: Any, messages: list[dict[str, Any]], arguments: dict[st
 def _require_all_used(
     tokenizer: Any, messages: list[dict[str, Any]], arguments: dict[str, Any]
 ) -> None:
-    """Raise TempoError if the template ignores a message, as some do whose role they do not know.
+    """Raise TempoError if the template ignores a message, as some do for unknown roles.
 
-    Marks at the end of each content must come out again.
+    A mark is added to the end of each content and must appear in the result.
     """
     marks = {i: f"x{i}q7zk" for i, message in enumerate(messages) if "content" in message}
     marked = [
@@ -142,10 +142,10 @@ def _require_all_used(
     try:
         text = _rendered(tokenizer, marked, arguments)
     except TempoError:
-        return  # it looks at the contents, so that it ignores none
+        return  # the template checks contents, so it does not ignore any
     for i, mark in marks.items():
         if mark not in text:
             raise TempoError(
-                f"prompt[{i}] is left out by the model's chat template: it does not take the role "
-                f"{shown(messages[i]['role'])} there"
+                f"prompt[{i}] is ignored by the model's chat template, which does not support the "
+                f"role {shown(messages[i]['role'])} there"
             )

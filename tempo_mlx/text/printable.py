@@ -1,8 +1,8 @@
-"""Text that comes from a model, a file or a user, made safe to print.
+"""Make text from a model, a file or a user safe to print.
 
-A control character in such a text is a command to the terminal: it can clear the screen, write the
-clipboard (OSC 52) or make a link that leads elsewhere (OSC 8). Bidirectional controls reorder the
-text around them. Both are replaced by symbols.
+Control characters can command the terminal: clear the screen, write to the clipboard (OSC 52) or
+make a misleading link (OSC 8). Bidirectional controls reorder the text around them. Both are
+replaced by symbols.
 """
 
 import codecs
@@ -12,7 +12,7 @@ import unicodedata
 from math import isfinite
 from typing import Any
 
-#: Characters that reorder the text around them, or break its line.
+#: Characters that reorder the text around them.
 _BIDIRECTIONAL = "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"
 _SEPARATORS = "\u2028\u2029"
 _CONTROL = "\x00-\x1f\x7f-\x9f"
@@ -25,52 +25,52 @@ _UNSAFE_RUNNING = re.compile(
 _BYTES = re.compile("[\udc80-\udcff]+")
 _UNSAFE_JSON = re.compile(f"[\x7f-\x9f{_BIDIRECTIONAL}{_SEPARATORS}{_SURROGATES}]")
 
-#: Symbols of the most common control characters.
+#: Symbols for the most common control characters.
 _SYMBOLS = {"\n": "⏎", "\t": "⇥", "\r": "␍", "\x7f": "␡"}
 
 
 def visible(text: str) -> str:
-    """The text on one line: each control character, newline and tab is shown as a symbol."""
+    """The text on one line, with control characters, newlines and tabs shown as symbols."""
     return _UNSAFE.sub(_symbol, text)
 
 
 def running(text: str) -> str:
-    """The text with its lines and tabs; every other control character is shown as a symbol."""
+    """The text with its newlines and tabs; other control characters are shown as symbols."""
     return _UNSAFE_RUNNING.sub(_symbol, text)
 
 
 def quoted(text: str) -> str:
-    """The text on one line, in quotes that show where it begins and ends."""
+    """The text on one line, in quotes."""
     return f"'{visible(text)}'" if "'" not in text else f'"{visible(text)}"'
 
 
 def spelled(raw: bytes) -> str:
-    """UTF-8 as text; bytes that are only a part of a character are shown as ``⟨e4 bb⟩``."""
-    # Escaped as surrogates, bytes cannot be mistaken for characters of the text.
+    """UTF-8 as text; incomplete characters are shown as their bytes, ``⟨e4 bb⟩``."""
+    # Surrogates mark the bytes; they cannot occur in the text itself.
     text = raw.decode(errors="surrogateescape")
     return _BYTES.sub(lambda run: f"⟨{run[0].encode(errors='surrogateescape').hex(' ')}⟩", text)
 
 
 def unfinished(raw: bytes) -> int:
-    """Bytes at the end that begin a character which is not complete, 0 to 3."""
+    """Number of bytes at the end that belong to an incomplete character, 0 to 3."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     decoder.decode(raw)
     return len(decoder.getstate()[0])
 
 
 def json_text(data: Any, indent: int | None = None) -> str:
-    """JSON in which no character commands a terminal; readable elsewhere, so not all ASCII.
+    """JSON with control characters escaped, so it is safe to print. Other characters stay readable.
 
     Raises:
-        ValueError: for NaN and infinity, which JSON does not have.
+        ValueError: for NaN and infinity, which JSON does not support.
     """
     text = json.dumps(data, ensure_ascii=False, indent=indent, allow_nan=False)
-    # These stand in strings only, where an escape means the same.
+    # These characters only occur in strings, where an escape is equivalent.
     return _UNSAFE_JSON.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def finite(data: Any) -> Any:
-    """JSON-ready data with None for NaN and infinity, which JSON does not have."""
+    """JSON-ready data with None for NaN and infinity, which JSON does not support."""
     if isinstance(data, dict):
         return {key: finite(value) for key, value in data.items()}
     if isinstance(data, list | tuple):

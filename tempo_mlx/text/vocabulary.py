@@ -1,4 +1,4 @@
-"""Between text and token ids."""
+"""Conversion between text and token ids."""
 
 import copy
 import functools
@@ -14,10 +14,10 @@ from ..errors import TempoError
 from .chat import Chat, encode_chat
 from .printable import spelled, unfinished
 
-#: What tokenizers decode bytes to that are only a part of a character.
+#: Tokenizers decode an incomplete character to this.
 REPLACEMENT = "\ufffd"
 
-#: A byte as SentencePiece vocabularies have it.
+#: A byte in SentencePiece vocabularies.
 _BYTE_FALLBACK = re.compile("<0x([0-9A-Fa-f]{2})>")
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ Prompt = str | Sequence[int] | Sequence[dict[str, Any]]
 
 
 class Vocabulary:
-    """Texts of tokens, and which tokens end a text.
+    """The texts of tokens, and the tokens that end a text.
 
     Args:
         tokenizer: mlx-lm's tokenizer wrapper.
@@ -39,12 +39,12 @@ class Vocabulary:
         self._bytes: dict[int, bytes] = {}
         self._texts: dict[int, str] = {}
         self.end_tokens: frozenset[int] = frozenset(tokenizer.eos_token_ids)
-        # Decoded behind an anchor, a token keeps the space that it begins with.
+        # Decoded after an anchor, a token keeps its leading space.
         self._anchor: list[int] = tokenizer.encode("a", add_special_tokens=False)[-1:]
         self._anchor_text: str = tokenizer.decode(self._anchor)
 
     def bytes_of(self, id: int) -> bytes:
-        """UTF-8 of the token inside a sentence, its leading space included."""
+        """UTF-8 of the token inside a sentence, including its leading space."""
         if id not in self._bytes:
             text = self._decoded([id])
             raw = self._raw(id) if REPLACEMENT in text else None
@@ -52,7 +52,7 @@ class Vocabulary:
         return self._bytes[id]
 
     def text(self, id: int) -> str:
-        """The token as it is shown; bytes of a part of a character as ``⟨e4 bb⟩``."""
+        """The token for display; incomplete characters are shown as bytes, ``⟨e4 bb⟩``."""
         if id not in self._texts:
             self._texts[id] = spelled(self.bytes_of(id))
         return self._texts[id]
@@ -63,11 +63,11 @@ class Vocabulary:
         return {id for id in range(len(self.tokenizer)) if self.bytes_of(id).startswith(starts)}
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of consecutive tokens inside a sentence, the leading space included.
+        """Text of consecutive tokens inside a sentence, including the leading space.
 
-        Whole characters only: one that the last tokens have begun is left out.
+        An incomplete character at the end is left out.
         """
-        # An unfinished character has at most 3 bytes, so that 4 decide.
+        # An incomplete character has at most 3 bytes, so 4 bytes are enough to see.
         last, n = b"", 0
         while n < len(ids) and len(last) < 4:
             n += 1
@@ -88,7 +88,7 @@ class Vocabulary:
         return str(self.tokenizer.decode(list(ids)))
 
     def _raw(self, id: int) -> bytes | None:
-        """The bytes that the vocabulary has for a token; None where it does not say."""
+        """The bytes of a token according to the vocabulary; None if it has none."""
         name = self.tokenizer.convert_ids_to_tokens(id)
         if isinstance(name, bytes):
             return name
@@ -102,9 +102,9 @@ class Vocabulary:
 
 @functools.cache
 def _byte_level() -> dict[str, int]:
-    """The byte of each character that a byte-level tokenizer writes for bytes (GPT-2's encoder.py).
+    """The byte that each character of a byte-level vocabulary stands for (GPT-2's encoder.py).
 
-    Printable bytes stand for themselves; the others follow in order behind the first 256.
+    Printable bytes stand for themselves. The others, in order, have the characters from 256 on.
     """
     alphabet = sorted(ByteLevel.alphabet())
     own = {c: ord(c) for c in alphabet if ord(c) < 256}
@@ -113,15 +113,14 @@ def _byte_level() -> dict[str, int]:
 
 
 def add_end_token(tokenizer: Any, token: str) -> None:
-    """Treat a token as an end of text, too.
+    """Treat another token as an end of text.
 
     Args:
         tokenizer: mlx-lm's tokenizer wrapper, changed in place.
-        token: as the vocabulary spells it, or its id, as mlx-lm's ``add_eos_token`` takes it.
+        token: as spelled in the vocabulary, or its id; see mlx-lm's ``add_eos_token``.
 
     Raises:
-        TempoError: if the tokenizer has no such token, for which mlx-lm takes the unknown token or
-            none.
+        TempoError: if the tokenizer has no such token. mlx-lm would use the unknown token or none.
     """
     vocabulary = tokenizer.get_vocab()
     try:
@@ -133,14 +132,14 @@ def add_end_token(tokenizer: Any, token: str) -> None:
         ids = tokenizer.encode(token, add_special_tokens=False)
         hint = f"; the text {shown(token)} is token {ids[0]}" if len(ids) == 1 else ""
         raise TempoError(
-            "extra_eos_token must be a token as the model's vocabulary spells it, or its id, got "
+            "extra_eos_token must be a token as spelled in the model's vocabulary, or its id, got "
             f"{shown(token)}{hint}"
         )
     tokenizer.add_eos_token(token)
 
 
 def without_end(tokenizer: Any) -> Any:
-    """The tokenizer without tokens that end a text."""
+    """A copy of the tokenizer in which no token ends a text."""
     endless = copy.copy(tokenizer)
     endless.eos_token_ids = set()
     return endless
@@ -151,7 +150,7 @@ def require_tokenizer(tokenizer: Any) -> None:
     ends = getattr(tokenizer, "eos_token_ids", None)
     if not isinstance(ends, Collection) or not hasattr(tokenizer, "encode"):
         raise TempoError(
-            "tokenizer must be mlx-lm's tokenizer wrapper, as load returns it behind the model, "
+            "tokenizer must be mlx-lm's tokenizer wrapper, the second value that load returns, "
             f"got {type(tokenizer).__name__}"
         )
 
@@ -159,18 +158,17 @@ def require_tokenizer(tokenizer: Any) -> None:
 def encode_prompt(
     tokenizer: Any, prompt: Prompt, model: "PositionedModel | PlainModel"
 ) -> list[int]:
-    """Token ids of a prompt: text, ids as they are, or chat messages through the template.
+    """Token ids of a prompt.
 
     Args:
         tokenizer: mlx-lm's tokenizer wrapper.
-        prompt: text, at least one token id (in a list, or an array of integers), or chat messages;
-            see :func:`.chat.encode_chat`.
+        prompt: text, at least one token id (in a list or an integer array), or chat messages; see
+            :func:`.chat.encode_chat`.
         model: whose vocabulary and context the prompt must fit.
 
     Raises:
-        TempoError: if the prompt is none of these or empty, leaves the context no room for an
-            answer, holds ids that the model's embedding does not have, or does not go through the
-            chat template.
+        TempoError: if the prompt is of another type, empty or too long for the model's context, has
+            ids outside the model's vocabulary, or is refused by the chat template.
     """
     require_tokenizer(tokenizer)
     if isinstance(prompt, str):
@@ -189,18 +187,18 @@ def encode_prompt(
     for id in ids:
         if not 0 <= id < size:
             raise TempoError(
-                f"prompt has token id {shown(id)}, the model's vocabulary is [0, {size})"
+                f"prompt has token id {shown(id)}, but the model's vocabulary is [0, {size})"
             )
     require_room(ids, model)
     return list(ids)
 
 
 def require_room(ids: Sequence[int], model: "PositionedModel | PlainModel") -> None:
-    """Raise TempoError if a prompt leaves the model's context no room for an answer."""
+    """Raise TempoError if a prompt leaves no room for an answer in the model's context."""
     if model.context_length is not None and len(ids) >= model.context_length:
         raise TempoError(
-            f"prompt has {len(ids)} tokens, the model's context holds {model.context_length} and "
-            "needs one for an answer; shorten the prompt"
+            f"prompt has {len(ids)} tokens, but the model's context holds {model.context_length}, "
+            "including at least one for the answer; shorten the prompt"
         )
 
 
@@ -214,21 +212,21 @@ def _begins_with_message(items: list[Any]) -> bool:
 
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:
-    """Ids of a text. What the tokenizer puts before every text comes once, typed or not."""
+    """Ids of a text. The tokenizer's initial tokens occur once, even if the text spells them."""
     before = begin_tokens(tokenizer)
     bare = list(tokenizer.encode(text, add_special_tokens=False)) if before else []
     return bare if before and bare[: len(before)] == before else list(tokenizer.encode(text))
 
 
 def begin_tokens(tokenizer: Any) -> list[int]:
-    """Ids of what the tokenizer puts before every text, such as a BOS token."""
+    """Ids that the tokenizer puts before every text, such as a BOS token."""
     whole, bare = (list(tokenizer.encode("a", add_special_tokens=on)) for on in (True, False))
     ends = (n for n in range(len(whole)) if whole[n : n + len(bare)] == bare)
     return whole[: next(ends, 0)]
 
 
 def _items(prompt: Any) -> list[Any]:
-    """What a prompt that is not text consists of."""
+    """The items of a prompt that is not text."""
     if hasattr(prompt, "tolist"):  # arrays of numpy and mlx
         prompt = prompt.tolist()
     if isinstance(prompt, Mapping):
@@ -250,7 +248,7 @@ def _ids(items: list[Any]) -> list[int]:
                 "batch_generate"
             )
         try:
-            # Not int(), which cuts off what a number has behind the point.
+            # Unlike int(), this refuses fractions.
             id = operator.index(item)
         except TypeError:
             id = None

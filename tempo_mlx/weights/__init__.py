@@ -1,4 +1,4 @@
-"""Models on the disk: recipes, folders and Hub ids, GGUF conversion, fingerprints."""
+"""Loading models: recipes, folders and Hub ids, GGUF conversion, fingerprints."""
 
 from .loading import ModelLoadError, load
 

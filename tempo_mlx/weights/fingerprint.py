@@ -1,4 +1,4 @@
-"""What makes two loaded models the same: configuration, weights and tokenizer, not their names."""
+"""Fingerprints of models: of configuration, weights and tokenizer, independent of names."""
 
 import dataclasses
 import enum
@@ -17,31 +17,30 @@ import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-#: Ends of the names of settings that say where something lies or what it is called.
+#: Suffixes of settings that hold a path or a name.
 _NAMES = ("name", "path", "file", "loaded_as", "transformers_version")
 
 _NOT_COUNTED = object()
 
 
 def identify(model: nn.Module, tokenizer: Any) -> str:
-    """32 hexadecimal digits of everything that decides a model's output.
+    """32 hexadecimal digits, a hash of everything that determines a model's output.
 
-    The same for a model that was loaded from another place; another one if its configuration, its
-    weights, its tokenizer or the tokens that end a text differ.
+    They do not depend on where the model was loaded from. They change with its configuration, its
+    weights, its tokenizer and the tokens that end a text.
     """
     ends = sorted(tokenizer.eos_token_ids)
     return _digest([fingerprint(model), tokenizer_fingerprint(tokenizer), ends])
 
 
 def fingerprint(model: nn.Module) -> str:
-    """32 hexadecimal digits of a model's configuration and weights.
+    """32 hexadecimal digits, a hash of a model's configuration and weights.
 
     The configuration is the class of every module and its public attributes: numbers, texts, and
-    lists, dictionaries and dataclasses of them, such as ``model.args``. Names and paths in it do
-    not count. Of every parameter count its name, shape, type and bits.
+    lists, dictionaries and dataclasses of them, such as ``model.args``. Names and paths are left
+    out. Each parameter contributes its name, shape, type and bits.
 
-    It is computed whenever it is asked for, because parameters may be changed in place: all of
-    them are read once.
+    The result is not cached, because parameters may change in place. Each call reads all weights.
     """
     digest = hashlib.sha256()
     for name, module in sorted(model.named_modules(), key=itemgetter(0)):
@@ -55,10 +54,10 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """32 hexadecimal digits of what decides the ids of a text and the text of ids.
+    """32 hexadecimal digits, a hash of everything that determines encoding and decoding.
 
-    That is the vocabulary with its rules and added tokens, the special tokens, and the chat
-    template. Tokens that were made ends of a text do not count.
+    This includes the vocabulary with its rules and added tokens, the special tokens, and the chat
+    template. Added end tokens are left out.
     """
     inner = tokenizer._tokenizer if isinstance(tokenizer, TokenizerWrapper) else tokenizer
     settings = {
@@ -70,14 +69,14 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
             "split_special_tokens",
         )
     }
-    # mlx-lm has chat templates that are functions.
+    # Some of mlx-lm's chat templates are functions.
     template = getattr(tokenizer, "_chat_template", None)
     settings["template_function"] = getattr(template, "__module__", None)
     return _digest([type(inner).__name__, _plain(settings), _vocabulary(inner)])
 
 
 def _vocabulary(tokenizer: Any) -> Any:
-    """The ids and rules of a tokenizer, in the form that it offers."""
+    """The ids and rules of a tokenizer, in whichever form it provides."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         return _rules(backend.to_str())
@@ -88,7 +87,7 @@ def _vocabulary(tokenizer: Any) -> Any:
 
 @functools.lru_cache(maxsize=2)
 def _rules(backend: str) -> str:
-    """Digest of a fast tokenizer's JSON, without what its latest call left there."""
+    """Digest of a fast tokenizer's JSON, without truncation and padding, which calls change."""
     rules = json.loads(backend)
     for name in ("truncation", "padding"):
         rules.pop(name, None)
@@ -96,7 +95,7 @@ def _rules(backend: str) -> str:
 
 
 def _files(tokenizer: Any) -> Iterator[Path]:
-    """The files that a slow tokenizer has its vocabulary from."""
+    """The vocabulary files of a slow tokenizer."""
     for name in sorted(getattr(tokenizer, "vocab_files_names", {})):
         path = getattr(tokenizer, name, None) or tokenizer.init_kwargs.get(name)
         if path is not None and Path(path).is_file():
@@ -119,7 +118,7 @@ def _settings(module: nn.Module) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON can say of a setting."""
+    """A setting as JSON data, or :data:`_NOT_COUNTED`."""
     if isinstance(value, float) and value.is_integer():
         return int(value)
     if value is None or isinstance(value, bool | int | float | str):
@@ -148,7 +147,7 @@ def _counts(key: str) -> bool:
 
 def _hashes(parameters: list[mx.array]) -> list[str]:
     """SHA-256 of the bits of each parameter."""
-    # Shared with the device where it has the same memory, so nothing is copied.
+    # Nothing is copied if the device shares the host's memory.
     views = [memoryview(cast(Any, p.reshape(-1).view(mx.uint8))) for p in parameters]
     with ThreadPoolExecutor() as threads:
         return list(threads.map(lambda view: hashlib.sha256(view).hexdigest(), views))

@@ -1,7 +1,7 @@
-"""A llama model in a GGUF file -> a folder that mlx-lm loads.
+"""Convert a llama model in a GGUF file to a folder that mlx-lm loads.
 
 mlx reads GGUF's block formats into its own quantised layout (groups of 32 values), so nothing is
-rounded on the way: names change, and rows of two matrices move.
+rounded. The conversion renames tensors and reorders the rows of two matrices.
 """
 
 import json
@@ -15,7 +15,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from ..errors import TempoError
 
-#: Values per quantisation group, in GGUF's Q4_0, Q4_1 and Q8_0 and in what mlx makes of them.
+#: Values per quantisation group in GGUF's Q4_0, Q4_1 and Q8_0, which mlx keeps.
 GROUP_SIZE = 32
 
 NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -47,12 +47,12 @@ def convert(path: Path, folder: Path, eos: Iterable[int] = ()) -> None:
 
     Args:
         path: a GGUF file with architecture "llama" and a byte-level BPE tokenizer.
-        folder: where config.json, model.safetensors and the tokenizer's files go.
-        eos: the tokens that end a text; the one that the file names if empty.
+        folder: for config.json, model.safetensors and the tokenizer's files.
+        eos: the tokens that end a text; if empty, the one in the file.
 
     Raises:
-        GgufError: the file is damaged, or holds what this conversion does not know.
-        OSError: the folder cannot be written.
+        GgufError: if the file is damaged or has unsupported content.
+        OSError: if the folder cannot be written.
     """
     try:
         loaded = mx.load(str(path), format="gguf", return_metadata=True)
@@ -63,7 +63,7 @@ def convert(path: Path, folder: Path, eos: Iterable[int] = ()) -> None:
     weights = rename(weights, config["num_attention_heads"], config["num_key_value_heads"])
     if quantization := _quantization(weights):
         config["quantization"] = quantization
-    # Half precision throughout keeps the arithmetic in half precision; only where that is exact.
+    # Half precision keeps the arithmetic in half precision. Only exact values are converted.
     weights = {name: _halve(array) for name, array in weights.items()}
 
     write_json(folder / CONFIG, config)
@@ -81,9 +81,9 @@ def convert(path: Path, folder: Path, eos: Iterable[int] = ()) -> None:
 
 
 def dequantize(source: Path, folder: Path) -> None:
-    """Write a copy of a quantised mlx-lm folder, its weights in fp32, into an existing folder.
+    """Write a copy of a quantised mlx-lm folder with fp32 weights into an existing folder.
 
-    The products with the fp16 scales are taken in fp32, so that none of them is rounded twice.
+    Products with the fp16 scales are computed in fp32, so they are rounded only once.
     """
     config = json.loads((source / CONFIG).read_text())
     config.pop("quantization", None)
@@ -106,10 +106,11 @@ def dequantize(source: Path, folder: Path) -> None:
 
 
 def read_config(metadata: Mapping[str, Any], weights: Iterable[str]) -> dict[str, Any]:
-    """What config.json says, from a GGUF's metadata and the names of its tensors.
+    """The content of config.json, from a GGUF's metadata and tensor names.
 
     Raises:
-        GgufError: another architecture than llama, scaled rotary positions, or a missing entry.
+        GgufError: for an architecture other than llama, scaled rotary positions, or a missing
+            entry.
     """
     architecture = metadata.get("general.architecture")
     if architecture != "llama":
@@ -154,7 +155,7 @@ def rename(weights: Mapping[str, mx.array], heads: int, kv_heads: int) -> dict[s
     """GGUF's tensors under mlx-lm's names, with the rows of q and k in mlx-lm's order.
 
     Raises:
-        GgufError: a tensor that a llama model does not have.
+        GgufError: for a tensor that is not part of a llama model.
     """
     renamed = {}
     for name, array in weights.items():
@@ -165,7 +166,7 @@ def rename(weights: Mapping[str, mx.array], heads: int, kv_heads: int) -> dict[s
         prefix, _, rest = module.partition(".")
         index, _, part = rest.partition(".")
         if prefix != "blk" or part not in LAYER_NAMES:
-            raise GgufError(f"GGUF tensor {name} is not part of a llama model as mlx-lm has it")
+            raise GgufError(f"GGUF tensor {name} is not part of a llama model")
         if part in ("attn_q", "attn_k"):
             array = _separate_pairs(array, heads if part == "attn_q" else kv_heads)
         renamed[f"model.layers.{index}.{LAYER_NAMES[part]}.{kind}"] = array
@@ -176,7 +177,7 @@ def read_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
     """The byte-level BPE tokenizer in a GGUF's metadata.
 
     Raises:
-        GgufError: another kind of tokenizer, or another way of cutting text into words.
+        GgufError: for another kind of tokenizer or pre-tokenizer.
     """
     kind = (metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre"))
     if kind != ("gpt2", "smollm"):
@@ -207,13 +208,13 @@ def _save(path: Path, weights: dict[str, mx.array]) -> None:
     try:
         mx.save_safetensors(str(path), weights, metadata={"format": "mlx"})
     except RuntimeError as error:
-        raise OSError(str(error)) from error  # what it is: the disk is full
+        raise OSError(str(error)) from error  # usually a full disk
 
 
 def _tokenizer_config(metadata: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
     tokens = metadata["tokenizer.ggml.tokens"]
     content = {
-        # The class that takes tokenizer.json as it is; those named after a model build their own.
+        # This class uses tokenizer.json as it is; model-specific classes build their own tokenizer.
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": tokens[config["bos_token_id"]],
         "eos_token": tokens[config["eos_token_id"]],
@@ -229,10 +230,10 @@ def _tokenizer_config(metadata: Mapping[str, Any], config: Mapping[str, Any]) ->
 
 
 def _separate_pairs(array: mx.array, heads: int) -> mx.array:
-    """Rows [head, pair, 2] -> [head, 2, pair]; weights, scales and biases alike.
+    """Rows [head, pair, 2] -> [head, 2, pair], for weights, scales and biases.
 
-    GGUF lays the two values that are rotated together side by side; mlx-lm has all first ones of a
-    head, then all second ones.
+    In GGUF, two values that are rotated together are adjacent. In mlx-lm, the first values of all
+    pairs of a head come before the second values.
     """
     rows, columns = array.shape
     pairs = array.reshape(heads, rows // heads // 2, 2, columns)
@@ -240,7 +241,7 @@ def _separate_pairs(array: mx.array, heads: int) -> mx.array:
 
 
 def _quantization(weights: Mapping[str, mx.array]) -> dict[str, Any]:
-    """The "quantization" entry of config.json; modules with unusual bits have their own."""
+    """The "quantization" entry of config.json, with separate entries for unusual bits."""
     bits = {
         name.removesuffix(".scales"): _bits(weights[name.replace(".scales", ".weight")], scales)
         for name, scales in weights.items()
@@ -274,6 +275,6 @@ def _number(value: Any) -> Any:
     if not isinstance(value, mx.array):
         return value
     if value.dtype == mx.float32:
-        # Through its shortest decimal form: 1e-5 was meant, not 9.999999747378752e-06.
+        # The shortest decimal form gives the intended value: 1e-5, not 9.999999747378752e-06.
         return float(str(np.float32(cast(float, value.item()))))
     return value.item()

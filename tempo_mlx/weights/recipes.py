@@ -1,7 +1,7 @@
-"""Models that run by name: fetched and converted once, then found on the disk.
+"""Recipes: models that run by name, fetched and converted on first use.
 
-A recipe is a TOML file with the source of the weights, their checksums and architecture. A model's
-folder appears whole or not at all: it is built under another name and renamed.
+A recipe is a TOML file with the source, checksums and architecture of the weights. A model's folder
+is written atomically: it is built under another name and then renamed.
 """
 
 import fcntl
@@ -26,14 +26,14 @@ from ..errors import TempoError
 from ..io.console import Console
 from . import gguf, package_index
 
-#: Names the folder that the models are kept in.
+#: Environment variable with the folder of the models.
 HOME_VARIABLE = "TEMPO_MLX_HOME"
 
 QUANTISED, FULL = "q4", "fp32"
-#: The forms of each model: 4 bits for GPUs, and the same weights dequantised for the CPU.
+#: The variants of each model: 4 bits for GPUs, and the same weights dequantised for the CPU.
 VARIANTS = (QUANTISED, FULL)
 
-#: Called with what is being done, and how many bytes of how many are done.
+#: Called with a description of the work, the bytes done and the bytes in total.
 ProgressCallback = Callable[[str, int, int], None]
 
 PACKAGE = Path(__file__).parent.parent
@@ -41,7 +41,7 @@ CHUNK_BYTES = 1 << 20
 
 
 class RecipeError(TempoError):
-    """The model of a recipe cannot be prepared; one line says why."""
+    """The model of a recipe cannot be prepared. One line says why."""
 
 
 @dataclass(frozen=True)
@@ -60,24 +60,24 @@ class Source:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A model that is ready to run by its name."""
+    """A model that can be run by name."""
 
     name: str
     description: str
     license: str
     homepage: str
-    #: Weights in all; the tied embedding counts once.
+    #: Number of weights; a tied embedding counts once.
     parameters: int
     source: Source
-    #: What its config.json must say, under mlx-lm's names.
+    #: Required entries of config.json, under mlx-lm's names.
     architecture: dict[str, Any]
     #: Tokens that end a text.
     eos: tuple[int, ...]
-    #: The text that stood before each document in training; None where only the tokenizer knows.
+    #: Text before each document in training; None to use what the tokenizer puts there.
     start: str | None = None
 
     def folder(self, variant: str) -> Path:
-        """Where a variant of the model is, or will be."""
+        """The folder of a variant, whether or not it exists yet."""
         return root() / self.name / variant
 
     def is_ready(self, variant: str) -> bool:
@@ -89,7 +89,7 @@ def recipes() -> dict[str, Recipe]:
     """The recipes, by name.
 
     Raises:
-        RecipeError: a recipe's file is invalid.
+        RecipeError: if a recipe's file is invalid.
     """
     found = {}
     for path in sorted(_recipe_folder().glob("*.toml")):
@@ -99,7 +99,7 @@ def recipes() -> dict[str, Recipe]:
 
 
 def root() -> Path:
-    """The folder of the models: TEMPO_MLX_HOME, or a checkout's `models`, or the user's cache."""
+    """The folder of the models: TEMPO_MLX_HOME, a checkout's `models`, or the user's cache."""
     if home := os.environ.get(HOME_VARIABLE):
         return Path(home).expanduser()
     if (checkout := checkout_folder()) is not None:
@@ -108,7 +108,7 @@ def root() -> Path:
 
 
 def cache_folder() -> Path:
-    """The user's folder for what can be made again."""
+    """The user's cache folder."""
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Caches" / "tempo-mlx"
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -129,18 +129,18 @@ def prepare(
 ) -> Path:
     """Prepare a model for loading, and return its folder in mlx-lm's layout.
 
-    Where it is ready already, nothing is written and no network is needed. Several processes may
-    ask for the same model: one works, the others wait.
+    If the model is ready, nothing is written and no network is needed. If several processes ask for
+    the same model, one does the work and the others wait.
 
     Args:
         recipe: one of `recipes()`.
         variant: one of `VARIANTS`; None for the one that suits the device.
-        source: the wheel or the GGUF file, if it was fetched by other means.
-        progress: called as work goes on; None draws a bar if standard error is a terminal.
+        source: the wheel or the GGUF file, if it was downloaded separately.
+        progress: called during the work; None draws a bar if standard error is a terminal.
 
     Raises:
-        RecipeError: the file cannot be fetched, is not the right one, or there is no room or no
-            permission to write. Nothing is left behind.
+        RecipeError: if the file cannot be fetched or is the wrong one, or the disk is full or not
+            writable. Nothing is left behind.
     """
     variant = variant or device_variant()
     if variant not in VARIANTS:
@@ -163,7 +163,7 @@ def prepare(
                 _write_full(recipe, work, tell)
     except package_index.IndexUnreachableError as error:
         raise RecipeError(
-            f"{recipe.name} has to be fetched once, and {error}. {_by_hand(recipe)}"
+            f"{recipe.name} must be fetched once, but {error}. {_by_hand(recipe)}"
         ) from error
     except package_index.NotOnIndexError as error:
         raise RecipeError(
@@ -173,8 +173,8 @@ def prepare(
         raise RecipeError(f"{recipe.name} cannot be converted: {error}") from error
     except OSError as error:
         raise RecipeError(
-            f"{recipe.name} cannot be written into {root()}: {error.strerror or error}; "
-            f"{HOME_VARIABLE} names another folder"
+            f"{recipe.name} cannot be written into {root()}: {error.strerror or error}; set "
+            f"{HOME_VARIABLE} to use another folder"
         ) from error
     return folder
 
@@ -205,7 +205,7 @@ def _write_quantised(
 
 
 def _write_full(recipe: Recipe, work: Path, tell: ProgressCallback) -> None:
-    """Dequantise what `_write_quantised` left."""
+    """Dequantise the model that `_write_quantised` wrote."""
     what, size = f"dequantising {recipe.name}", 4 * recipe.parameters
     tell(what, 0, size)
     built = work / FULL
@@ -248,7 +248,7 @@ def _opened(recipe: Recipe, source: Path) -> Iterator[IO[bytes]]:
 
 
 def _copy(source: IO[bytes], destination: IO[bytes]) -> str:
-    """Copy, and return the sha256 in hexadecimal."""
+    """Copy the data, and return its sha256 in hexadecimal."""
     digest = hashlib.sha256()
     while chunk := source.read(CHUNK_BYTES):
         destination.write(chunk)
@@ -266,26 +266,26 @@ def _check_architecture(recipe: Recipe, folder: Path) -> None:
 
 
 def _check_space(recipe: Recipe, work: Path, variant: str) -> None:
-    """RecipeError unless the disk has room for everything that preparing a variant writes."""
+    """RecipeError unless the disk has enough space to prepare a variant."""
     fetched = recipe.source.wheel_bytes + 2 * recipe.source.file_bytes
     needed = fetched if variant == QUANTISED else 4 * recipe.parameters
     free = shutil.disk_usage(work).free
     if free < needed:
         raise RecipeError(
             f"{recipe.name} needs {needed / 1e9:.2f} GB in {root()}, which has {free / 1e9:.2f} GB "
-            f"free; {HOME_VARIABLE} names another folder"
+            f"free; set {HOME_VARIABLE} to use another folder"
         )
 
 
 @contextmanager
 def _alone(recipe: Recipe) -> Iterator[Path]:
-    """An empty work folder beside the model's, while no other process works on the same model."""
+    """An empty work folder next to the model's, locked against other processes."""
     work = root() / f".{recipe.name}.partial"
     with open(root() / f".{recipe.name}.lock", "w") as lock:
         # The system releases the lock when the process ends, however it ends.
         fcntl.flock(lock, fcntl.LOCK_EX)
         if work.exists():
-            shutil.rmtree(work)  # of a process that was killed
+            shutil.rmtree(work)  # left by a process that was killed
         work.mkdir()
         try:
             yield work
@@ -294,7 +294,7 @@ def _alone(recipe: Recipe) -> Iterator[Path]:
 
 
 def _publish(built: Path, folder: Path) -> None:
-    """Give the finished folder its name, once its content is on the disk."""
+    """Flush the finished folder to disk, then give it its name."""
     for path in [*built.iterdir(), built]:
         _flush(path)
     folder.parent.mkdir(exist_ok=True)
@@ -314,7 +314,7 @@ def _flush(path: Path) -> None:
 
 @contextmanager
 def _reporting(progress: ProgressCallback | None) -> Iterator[ProgressCallback]:
-    """The given callback, or one that draws a bar for each thing that is done."""
+    """The given callback, or one that draws a progress bar for each description."""
     if progress is not None:
         yield progress
         return
@@ -338,20 +338,20 @@ def _reporting(progress: ProgressCallback | None) -> Iterator[ProgressCallback]:
 
 def _by_hand(recipe: Recipe) -> str:
     return (
-        "Try again online, set PIP_INDEX_URL to an index that has it, or fetch "
-        f"{recipe.source.wheel} by other means and run: "
+        "Try again online, set PIP_INDEX_URL to an index that has it, or download "
+        f"{recipe.source.wheel} separately and run: "
         f"tempo-mlx models fetch {recipe.name} --from FILE"
     )
 
 
 def _recipe_folder() -> Path:
-    """At the top of a checkout, inside the package where it is installed."""
+    """The folder of the recipes: in a checkout, or inside the installed package."""
     checkout = checkout_folder()
     return PACKAGE / "recipes" if checkout is None else checkout / "models"
 
 
 def checkout_folder() -> Path | None:
-    """The project's folder if the package runs from there."""
+    """The project's folder if the package runs from a checkout."""
     path = PACKAGE.parent / "pyproject.toml"
     try:
         project = tomllib.loads(path.read_text(encoding="utf-8")).get("project", {})

@@ -186,10 +186,10 @@ def test_chat_rows_fail_alone_and_so_do_they_again(run, strict, tmp_path):
         3: "content must be text",
         5: "'image_url'",
         6: "System role not supported",
-        7: "does not take the role 'critic'",
+        7: "does not support the role 'critic'",
         8: "prompt must be text",
         9: "prompt must be text",
-        10: "token id 9999, the model's vocabulary is [0, 257)",
+        10: "token id 9999, but the model's vocabulary is [0, 257)",
         11: "300 tokens",
     }
     for number, record in enumerate(records):

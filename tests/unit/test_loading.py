@@ -196,8 +196,8 @@ def test_layers_without_end_are_not_made(folder, monkeypatch, value):
         {"text_config": {"num_hidden_layers": value}},
     ):
         change_config(folder, **change)
-        assert f"it says {value} layers" in fail(folder)
-        assert f"it says {value} layers" in str(inventory.examined(folder))
+        assert f"it has {value} layers" in fail(folder)
+        assert f"it has {value} layers" in str(inventory.examined(folder))
 
 
 def test_an_architecture_whose_package_is_missing_is_named(folder, monkeypatch):
@@ -359,9 +359,9 @@ def test_adapters_that_are_not_there_or_do_not_fit_are_refused(original, tmp_pat
     assert "has no adapters.safetensors" in fail(original, adapter_path=tmp_path / "none")
     adapters = save_adapters(original, tmp_path / "adapters")
     other = save_tiny_model(tmp_path / "other", num_hidden_layers=1)
-    assert "cannot be put over" in fail(other, adapter_path=adapters)
+    assert "cannot be applied" in fail(other, adapter_path=adapters)
     (adapters / "adapter_config.json").unlink()
-    assert "cannot be put over" in fail(original, adapter_path=adapters)
+    assert "cannot be applied" in fail(original, adapter_path=adapters)
 
 
 def test_hub_out_of_reach_is_one_line(hub):

@@ -185,7 +185,7 @@ def test_a_message_that_the_template_passes_over_is_refused(tokenizer, model, ro
     tokenizer._tokenizer.chat_template = DEAF
     known = [user("a"), {"role": "assistant", "content": "b"}, user("")]
     assert tokenizer.decode(encode_prompt(tokenizer, known, model)) == "Q: aA: bQ: A:"
-    with pytest.raises(TempoError, match=rf"prompt\[1\] is left out .* role '{role}'"):
+    with pytest.raises(TempoError, match=rf"prompt\[1\] is ignored .* role '{role}'"):
         encode_prompt(tokenizer, [user("a"), {"role": role, "content": "b"}], model)
 
 
@@ -199,7 +199,7 @@ def test_text_of_tokens_that_the_embedding_lacks_is_refused(folder):
     size = PositionedModel.of(model).vocabulary_size
     tokenizer._tokenizer.add_tokens(["<new>"])
     assert len(tokenizer) == size + 1 and tokenizer.encode("<new>") == [size]
-    message = rf"token id {size}, the model's vocabulary is \[0, {size}\)"
+    message = rf"token id {size}, but the model's vocabulary is \[0, {size}\)"
     for prompt in ("a<new>b", [size], [user("<new>")]):
         for function in (generate, search, PromptCache.read):
             with pytest.raises(TempoError, match=message):

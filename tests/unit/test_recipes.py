@@ -177,7 +177,7 @@ def test_error_in_the_middle_of_converting_leaves_nothing(index, home, monkeypat
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(gguf, "dequantize", full)
-    with pytest.raises(RecipeError, match="No space left on device; TEMPO_MLX_HOME names another"):
+    with pytest.raises(RecipeError, match="No space left on device; set TEMPO_MLX_HOME"):
         prepare(index.recipe, "fp32")
     assert kept(home) == ["tiny"]
     assert not (home / "tiny" / "fp32").exists()
