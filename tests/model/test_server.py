@@ -34,6 +34,7 @@ def serving(app):
     """A server on a free port, on a thread of its own; (address, how to end it)."""
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
+    listener.listen()  # clients that come before the server has started wait for it
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
