@@ -5,12 +5,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.nn as nn
-import numpy as np
 
 from .arguments import check_count, check_text
 from .decode.decoder import BatchDecoder
 from .decode.paths import find_paths
-from .decode.prompt_cache import ReadTokens
+from .decode.prompt_cache import ReadTokens, read_by
 from .decode.request import Request
 from .decode.result import BEAM, GenerationResult, Path, cut_at_stop
 from .errors import TempoError
@@ -283,59 +282,4 @@ class Conversation:
         held = self._held
         if held is None:
             return None
-        lattice, request = held.request.lattice, held.request
-        ids, slots = list(lattice.prompt_tokens), list(range(len(lattice.prompt_tokens)))
-        chain = _chain(request, held.ids)
-        ids += held.ids[: len(chain)]
-        slots += chain
-        ending = _appended_ending(request)
-        if ending is not None and len(chain) == len(held.ids):
-            ids.append(ending[0])
-            slots.append(ending[1])
-        places = {slot: at for at, slot in enumerate(request.sequence.held.tolist())}
-        n = next((i for i, slot in enumerate(slots) if slot not in places), len(slots))
-        at = np.array([places[slot] for slot in slots[:n]])
-        if held.store.states:
-            with_state = np.flatnonzero(held.store.has_state(at))
-            if not with_state.size:
-                return None
-            at = at[: with_state[-1] + 1]
-        store = held.store.extract(0)
-        store.compact(at)
-        return ReadTokens(tokens=ids[: len(at)], cache=store)
-
-
-def _chain(request: Request, ids: tuple[int, ...]) -> list[int]:
-    """Slots of a path's first tokens, as far as each saw only the tokens before it on the path.
-
-    Args:
-        request: a run that has ended.
-        ids: of one of its paths.
-    """
-    lattice, settings = request.lattice, request.settings
-    slots: list[int] = []
-    last = len(lattice.prompt_tokens) - 1
-    for step, id in zip(lattice.steps, ids, strict=False):
-        if settings.has_parents:
-            found = [t.slot for t in step.tokens if t.id == id and t.parent == last]
-        elif settings.weighting == "none":
-            # In merged visibilities later tokens see whole sets.
-            found = [t.slot for t in step.tokens if t.id == id and len(step.tokens) == 1]
-        else:
-            found = []
-        if not found:
-            break
-        last = found[0]
-        slots.append(last)
-    return slots
-
-
-def _appended_ending(request: Request) -> tuple[int, int] | None:
-    """The end token that a run of single tokens has read before it was known to be one, and its
-    slot; None where it has not."""
-    step = request.lattice.steps[-1]
-    pending = request.sequence.pending
-    ahead = pending is not None and len(pending) == 1 and int(pending.step[0]) == step.step
-    if step.tokens or len(step.endings) != 1 or pending is None or not ahead:
-        return None
-    return step.endings[0].id, int(pending.index[0])
+        return read_by(held.request, held.store, held.ids)

@@ -32,6 +32,7 @@ from ..rules.combining import combine, most_probable_of
 from ..rules.processors import remaining
 from ..rules.selection import candidate_scores, most_probable
 from .observation import Attending, PassAttention, head_capture
+from .prefix_cache import PrefixCache
 from .request import Request
 from .sequences import Batch, SequenceState
 from .step_candidates import StepCandidates
@@ -66,10 +67,17 @@ class BatchDecoder:
     Args:
         model: reads the tokens.
         max_kv_bytes: bytes that the cache may take; None sets no bound.
+        prefixes: takes each prompt, all but its last token, once that has been read.
     """
 
-    def __init__(self, model: PositionedModel, max_kv_bytes: int | None = None):
+    def __init__(
+        self,
+        model: PositionedModel,
+        max_kv_bytes: int | None = None,
+        prefixes: PrefixCache | None = None,
+    ):
         self.model = model
+        self._prefixes = prefixes
         self.batch = Batch(model, [])
         #: runs that generate, in the order of the batch's sequences
         self.requests: list[Request] = []
@@ -124,6 +132,10 @@ class BatchDecoder:
             if done is not None:
                 return done
             self._reading = None
+            if self._prefixes is not None:
+                for each in batch.sequences:
+                    prompt = each.lattice.prompt_tokens[:-1]
+                    self._prefixes.insert(prompt, batch.cache, each.row, each.at)
             self._admit(requests, batch, batch.read_last())
         for request in requests:
             request.prompt_is_read()

@@ -15,6 +15,7 @@ from ..lattice.lattice import Lattice
 from ..models import PositionedModel, SlotStore
 from ..text.vocabulary import Prompt, encode_prompt, is_chat, require_room, require_tokenizer
 from ..weights.fingerprint import fingerprint, tokenizer_fingerprint
+from .request import Request
 from .sequences import Batch, SequenceState
 
 #: Version of the file.
@@ -251,3 +252,68 @@ class PromptCache(ReadTokens):
         n = len(tokens) - 1 if positioned.is_recurrent else len(tokens)
         cache.fill(arrays, np.arange(n)[None])
         return found
+
+
+def read_by(request: Request, store: SlotStore, ids: Sequence[int]) -> ReadTokens | None:
+    """What a run has read of its prompt and of one path, as a text of its own.
+
+    Args:
+        request: the run, which has left its batch.
+        store: one row, its slots in the order of the request's ``held``.
+        ids: of one of its paths.
+    """
+    tokens, slots = list(request.lattice.prompt_tokens), list(range(request.length))
+    chain = _chain(request, ids)
+    tokens += ids[: len(chain)]
+    slots += chain
+    ending = _appended_ending(request)
+    if ending is not None and len(chain) == len(ids):
+        tokens.append(ending[0])
+        slots.append(ending[1])
+    places = {slot: at for at, slot in enumerate(request.sequence.held.tolist())}
+    n = next((i for i, slot in enumerate(slots) if slot not in places), len(slots))
+    at = np.array([places[slot] for slot in slots[:n]])
+    if store.states:
+        with_state = np.flatnonzero(store.has_state(at))
+        if not with_state.size:
+            return None
+        at = at[: with_state[-1] + 1]
+    alone = store.extract(0)
+    alone.compact(at)
+    return ReadTokens(tokens=tokens[: len(at)], cache=alone)
+
+
+def _chain(request: Request, ids: Sequence[int]) -> list[int]:
+    """Slots of a path's first tokens, as far as each saw only the tokens before it on the path.
+
+    Args:
+        request: a run that has ended.
+        ids: of one of its paths.
+    """
+    lattice, settings = request.lattice, request.settings
+    slots: list[int] = []
+    last = len(lattice.prompt_tokens) - 1
+    for step, id in zip(lattice.steps, ids, strict=False):
+        if settings.has_parents:
+            found = [t.slot for t in step.tokens if t.id == id and t.parent == last]
+        elif settings.weighting == "none":
+            # In merged visibilities later tokens see whole sets.
+            found = [t.slot for t in step.tokens if t.id == id and len(step.tokens) == 1]
+        else:
+            found = []
+        if not found:
+            break
+        last = found[0]
+        slots.append(last)
+    return slots
+
+
+def _appended_ending(request: Request) -> tuple[int, int] | None:
+    """The end token that a run of single tokens has read before it was known to be one, and its
+    slot; None where it has not."""
+    step = request.lattice.steps[-1]
+    pending = request.sequence.pending
+    ahead = pending is not None and len(pending) == 1 and int(pending.step[0]) == step.step
+    if step.tokens or len(step.endings) != 1 or pending is None or not ahead:
+        return None
+    return step.endings[0].id, int(pending.index[0])

@@ -81,11 +81,13 @@ def cut_at_stop(text: str, stops: Sequence[str]) -> str:
 
 @dataclass
 class Statistics:
-    """Times of a run, in seconds; and peak memory, in 10^9 bytes, since it or its batch began."""
+    """Times of a run, in seconds; peak memory, in 10^9 bytes, since it or its batch began; and
+    tokens of the prompt that had been read before."""
 
     prompt_seconds: float = 0.0
     generation_seconds: float = 0.0
     peak_memory_gb: float = 0.0
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True)

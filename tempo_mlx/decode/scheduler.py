@@ -7,11 +7,13 @@ from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 
 import mlx.core as mx
+import numpy as np
 
 from ..errors import TempoError
 from ..models import PositionedModel, SlotStore
 from .decoder import BatchDecoder, CacheBudgetError
-from .prompt_cache import PromptCache
+from .prefix_cache import PrefixCache
+from .prompt_cache import PromptCache, read_by
 from .request import Request
 from .result import GenerationResult
 
@@ -75,6 +77,8 @@ class Scheduler:
         batch_size: requests that generate at the same time.
         max_kv_bytes: bytes of keys, values and recurrent states.
         prompt_cache: of a beginning that prompts may have.
+        keeps_prefixes: keep what requests have read, for those that begin with it, in the bytes
+            that those that run leave.
     """
 
     def __init__(
@@ -83,8 +87,11 @@ class Scheduler:
         batch_size: int,
         max_kv_bytes: int,
         prompt_cache: PromptCache | None = None,
+        keeps_prefixes: bool = False,
     ):
-        self._decoder = BatchDecoder(model, max_kv_bytes)
+        #: what requests have read; None where it is not kept
+        self.prefixes = PrefixCache() if keeps_prefixes else None
+        self._decoder = BatchDecoder(model, max_kv_bytes, self.prefixes)
         self._batch_size = batch_size
         self._max_kv_bytes = max_kv_bytes
         self._prompt_cache = prompt_cache
@@ -178,6 +185,7 @@ class Scheduler:
             if request.prompt_slots is not None:
                 self.prompts[request.result] = request.prompt_slots
             if request.finished:
+                self._keep_prefix(request)
                 yield self._close(self._keys.pop(request), request.error or request.result)
         decoder.failed.clear()
         for request in reversed(decoder.preempted):
@@ -185,6 +193,17 @@ class Scheduler:
             self._full_at = len(decoder.requests)
             status.preempted += 1
         decoder.preempted.clear()
+
+    def _keep_prefix(self, request: Request) -> None:
+        """Hold what a run has read and said."""
+        if self.prefixes is None or request.error is not None or request.slots is None:
+            return
+        read = read_by(request, request.slots, request.result.known_best() or [])
+        request.slots = None
+        if read is not None:
+            slots = np.arange(len(read.tokens))
+            self.prefixes.insert(read.tokens, read.cache, 0, slots)
+            self._shrink_prefixes()
 
     def _close(
         self, key: Key, outcome: GenerationResult | Exception
@@ -204,7 +223,7 @@ class Scheduler:
             return
         self._full_at = None
         requests: list[Request] = []
-        shared = 0
+        shared: list[int] = []
         while self._waiting and running + len(requests) < self._batch_size:
             key = self._waiting[0]
             try:
@@ -214,12 +233,8 @@ class Scheduler:
                 self._waiting.popleft()
                 yield self._close(key, error)
                 continue
-            covered = (
-                self._prompt_cache.covers(request.lattice.prompt_tokens)
-                if self._prompt_cache
-                else 0
-            )
-            if requests and (covered != shared or not self._read_together([*requests, request])):
+            known = self._known(request.lattice.prompt_tokens)
+            if requests and (known != shared or not self._read_together([*requests, request])):
                 self._ready[key] = request
                 break
             if not self._fits([*requests, request]) and (requests or decoder.requests):
@@ -229,10 +244,33 @@ class Scheduler:
             self._waiting.popleft()
             self._keys[request] = key
             requests.append(request)
-            shared = covered
+            shared = known
+            request.result.stats.cached_tokens = len(known)
+            request.keeps_slots = self.prefixes is not None
         if requests:
-            cache = self._prompt_cache.first(shared) if self._prompt_cache and shared else None
+            cache = self._read_before(shared)
+            self._shrink_prefixes()
             decoder.start(requests, cache)
+
+    def _known(self, prompt: list[int]) -> list[int]:
+        """The first tokens of a prompt that need not be read."""
+        known = self._prompt_cache if self.prefixes is None else self.prefixes
+        return [] if known is None else prompt[: known.covers(prompt)]
+
+    def _read_before(self, known: list[int]) -> SlotStore | None:
+        """A cache of one row that has read these tokens; None where there are none."""
+        if not known:
+            return None
+        if self.prefixes is not None:
+            return self.prefixes.first(known, len(known))
+        assert self._prompt_cache is not None
+        return self._prompt_cache.first(len(known))
+
+    def _shrink_prefixes(self) -> None:
+        """Leave the memory to those that run, as much as they will probably need."""
+        if self.prefixes is not None:
+            taken = max(self._decoder.nbytes, self._needed(list(self._keys)))
+            self.prefixes.shrink(self._max_kv_bytes - taken)
 
     def _require_memory(self, request: Request) -> None:
         """Raise CacheBudgetError if the prompt and one step do not fit, whoever else is there."""
@@ -246,16 +284,19 @@ class Scheduler:
 
     def _fits(self, newcomers: list[Request]) -> bool:
         """Whether all runs will probably fit to their end, sets as wide as they were so far."""
-        status, requests = self.status, self._decoder.requests
+        return self._needed([*self._decoder.requests, *newcomers]) <= self._max_kv_bytes
+
+    def _needed(self, requests: list[Request]) -> int:
+        """Bytes that runs will probably need to their end, sets as wide as they were so far."""
+        status, model = self.status, self._decoder.model
         width = max(1.0, status.tokens / status.steps) if status.steps else 1.0
         slots = sum(
-            request.sequence.n_held + width * (request.limit - request.step) for request in requests
+            max(request.length, request.sequence.n_held) + width * (request.limit - request.step)
+            for request in requests
         )
-        slots += sum(request.length + width * request.limit for request in newcomers)
-        model = self._decoder.model
         # Those of a set are let go of once the next one has been read.
-        states = 2 * width * (len(requests) + len(newcomers))
-        return slots * model.slot_bytes + states * model.state_bytes <= self._max_kv_bytes
+        states = 2 * width * len(requests)
+        return int(slots * model.slot_bytes + states * model.state_bytes)
 
     def _read_together(self, requests: list[Request]) -> bool:
         """Whether the prompts fit into one forward pass; recurrent layers read one at a time."""

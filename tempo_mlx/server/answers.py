@@ -29,11 +29,18 @@ def envelope(kind: str, name: str) -> dict[str, Any]:
     }
 
 
-def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
+def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dict[str, Any]:
+    """What a request took.
+
+    Args:
+        prompt_tokens, completion_tokens: of all prompts and of all texts.
+        cached_tokens: of the prompts, those that were not read again.
+    """
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
     }
 
 

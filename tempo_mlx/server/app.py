@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ..errors import TempoError
 from ..scoring import ContinuationScorer
+from ..scoring.rescoring import Weights, rescore
 from ..text.vocabulary import encode_prompt
 from .answers import chat_logprobs, completion_logprobs, envelope, error_body, usage
 from .completions import (
@@ -35,6 +36,7 @@ from .protocol import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
+    RescoreRequestBody,
     ScoreRequestBody,
     TokenizeRequest,
 )
@@ -152,6 +154,7 @@ def application(
         Route("/v1/completions", _guarded(server.completions), methods=["POST"]),
         Route("/v1/chat/completions", _guarded(server.chat_completions), methods=["POST"]),
         Route("/v1/score", _guarded(server.score), methods=["POST"]),
+        Route("/v1/rescore", _guarded(server.rescore), methods=["POST"]),
         Route("/tokenize", server.tokenize, methods=["POST"]),
         Route("/detokenize", server.detokenize, methods=["POST"]),
         Route("/tokenizer_info", server.tokenizer_info),
@@ -240,10 +243,12 @@ class Server:
             "requests_failed_total": ("counter", counts.failed),
             "requests_cancelled_total": ("counter", counts.cancelled),
             "prompt_tokens_total": ("counter", counts.prompt_tokens),
+            "cached_tokens_total": ("counter", counts.cached_tokens),
             "generated_tokens_total": ("counter", counts.generated_tokens),
             "requests_running": ("gauge", status.running),
             "requests_waiting": ("gauge", status.waiting),
             "cache_bytes": ("gauge", status.cache_bytes),
+            "prefix_cache_bytes": ("gauge", self._engine.prefix_bytes),
             "forward_passes_total": ("counter", status.passes),
         }
         lines = []
@@ -282,7 +287,7 @@ class Server:
         self, body: CompletionRequest, jobs: list[Job]
     ) -> AsyncIterator[dict[str, Any]]:
         shared = envelope("text_completion", self._engine.name)
-        said, offsets = 0, dict[int, int]()
+        said, offsets, cached = 0, dict[int, int](), dict[int, int]()
         async for piece in pieces(self._engine, jobs):
             logprobs = None
             if body.logprobs is not None:
@@ -291,6 +296,8 @@ class Server:
                 )
             offsets[piece.index] = offsets.get(piece.index, 0) + len(piece.text)
             said += piece.count
+            if piece.reason is not None:
+                _note_cached(cached, piece.index // body.n, piece.cached)
             entry = {
                 "index": piece.index,
                 "text": piece.text,
@@ -300,11 +307,11 @@ class Server:
             yield shared | {"choices": [entry | _step(piece.step)]}
         if body.stream_options is not None and body.stream_options.include_usage:
             total = sum(len(job.ids) for job in jobs)
-            yield shared | {"choices": [], "usage": usage(total, said)}
+            yield shared | {"choices": [], "usage": usage(total, said, sum(cached.values()))}
 
     async def _chat_chunks(self, body: ChatRequest, job: Job) -> AsyncIterator[dict[str, Any]]:
         shared = envelope("chat.completion.chunk", self._engine.name)
-        begun, said = set[int](), 0
+        begun, said, cached = set[int](), 0, dict[int, int]()
         async for piece in pieces(self._engine, [job]):
             delta: dict[str, Any] = {}
             if piece.index not in begun:
@@ -316,6 +323,8 @@ class Server:
             if body.logprobs and piece.scores:
                 logprobs = chat_logprobs(self._engine.vocabulary, piece.scores)
             said += piece.count
+            if piece.reason is not None:
+                _note_cached(cached, 0, piece.cached)
             entry = {
                 "index": piece.index,
                 "delta": delta,
@@ -324,18 +333,35 @@ class Server:
             }
             yield shared | {"choices": [entry | _step(piece.step)]}
         if body.stream_options is not None and body.stream_options.include_usage:
-            yield shared | {"choices": [], "usage": usage(len(job.ids), said)}
+            total = usage(len(job.ids), said, sum(cached.values()))
+            yield shared | {"choices": [], "usage": total}
 
     async def score(self, request: Request) -> Response:
         body = await self._body(request, ScoreRequestBody)
 
         def work() -> list[list[float]]:
-            if self._scorer is None:
-                self._scorer = ContinuationScorer(self._engine.model, self._engine.tokenizer)
-            return self._scorer.score_continuations(body.contexts, body.candidates)
+            return self._known_scorer().score_continuations(body.contexts, body.candidates)
 
         scores = await asyncio.wrap_future(self._engine.call(work))
         return JSONResponse({"object": "list", "model": self._engine.name, "scores": scores})
+
+    async def rescore(self, request: Request) -> Response:
+        body = await self._body(request, RescoreRequestBody)
+        lists = [each.model_dump(exclude_none=True) for each in body.lists]
+        weights = Weights(**body.weights.model_dump())
+
+        def work() -> list[dict[str, Any]]:
+            found = rescore(self._known_scorer(), lists, weights, body.end)
+            return [each.to_dict() for each in found]
+
+        ranked = await asyncio.wrap_future(self._engine.call(work))
+        return JSONResponse({"object": "list", "model": self._engine.name, "lists": ranked})
+
+    def _known_scorer(self) -> ContinuationScorer:
+        """The scorer, which keeps what it has read; for the engine's thread."""
+        if self._scorer is None:
+            self._scorer = ContinuationScorer(self._engine.model, self._engine.tokenizer)
+        return self._scorer
 
     async def tokenize(self, request: Request) -> Response:
         body = await self._body(request, TokenizeRequest)
@@ -398,6 +424,11 @@ class Server:
                 "model_not_found",
             )
         return body
+
+
+def _note_cached(cached: dict[int, int], prompt: int, n: int) -> None:
+    """Of several samples of a prompt, one reads what is new of it."""
+    cached[prompt] = min(cached.get(prompt, n), n)
 
 
 def _step(step: dict[str, Any] | None) -> dict[str, Any]:

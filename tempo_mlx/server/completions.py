@@ -29,6 +29,7 @@ class Choice:
         reason: why it ended.
         lattice: the whole result, if it was wanted.
         logprob: of the tokens, nats; by which best_of ranks.
+        cached: tokens of the prompt that were not read again.
     """
 
     index: int
@@ -38,6 +39,7 @@ class Choice:
     reason: str = "stop"
     lattice: dict[str, Any] | None = None
     logprob: float = 0.0
+    cached: int = 0
 
 
 @dataclass(frozen=True)
@@ -164,11 +166,15 @@ async def _generated(engine: Engine, job: Job, settings: Settings) -> list[Choic
                 result = event
     if not alone:
         ids = [step.tokens[0].id for step in result.lattice.steps if step.tokens]
-        choice = Choice(0, result.text, ids, reason=finish_reason(result))
+        choice = Choice(0, result.text, ids, reason=finish_reason(result), cached=_cached(result))
         choice.scores = None if top is None else scores
         choice.logprob = sum(score.logprob or 0.0 for score in scores)
         return [choice]
     return await _of_lattice(engine, job, result, top)
+
+
+def _cached(result: GenerationResult) -> int:
+    return result.stats.cached_tokens
 
 
 async def _text(engine: Engine, result: GenerationResult) -> str:
@@ -187,6 +193,7 @@ async def _of_lattice(
         cut = path.text != engine.vocabulary.decode(path.tokens)
         reason = "stop" if path.ended or cut else finish_reason(result)
         choice = Choice(0, path.text, path.tokens, reason=reason, logprob=path.logprob)
+        choice.cached = _cached(result)
         if top is not None:
             choice.scores = await scores_of(engine, [*job.ids, *path.tokens], top, len(job.ids))
         found.append(choice)
@@ -264,9 +271,11 @@ async def complete_chat(engine: Engine, request: ChatRequest) -> dict[str, Any]:
     }
 
 
-def _usage(jobs: Sequence[Job], texts: Sequence[Sequence[Choice]]) -> dict[str, int]:
+def _usage(jobs: Sequence[Job], texts: Sequence[Sequence[Choice]]) -> dict[str, Any]:
     said = sum(len(choice.ids) for choices in texts for choice in choices)
-    return usage(sum(len(job.ids) for job in jobs), said)
+    # Of several samples of a prompt, one reads what is new of it.
+    cached = sum(min((c.cached for c in choices), default=0) for choices in texts)
+    return usage(sum(len(job.ids) for job in jobs), said, cached)
 
 
 @dataclass(frozen=True)
@@ -280,6 +289,7 @@ class Piece:
         step: of the lattice, if it was wanted.
         reason: why the text ended, in its last piece.
         count: tokens of the text, in its last piece.
+        cached: tokens of the prompt that were not read again, in the last piece.
     """
 
     index: int
@@ -288,6 +298,7 @@ class Piece:
     step: dict[str, Any] | None = None
     reason: str | None = None
     count: int = 0
+    cached: int = 0
 
 
 async def pieces(engine: Engine, jobs: Sequence[Job]) -> AsyncIterator[Piece]:
@@ -331,7 +342,8 @@ async def _followed(
     if not single and not job.wants_lattice:
         for k, choice in enumerate(await _generated(engine, job, settings)):
             scores = tuple(choice.scores or ())
-            yield Piece(index + k, choice.text, scores, reason=choice.reason, count=len(choice.ids))
+            n = len(choice.ids)
+            yield Piece(index + k, choice.text, scores, None, choice.reason, n, choice.cached)
         return
     stream = TextStream(engine.vocabulary, settings.stop)
     waiting: list[TokenScore] = []
@@ -348,7 +360,8 @@ async def _followed(
                 continue
             rest = stream.finish(await _text(engine, event))
             count = len(event.lattice)
-            yield Piece(index, rest, tuple(waiting), reason=finish_reason(event), count=count)
+            reason = finish_reason(event)
+            yield Piece(index, rest, tuple(waiting), None, reason, count, _cached(event))
 
 
 def check_streams(job: Job) -> None:

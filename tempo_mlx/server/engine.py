@@ -59,13 +59,15 @@ class Counts:
 
     Args:
         requests, failed, cancelled: generations.
-        prompt_tokens, generated_tokens: tokens read as prompts, and tokens in sets.
+        prompt_tokens, cached_tokens: of prompts, and those of them that had been read before.
+        generated_tokens: tokens in sets.
     """
 
     requests: int = 0
     failed: int = 0
     cancelled: int = 0
     prompt_tokens: int = 0
+    cached_tokens: int = 0
     generated_tokens: int = 0
 
 
@@ -134,6 +136,12 @@ class Engine:
     def status(self) -> BatchStatus:
         """How full the batch is."""
         return self._scheduler.status
+
+    @property
+    def prefix_bytes(self) -> int:
+        """Bytes of what is kept of prompts and answers."""
+        prefixes = self._scheduler.prefixes
+        return 0 if prefixes is None else prefixes.nbytes
 
     @property
     def counts(self) -> Counts:
@@ -219,7 +227,7 @@ class Engine:
             raise EngineStoppedError("the thread that owns the model has ended")
 
     def _new_scheduler(self) -> Scheduler:
-        return Scheduler(self.model, self._batch_size, self._budget)
+        return Scheduler(self.model, self._batch_size, self._budget, keeps_prefixes=True)
 
     def _run(self) -> None:
         with wired_limit(self.model.model, cast(Any, [generation_stream])):
@@ -253,13 +261,22 @@ class Engine:
             listener = self._listeners.pop(cast(int, key))
             if isinstance(outcome, GenerationResult):
                 lattice = outcome.lattice
-                self._close(prompt=len(lattice.prompt_tokens), generated=lattice.n_tokens)
+                self._close(
+                    prompt=len(lattice.prompt_tokens),
+                    cached=outcome.stats.cached_tokens,
+                    generated=lattice.n_tokens,
+                )
             else:
                 self._close(failed=1)
             listener.ended(outcome)
 
     def _close(
-        self, failed: int = 0, cancelled: int = 0, prompt: int = 0, generated: int = 0
+        self,
+        failed: int = 0,
+        cancelled: int = 0,
+        prompt: int = 0,
+        cached: int = 0,
+        generated: int = 0,
     ) -> None:
         with self._lock:
             self._open -= 1
@@ -269,5 +286,6 @@ class Engine:
             counts.failed + failed,
             counts.cancelled + cancelled,
             counts.prompt_tokens + prompt,
+            counts.cached_tokens + cached,
             counts.generated_tokens + generated,
         )

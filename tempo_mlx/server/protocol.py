@@ -231,6 +231,40 @@ class ScoreRequestBody(Strict):
     candidates: Annotated[list[list[str]], Field(min_length=1, max_length=MOST_PROMPTS)]
 
 
+class HypothesisBody(Strict):
+    """A text of a decoder's list; see :class:`.rescoring.Hypothesis`."""
+
+    text: str
+    ac: Annotated[float, Field(allow_inf_nan=False)] = 0.0
+    lm: Annotated[float, Field(allow_inf_nan=False)] = 0.0
+
+
+class NBestBody(Strict):
+    """See :class:`.rescoring.NBest`."""
+
+    nbest: Annotated[list[HypothesisBody], Field(min_length=1, max_length=MOST_PROMPTS)]
+    utt: str | None = None
+    context: str = ""
+
+
+class WeightsBody(Strict):
+    """See :class:`.rescoring.Weights`."""
+
+    acoustic_scale: float = 1.0
+    alpha: float = 0.5
+    word_bonus: float = 0.0
+    token_penalty: float = 0.0
+
+
+class RescoreRequestBody(Strict):
+    """POST /v1/rescore: a decoder's lists, to be ranked again."""
+
+    model: str
+    lists: Annotated[list[NBestBody], Field(min_length=1, max_length=MOST_PROMPTS)]
+    weights: WeightsBody = WeightsBody()
+    end: bool | str = True
+
+
 class TokenizeRequest(Strict):
     """POST /tokenize."""
 

@@ -303,6 +303,30 @@ def test_scores_and_tokens(http, embedded):
     assert http.get("/tokenizer_info").json()["eos_token_ids"]
 
 
+def test_lists_are_ranked_again(http, embedded, stock):
+    texts = ["he is hear", "he is here"]
+    lists = [
+        {"utt": "a", "nbest": [{"text": text, "ac": -5.0 - i} for i, text in enumerate(texts)]}
+    ]
+    body = {"model": MODEL, "lists": lists, "weights": {"alpha": 1.0}, "end": False}
+    [found] = http.post("/v1/rescore", json=body).json()["lists"]
+    totals = {}
+    for i, text in enumerate(texts):
+        ids = [min(embedded[1].eos_token_ids), *embedded[1].encode(text)]
+        rows = stock(ids)
+        totals[text] = -5.0 - i + sum(rows[at - 1][ids[at]] for at in range(1, len(ids)))
+    assert found["best"] == max(totals, key=totals.get)
+    for each in found["nbest"]:
+        assert each["total"] == pytest.approx(totals[each["text"]], abs=1e-4)
+    for bad, name in (
+        ({"lists": []}, "lists"),
+        ({"weights": {"beta": 1}}, "weights.beta"),
+        ({"lists": [{"nbest": [{"text": "a", "am": 1}]}]}, "lists.0.nbest.0.am"),
+    ):
+        answer = http.post("/v1/rescore", json=body | bad)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, name)
+
+
 def test_many_clients_get_what_each_gets_alone(client):
     prompts = ["The cat", "A dog", "Once upon a time", "In 1984"] * 2
 
@@ -313,6 +337,27 @@ def test_many_clients_get_what_each_gets_alone(client):
     alone = {prompt: ask(prompt) for prompt in set(prompts)}
     with concurrent.futures.ThreadPoolExecutor(len(prompts)) as pool:
         assert list(pool.map(ask, prompts)) == [alone[prompt] for prompt in prompts]
+
+
+def test_the_next_turn_of_a_conversation_reads_what_is_new(client, http):
+    messages = [{"role": "user", "content": "Name a colour, one word, nothing else."}]
+    asked = {"model": MODEL, "max_tokens": 5, "temperature": 0, "stop": ["."]}
+    first = client.chat.completions.create(**asked, messages=messages)
+    messages += [
+        {"role": "assistant", "content": first.choices[0].message.content},
+        {"role": "user", "content": "Another one."},
+    ]
+    second = client.chat.completions.create(**asked, messages=messages)
+    new = second.usage.prompt_tokens - second.usage.prompt_tokens_details.cached_tokens
+    assert 0 < new < second.usage.prompt_tokens - first.usage.prompt_tokens + 2
+    streamed = client.chat.completions.create(
+        **asked, messages=messages, stream=True, stream_options={"include_usage": True}
+    )
+    *chunks, last = streamed
+    assert last.usage.prompt_tokens_details.cached_tokens == second.usage.prompt_tokens - 1
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    assert text == second.choices[0].message.content
+    assert "tempo_mlx_cached_tokens_total" in http.get("/metrics").text
 
 
 def test_a_client_that_leaves_frees_its_place(http, engine):

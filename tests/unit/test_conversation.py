@@ -23,7 +23,8 @@ TEMPLATE = """
 
 #: Bytes that are no letters are not text, and would be other tokens once they have been one.
 LETTERS = {i: -50.0 for i in range(257) if not 64 <= i < 90}
-SETTINGS = Settings(max_tokens=6, threshold=0.03, logit_bias=LETTERS)
+#: No probability is as near to the threshold as rounding moves it: 0.03 has one, 1e-9 above.
+SETTINGS = Settings(max_tokens=6, threshold=0.0295, logit_bias=LETTERS)
 PLAIN = replace(SETTINGS, threshold=1.0)
 WINDOWED, RECURRENT = "gemma3_text", "qwen3_next"
 
