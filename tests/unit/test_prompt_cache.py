@@ -126,7 +126,9 @@ def test_both_texts_together_must_fit_the_context(loaded):
     model, tokenizer = loaded
     cache = PromptCache.read(model, tokenizer, "a" * 200)
     assert cache.join(model, tokenizer, "b" * 55).tokens[-1] == tokenizer.encode("b")[0]
-    with pytest.raises(ValueError, match="prompt has 256 tokens, but the model's context holds 256"):
+    with pytest.raises(
+        ValueError, match="prompt has 256 tokens, but the model's context holds 256"
+    ):
         generate(model, tokenizer, "b" * 56, prompt_cache=cache, **SETTINGS)
     with pytest.raises(ValueError, match="prompt is empty"):
         generate(model, tokenizer, "", prompt_cache=cache, **SETTINGS)
