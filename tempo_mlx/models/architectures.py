@@ -46,6 +46,7 @@ EXACT = frozenset(
         "glm4_moe",
         "glm4_moe_lite",
         "gpt2",
+        "gpt_bigcode",
         "gpt_neox",
         "gpt_oss",
         "gptj",

@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import cache as mlx_cache
 
 from ..errors import TempoError, raised_here
-from . import attention, reused_keys
+from . import attention, following
 from .architectures import EXACT, GROUPED_SCORES, ids_kept, names, refusal
 from .attention import AttentionRecorder, Capture
 from .backbone import MODEL_ERRORS, Backbone
@@ -58,7 +58,7 @@ class PositionedModel:
         #: how its caches quantise keys and values; None for not
         self.quantization: KVQuantization | None = None
         attention.install(model)
-        reused_keys.install(model)
+        following.install(model)
         try:
             self._backbone = Backbone(model)
         except TempoError as error:
