@@ -1,24 +1,22 @@
-"""The lock of a suite's folder: one command at a time writes there.
+"""The lock of a suite's folder: only one command at a time may write there.
 
 The system releases the lock when the process that holds it ends, however it ends.
+
+:func:`in_use` takes the lock for a moment to test it. A second lock, the gate, serialises these
+tests with commands that start, so a test never makes a command fail.
 """
 
 import fcntl
 import os
-import time
 from pathlib import Path
 
 from ..errors import TempoError
 
-LOCK = ".lock"
-
-#: How often, and how many seconds apart, a command asks for the lock: :func:`in_use` may hold it
-#: for a moment.
-ATTEMPTS, PAUSE = 10, 0.02
+LOCK, GATE = ".lock", ".gate"
 
 
 class LockedError(TempoError):
-    """Another command works on the folder."""
+    """Another command is using the folder."""
 
 
 class Lock:
@@ -29,42 +27,47 @@ class Lock:
     """
 
     def __init__(self, folder: Path):
-        self._fd = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        gate = os.open(folder / GATE, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            self._acquire(folder)
-        except BaseException:
-            os.close(self._fd)
-            raise
-
-    def _acquire(self, folder: Path) -> None:
-        for _ in range(ATTEMPTS):
-            if _flock(self._fd, fcntl.LOCK_EX):
-                return
-            time.sleep(PAUSE)
-        raise LockedError(
-            f"{folder} is in use by another command; wait for it to end or choose another --output"
-        )
+            _flock(gate, fcntl.LOCK_EX)
+            self._fd = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                if not _flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                    raise LockedError(
+                        f"{folder} is in use by another command; wait for it to end or choose "
+                        "another --output"
+                    )
+            except TempoError:
+                os.close(self._fd)
+                raise
+        finally:
+            os.close(gate)
 
     def release(self) -> None:
         os.close(self._fd)
 
 
 def in_use(folder: Path) -> bool:
-    """Whether a command works on the folder."""
+    """Whether a command is using the folder."""
+    opened: list[int] = []
     try:
-        fd = os.open(folder / LOCK, os.O_RDONLY)
+        for name in (GATE, LOCK):
+            opened.append(os.open(folder / name, os.O_RDONLY))
+        gate, lock = opened
+        _flock(gate, fcntl.LOCK_SH)
+        return not _flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False
-    try:
-        return not _flock(fd, fcntl.LOCK_SH)
     finally:
-        os.close(fd)
+        # The gate last, so that nobody passes it while the lock is still held.
+        for fd in reversed(opened):
+            os.close(fd)
 
 
 def _flock(fd: int, kind: int) -> bool:
-    """Whether the lock could be taken at once."""
+    """Lock a file; returns whether it succeeded, which only LOCK_NB may prevent."""
     try:
-        fcntl.flock(fd, kind | fcntl.LOCK_NB)
+        fcntl.flock(fd, kind)
     except BlockingIOError:
         return False
     except OSError as error:

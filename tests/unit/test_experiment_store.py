@@ -198,7 +198,7 @@ def test_ended_at_any_write_it_goes_on_to_the_same_tables(session, undisturbed, 
     assert_same_tables(load_tables(session().folder), undisturbed)
     names = {str(path) for path in files(session().folder)}
     assert not any("/." in name for name in names)
-    assert len(names) == 8 + 8 + 4 + 3  # results, captures, kl, and lock, suite, manifest
+    assert len(names) == 8 + 8 + 4 + 4  # results, captures, kl; lock, gate, suite, manifest
 
 
 def command(suite, where):
@@ -448,13 +448,24 @@ def test_a_model_that_moved_goes_on_and_one_of_another_configuration_does_not(
 def test_a_look_at_a_folder_keeps_no_command_from_beginning(session, monkeypatch):
     made = session()
     made.run()
-    looking = os.open(made.folder / locks.LOCK, os.O_RDONLY)
+    looking = os.open(made.folder / locks.GATE, os.O_RDONLY)
     fcntl.flock(looking, fcntl.LOCK_SH)
     assert not locks.in_use(made.folder)
-    # The look ends while the command waits for it.
-    monkeypatch.setattr(locks.time, "sleep", lambda seconds: fcntl.flock(looking, fcntl.LOCK_UN))
-    lock = locks.Lock(made.folder)
-    assert locks.in_use(made.folder)
+    flock, waited = fcntl.flock, []
+
+    def ended(fd, kind):
+        # The look ends once the command waits for it.
+        if kind == fcntl.LOCK_EX:
+            with pytest.raises(BlockingIOError):
+                flock(fd, kind | fcntl.LOCK_NB)
+            waited.append(fd)
+            flock(looking, fcntl.LOCK_UN)
+        flock(fd, kind)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(fcntl, "flock", ended)
+        lock = locks.Lock(made.folder)
+    assert len(waited) == 1 and locks.in_use(made.folder)
     with pytest.raises(LockedError):
         locks.Lock(made.folder)
     lock.release()
