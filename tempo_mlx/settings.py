@@ -4,6 +4,7 @@ import difflib
 import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any, TypeVar, cast
 
 from .arguments import shown
@@ -52,9 +53,12 @@ MOST_MARGIN = 1e6
 BRANCHING = ("shared", "replicate")
 
 
-_TREES = "Trees"
+#: Panels of the command line's help.
 _SPEED = "Speed"
 _MLX = "As in mlx-lm"
+_tree_setting = partial(setting, panel="Trees")
+_speed_setting = partial(setting, panel=_SPEED)
+_mlx_setting = partial(setting, panel=_MLX)
 
 #: Sources of drafts.
 DRAFTS = ("auto", "lookup", "recycle", "none")
@@ -137,24 +141,21 @@ class Settings:
     pruning: Pruning | None = setting(
         None, Inner(Pruning), "Settings of retroactive pruning; None prunes nothing."
     )
-    beam_width: int = setting(
+    beam_width: int = _tree_setting(
         8,
         Count(),
         "With `visibility` tree, most branches; the most probable texts are kept. At least 1.",
-        panel=_TREES,
     )
-    beam_margin: float | None = setting(
+    beam_margin: float | None = _tree_setting(
         None,
         Number(0, MOST_MARGIN),
         "With `visibility` tree, drop branches more than this many nats below the best one.",
-        panel=_TREES,
     )
-    branching: str = setting(
+    branching: str = _tree_setting(
         "shared",
         Choice(BRANCHING),
         "With `visibility` tree, how branches are stored. shared: all in one sequence. replicate: "
         "each with a copy of the state, which works for any model.",
-        panel=_TREES,
     )
     weighting: str = setting(
         "none",
@@ -165,71 +166,57 @@ class Settings:
     stop: tuple[str, ...] = setting(
         (), Texts(), "Stop before this text, once the most probable tokens spell it. Repeatable."
     )
-    top_p: float = setting(
+    top_p: float = _mlx_setting(
         0.0,
         Number(0, 1),
         "Keep the most probable tokens that together have this probability, in [0, 1]; 0 and 1 "
         "keep all. This and the following options change each branch's distribution before the "
         "threshold, as mlx-lm does.",
-        panel=_MLX,
     )
-    top_k: int = setting(
-        0, Count(0), "Keep this many of the most probable tokens; 0 keeps all.", panel=_MLX
+    top_k: int = _mlx_setting(
+        0, Count(0), "Keep this many of the most probable tokens; 0 keeps all."
     )
-    min_p: float = setting(
+    min_p: float = _mlx_setting(
         0.0,
         Number(0, 1),
         "Keep tokens with at least this share of the highest probability, in [0, 1].",
-        panel=_MLX,
     )
-    min_tokens_to_keep: int = setting(
-        1, Count(), "Fewest tokens that `min_p` keeps. At least 1.", panel=_MLX
+    min_tokens_to_keep: int = _mlx_setting(
+        1, Count(), "Fewest tokens that `min_p` keeps. At least 1."
     )
-    xtc_probability: float = setting(
-        0.0,
-        Number(0, 1),
-        "Probability of excluding all top choices except the least likely one.",
-        panel=_MLX,
+    xtc_probability: float = _mlx_setting(
+        0.0, Number(0, 1), "Probability of excluding all top choices except the least likely one."
     )
-    xtc_threshold: float = setting(
-        0.1,
-        Number(0, 0.5),
-        "Least probability of a top choice for `xtc_probability`, in [0, 0.5].",
-        panel=_MLX,
+    xtc_threshold: float = _mlx_setting(
+        0.1, Number(0, 0.5), "Least probability of a top choice for `xtc_probability`, in [0, 0.5]."
     )
-    repetition_penalty: float | None = setting(
+    repetition_penalty: float | None = _mlx_setting(
         None,
         Number(0, MOST_PENALTY, low_open=True),
         "Divide positive logits of tokens that occur in the text by this, and multiply negative "
         "ones; 1 changes nothing.",
-        panel=_MLX,
     )
-    repetition_context_size: int = setting(
-        20, Count(), "Last tokens of the text that `repetition_penalty` looks at.", panel=_MLX
+    repetition_context_size: int = _mlx_setting(
+        20, Count(), "Last tokens of the text that `repetition_penalty` looks at."
     )
-    presence_penalty: float | None = setting(
+    presence_penalty: float | None = _mlx_setting(
         None,
         Number(-MOST_PENALTY, MOST_PENALTY),
         "Subtract this from the logits of tokens that occur in the text.",
-        panel=_MLX,
     )
-    presence_context_size: int = setting(
-        20, Count(), "Last tokens of the text that `presence_penalty` looks at.", panel=_MLX
+    presence_context_size: int = _mlx_setting(
+        20, Count(), "Last tokens of the text that `presence_penalty` looks at."
     )
-    frequency_penalty: float | None = setting(
+    frequency_penalty: float | None = _mlx_setting(
         None,
         Number(-MOST_PENALTY, MOST_PENALTY),
         "Subtract this from a token's logit for each occurrence in the text.",
-        panel=_MLX,
     )
-    frequency_context_size: int = setting(
-        20, Count(), "Last tokens of the text that `frequency_penalty` looks at.", panel=_MLX
+    frequency_context_size: int = _mlx_setting(
+        20, Count(), "Last tokens of the text that `frequency_penalty` looks at."
     )
-    logit_bias: Mapping[int, float] | None = setting(
-        None,
-        Biases(),
-        "Add a number to the logit of a token: ID=BIAS. Repeatable.",
-        panel=_MLX,
+    logit_bias: Mapping[int, float] | None = _mlx_setting(
+        None, Biases(), "Add a number to the logit of a token: ID=BIAS. Repeatable."
     )
     logits_processors: tuple[LogitsProcessor, ...] = setting(
         (),
@@ -247,36 +234,32 @@ class Settings:
     json_schema: Mapping[str, Any] | None = json_schema_setting()
     regex: str | None = regex_setting()
     grammar: str | None = lark_setting()
-    kv_bits: int | None = setting(
+    kv_bits: int | None = _mlx_setting(
         None,
         OneOf(KV_BITS),
         "Keep keys and values as numbers of so many bits, as mlx-lm does: 2, 3, 4, 5, 6 or 8. "
         "Less memory, other results.",
-        panel=_MLX,
     )
-    kv_group_size: int = setting(
+    kv_group_size: int = _mlx_setting(
         64,
         OneOf(KV_GROUP_SIZES),
         "Numbers of a key or value that share a scale with `kv_bits`: 32, 64 or 128.",
-        panel=_MLX,
     )
-    quantized_kv_start: int = setting(
+    quantized_kv_start: int = _mlx_setting(
         5000,
         Count(0),
         "Quantise with `kv_bits` once the text has so many tokens; in a batch it must be 0.",
-        panel=_MLX,
     )
-    draft: str = setting(
+    draft: str = _speed_setting(
         "auto",
         Choice(DRAFTS),
         "How to draft tokens, which are then checked several in one pass; results are the same. "
         "lookup: what followed the text's last tokens before. recycle: what last followed each "
         "token. auto: lookup, where measurements on this device show it to be faster. none: no "
         "drafts.",
-        panel=_SPEED,
     )
-    num_draft_tokens: int = setting(
-        16, Count(), "Most tokens drafted in one pass. At least 1.", panel=_SPEED
+    num_draft_tokens: int = _speed_setting(
+        16, Count(), "Most tokens drafted in one pass. At least 1."
     )
     prefill_step_size: int = setting(
         2048, Count(), "Prompt tokens in one forward pass; fewer need less memory. At least 1."

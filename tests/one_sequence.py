@@ -1,10 +1,10 @@
 """A batch of one sequence, with the arguments that tests of one sequence need."""
 
 from tempo_mlx.decode.sequences import Batch, SequenceState
-from tempo_mlx.rules.visibility import VISIBILITY, WITH_PARENTS, Isolated
+from tempo_mlx.rules.visibility import VISIBILITY, Isolated
 
 #: Rules under which a set is one, without parents.
-SETS_VISIBILITY = sorted(set(VISIBILITY) - WITH_PARENTS)
+SETS_VISIBILITY = sorted(name for name, rule in VISIBILITY.items() if not rule.has_parents)
 
 
 class SeesSiblings(Isolated):

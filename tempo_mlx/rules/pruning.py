@@ -7,6 +7,7 @@ turns the scores into a verdict.
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -242,7 +243,7 @@ QUERY_WEIGHTS = ("equal", "probability")
 REPAIRS = ("none", "recompute")
 
 
-_PANEL = "Retroactive pruning"
+_setting = partial(setting, panel="Retroactive pruning")
 
 
 @renames(when_all_fall="if_all_pruned")
@@ -255,83 +256,60 @@ class Pruning:
         ValueError: naming the argument, its value and the allowed range.
     """
 
-    rule: str | PruningRule = setting(
+    rule: str | PruningRule = _setting(
         "posterior",
         RuleChoice(RULES, PruningRule),
         "Prune tokens of earlier sets by what came after them. posterior: how well they explain "
         "it. attention: how much attention later rows pay to them. probability, random: baselines "
         "that ignore later steps. Or your own rule.",
-        panel=_PANEL,
     )
-    threshold: float = setting(
-        0.5,
-        Number(0, 1),
-        "Base of the pruning threshold, in [0, 1]; see `pruning.schedule`.",
-        panel=_PANEL,
+    threshold: float = _setting(
+        0.5, Number(0, 1), "Base of the pruning threshold, in [0, 1]; see `pruning.schedule`."
     )
-    decision: str | DecisionRule = setting(
+    decision: str | DecisionRule = _setting(
         "relative",
         RuleChoice(DECISIONS, DecisionRule),
         "relative: score / best score of the set below the threshold. absolute: score below it. "
         "sigmoid: 1 / (1 + exp(-steepness (threshold - score))) above 0.5, or drawn if the run "
         "samples. quota: prune the lowest scores and keep `pruning.keep_rate`. Or your own rule.",
-        panel=_PANEL,
     )
-    steepness: float = setting(
+    steepness: float = _setting(
         50.0,
         Number(0, sys.float_info.max, low_open=True),
         "Steepness of the sigmoid decision, above 0.",
-        panel=_PANEL,
     )
-    keep_rate: float = setting(
+    keep_rate: float = _setting(
         0.75,
         Number(0, 1, low_open=True),
         "Share of the tokens that quota keeps in sets of several tokens, in (0, 1].",
-        panel=_PANEL,
     )
-    schedule: Schedule = setting(
+    schedule: Schedule = _setting(
         Bezier(),
         ScheduleText(),
         "Factor f(step / `max_tokens`) on the pruning threshold: constant, bezier(p1,p2) or "
         "relu(activation); `tempo-mlx schedule` draws it.",
-        panel=_PANEL,
     )
-    lookback: int = setting(
-        3, Count(), "Judge sets up to this age in steps. At least 1.", panel=_PANEL
+    lookback: int = _setting(3, Count(), "Judge sets up to this age in steps. At least 1.")
+    min_age: int = _setting(1, Count(), "Judge sets from this age on, in [1, `pruning.lookback`].")
+    if_all_pruned: str = _setting(
+        "keep_best", Choice(IF_ALL_PRUNED), "What to do with a set that would lose all its tokens."
     )
-    min_age: int = setting(
-        1, Count(), "Judge sets from this age on, in [1, `pruning.lookback`].", panel=_PANEL
-    )
-    if_all_pruned: str = setting(
-        "keep_best",
-        Choice(IF_ALL_PRUNED),
-        "What to do with a set that would lose all its tokens.",
-        panel=_PANEL,
-    )
-    layers: int | tuple[int, ...] | None = setting(
+    layers: int | tuple[int, ...] | None = _setting(
         None,
         Layers(),
         "Layers whose attention counts: all, last:N, or numbers from 0 like 3,7,11.",
         shown="all",
-        panel=_PANEL,
     )
-    layer_weights: str = setting(
-        "uniform",
-        Choice(LAYER_WEIGHTS),
-        "How layers are weighted; rising: linearly from 0.5 to 1.",
-        panel=_PANEL,
+    layer_weights: str = _setting(
+        "uniform", Choice(LAYER_WEIGHTS), "How layers are weighted; rising: linearly from 0.5 to 1."
     )
-    query_weights: str = setting(
-        "equal",
-        Choice(QUERY_WEIGHTS),
-        "Weight rows equally, or by the probability of their token.",
-        panel=_PANEL,
+    query_weights: str = _setting(
+        "equal", Choice(QUERY_WEIGHTS), "Weight rows equally, or by the probability of their token."
     )
-    repair: str = setting(
+    repair: str = _setting(
         "none",
         Choice(REPAIRS),
         "recompute: run later slots again as if the pruned token had never existed.",
-        panel=_PANEL,
     )
     compact_above: float = setting(
         COMPACT_ABOVE,

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..errors import TempoError
 from ..lattice.lattice import NONE, Slot, Slots
-from .rule import Named, called, find, name_of, stored
+from .rule import Named, called, find, name_of
 
 #: Smaller weights are raised to this one. It hides a key as well as 0, with a finite logarithm.
 LEAST_WEIGHT = 1e-30
@@ -169,18 +169,9 @@ VISIBILITY: dict[str, Visibility] = {
 }
 
 
-#: Names of the rules in which each token continues one other token.
-WITH_PARENTS = frozenset(name for name, rule in VISIBILITY.items() if rule.has_parents)
-
-
 def visibility_of(given: Any) -> Visibility:
     """The rule of a name, an object or a function; TempoError for anything else."""
     return find("visibility", given, VISIBILITY, Visibility)
-
-
-def stored_visibility(given: Any) -> str | Visibility:
-    """As :func:`visibility_of`, but built-in rules are returned by name."""
-    return stored(visibility_of(given), VISIBILITY)
 
 
 def may_attend(rule: Visibility | str, queries: Slots, keys: Slots) -> np.ndarray:

@@ -9,7 +9,7 @@ from tempo_mlx.generation import Failure, stream_batch_generate
 from tempo_mlx.rules.combining import COMBINE
 from tempo_mlx.rules.pruning import Pruning
 from tempo_mlx.rules.schedules import Constant
-from tempo_mlx.rules.visibility import VISIBILITY, WITH_PARENTS
+from tempo_mlx.rules.visibility import VISIBILITY
 from tempo_mlx.settings import Settings
 
 import mlx.core as mx
@@ -43,7 +43,7 @@ PRUNINGS = [
 
 def meaningful(**given_):
     """Settings, without those that have no meaning where tokens have parents."""
-    if given_["visibility"] in WITH_PARENTS:
+    if VISIBILITY[given_["visibility"]].has_parents:
         given_ |= {"pruning": None, "weighting": "none", "temp": 1.0}
         if given_["visibility"] == "tree":
             given_["sampling"] = "deterministic"

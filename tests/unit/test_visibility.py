@@ -1,7 +1,7 @@
 """Visibility rules against the definitions, slot by slot."""
 
 from tempo_mlx.lattice.lattice import Lattice, Slot, Step, Token
-from tempo_mlx.rules.visibility import VISIBILITY, WITH_PARENTS, may_attend, weighted_rows
+from tempo_mlx.rules.visibility import VISIBILITY, may_attend, weighted_rows
 
 import numpy as np
 import pytest
@@ -33,7 +33,7 @@ def by_definition(rule, lattice, q, k):
     slots, length = lattice.slots, len(lattice.prompt_tokens)
     if q == k:
         return True
-    if rule in WITH_PARENTS:
+    if VISIBILITY[rule].has_parents:
         if k < length:
             return k <= q
         while q > k:
