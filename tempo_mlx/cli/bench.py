@@ -1,7 +1,7 @@
 """``tempo-mlx bench``: speed and memory, measured here."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import mlx.core as mx
 import typer
@@ -43,34 +43,27 @@ def register(app: typer.Typer) -> None:
     app.add_typer(bench)
 
 
+def _count(help: str, least: int, most: int, *flags: str) -> Any:
+    """An option for an integer in [least, most]; the help ends with the least value."""
+    callback = at_least(least, most)
+    return typer.Option(*flags, callback=callback, help=f"{help}, at least {least}.")
+
+
 PromptTokens = Annotated[
-    int,
-    typer.Option(
-        "--prompt-tokens",
-        "-p",
-        callback=at_least(1, MOST_TOKENS),
-        help="Tokens of the prompt, at least 1.",
-    ),
+    int, _count("Tokens of the prompt", 1, MOST_TOKENS, "--prompt-tokens", "-p")
 ]
 
-Steps = Annotated[
-    int,
-    typer.Option(
-        "--max-tokens",
-        "-m",
-        callback=at_least(4, MOST_TOKENS),
-        help="Steps of each run, at least 4.",
-    ),
-]
+Steps = Annotated[int, _count("Steps of each run", 4, MOST_TOKENS, "--max-tokens", "-m")]
 
 Rounds = Annotated[
     int,
-    typer.Option(
+    _count(
+        "Runs of each variant after a warm-up",
+        1,
+        MOST_ROUNDS,
         "--rounds",
         "--num-trials",
         "-n",
-        callback=at_least(1, MOST_ROUNDS),
-        help="Measured runs of each variant, at least 1; a first round warms up.",
     ),
 ]
 
@@ -166,10 +159,7 @@ def host(
 def pruning(
     model: Model = "smollm2-135m",
     prompt_tokens: PromptTokens = 64,
-    siblings: Annotated[
-        int,
-        typer.Option(callback=at_least(2, MOST_WIDTH), help="Tokens in each set, at least 2."),
-    ] = 4,
+    siblings: Annotated[int, _count("Tokens in each set", 2, MOST_WIDTH)] = 4,
     max_tokens: Steps = 24,
     rounds: Rounds = 7,
     steps: Annotated[
@@ -199,13 +189,7 @@ def pruning(
 def batch(
     model: Model = "smollm2-135m",
     prompt_tokens: Annotated[
-        int,
-        typer.Option(
-            "--prompt-tokens",
-            "-p",
-            callback=at_least(4, MOST_TOKENS),
-            help="Mean tokens of a prompt, at least 4.",
-        ),
+        int, _count("Mean tokens of a prompt", 4, MOST_TOKENS, "--prompt-tokens", "-p")
     ] = 64,
     max_tokens: Steps = 24,
     rounds: Rounds = 3,
@@ -232,9 +216,7 @@ def batch(
 def tree(
     model: Model = "smollm2-135m",
     prompt_tokens: PromptTokens = 256,
-    leaves: Annotated[
-        int, typer.Option(callback=at_least(2, MOST_WIDTH), help="Branches, at least 2.")
-    ] = 8,
+    leaves: Annotated[int, _count("Branches", 2, MOST_WIDTH)] = 8,
     max_tokens: Steps = 32,
     rounds: Rounds = 3,
     output: Measurements = None,
@@ -255,21 +237,10 @@ def tree(
 def draft(
     model: Model = "smollm2-135m",
     prompts: Annotated[
-        int,
-        typer.Option(
-            "--prompts",
-            callback=at_least(1, MOST_TOKENS),
-            help="Prompts of each kind of text, at least 1.",
-        ),
+        int, _count("Prompts of each kind of text", 1, MOST_TOKENS, "--prompts")
     ] = 20,
     max_tokens: Annotated[
-        int,
-        typer.Option(
-            "--max-tokens",
-            "-m",
-            callback=at_least(2, MOST_TOKENS),
-            help="Tokens of each run, at least 2.",
-        ),
+        int, _count("Tokens of each run", 2, MOST_TOKENS, "--max-tokens", "-m")
     ] = 60,
     output: Measurements = None,
     overwrite: Overwrite = False,
@@ -292,13 +263,7 @@ def search(
     model: Model = "smollm2-135m",
     prompt_tokens: PromptTokens = 256,
     simulations: Annotated[
-        int,
-        typer.Option(
-            "--simulations",
-            "-s",
-            callback=at_least(1, MOST_TOKENS),
-            help="Simulations of each run, at least 1.",
-        ),
+        int, _count("Simulations of each run", 1, MOST_TOKENS, "--simulations", "-s")
     ] = 32,
     leaves: Annotated[
         str, typer.Option(help="Leaves in one pass, at least 1 each, separated by commas.")
@@ -397,18 +362,9 @@ def experiments(
         int, typer.Option(callback=at_least(2, 100), help="Runs, an even number in [2, 100].")
     ] = 100,
     max_tokens: Annotated[
-        int,
-        typer.Option(
-            "--max-tokens",
-            "-m",
-            callback=at_least(2, MOST_TOKENS),
-            help="Steps of each run, at least 2.",
-        ),
+        int, _count("Steps of each run", 2, MOST_TOKENS, "--max-tokens", "-m")
     ] = 10,
-    batch_size: Annotated[
-        int,
-        typer.Option(callback=at_least(2, MOST_WIDTH), help="Rows of the batch, at least 2."),
-    ] = 64,
+    batch_size: Annotated[int, _count("Rows of the batch", 2, MOST_WIDTH)] = 64,
     workers: Annotated[int, typer.Option(callback=at_least(1), help="Processes, at least 1.")] = 2,
     rounds: Rounds = 1,
     output: Measurements = None,
