@@ -2,10 +2,14 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
+import mlx.core as mx
 import mlx_lm
+import numpy as np
 
 from ..generation import stream_generate
+from ..models import KVQuantization, PositionedModel
 from ..text.vocabulary import without_end
 from .result import Result, Row, Target, compared, finder, ratio, single
 from .runs import (
@@ -30,6 +34,7 @@ TARGET_SIBLINGS = 8
 #: Largest rise of our time per step over a long run, relative to mlx-lm's; the margin is noise.
 MAX_RISE_RATIO = 1.05
 
+QUANTIZED = "quantised keys and values"
 GROUP, MACHINE, LONG = "decoding", "memory bandwidth", "a step as the cache grows"
 
 
@@ -39,6 +44,8 @@ def bench_decode(
     max_tokens: int,
     siblings: Sequence[int],
     long_steps: int = 0,
+    kv_bits: int | None = None,
+    kv_group_size: int = 64,
 ) -> Result:
     """Measure mlx-lm, ours at threshold 1 and ours with sets of fixed width, in alternation.
 
@@ -50,19 +57,31 @@ def bench_decode(
         max_tokens: steps of a run, at least 4.
         siblings: widths of the sets, each at least 1.
         long_steps: also decode this many steps at threshold 1 and with mlx-lm; 0 for none.
+        kv_bits: also decode at threshold 1 and with mlx-lm, keys and values quantised to so many
+            bits from the beginning; None for not.
+        kv_group_size: numbers that share a scale.
 
     Raises:
-        TempoError: if the runs do not fit into the model's context.
+        TempoError: if the runs do not fit into the model's context, or its keys cannot be
+            quantised.
     """
     model, visibility = subject.model, subject.visibility_of_sets
     subject.require_room(prompt_tokens, max(max_tokens, long_steps))
     prompt, endless = prompt_of(subject.tokenizer, prompt_tokens), without_end(subject.tokenizer)
 
-    def stock(steps: int) -> Iterator[list[int]]:
-        for response in mlx_lm.stream_generate(model.model, endless, prompt, max_tokens=steps):
+    quantized: dict[str, Any] = {
+        "kv_bits": kv_bits,
+        "kv_group_size": kv_group_size,
+        "quantized_kv_start": 0,
+    }
+
+    def stock(steps: int, **options: Any) -> Iterator[list[int]]:
+        for response in mlx_lm.stream_generate(
+            model.model, endless, prompt, max_tokens=steps, **options
+        ):
             yield [response.token]
 
-    def ours(steps: int, threshold: float, width: int) -> Iterator[list[int]]:
+    def ours(steps: int, threshold: float, width: int, **options: Any) -> Iterator[list[int]]:
         for response in stream_generate(
             model,
             endless,
@@ -72,6 +91,7 @@ def bench_decode(
             max_parallel=width,
             visibility=visibility,
             paths=0,
+            **options,
         ):
             yield [token.id for token in response.step.tokens]
 
@@ -85,10 +105,16 @@ def bench_decode(
         SINGLE: lambda: timed(ours(max_tokens, 1.0, 1), 1),
         **{sibling_name(width): partial(forced, width) for width in siblings},
     }
+    if kv_bits is not None:
+        variants[in_bits(STOCK, kv_bits)] = lambda: timed(stock(max_tokens, **quantized), 1)
+        variants[in_bits(SINGLE, kv_bits)] = lambda: timed(ours(max_tokens, 1.0, 1, **quantized), 1)
     subject.expect(len(variants), 2 * LONG_BLOCKS if long_steps else 0)
     runs = subject.alternate(variants)
     one = sibling_name(1) if 1 in siblings else SINGLE
     rows = _decoding(runs, one, prompt_tokens, weight_bytes(model.model))
+    if kv_bits is not None:
+        how = KVQuantization(kv_bits, kv_group_size)
+        rows += _kept(model, how, [*prompt, *runs[STOCK][0].tokens[:, 0].tolist()], prompt_tokens)
     found = finder(rows)
     targets = [
         Target(
@@ -139,6 +165,50 @@ def _decoding(runs: dict[str, list[Run]], one: str, prompt_tokens: int, n_bytes:
         *single(GROUP, "slots", "", slots),
         *single(MACHINE, "size", "bytes", {"weights": float(n_bytes)}),
         *single(MACHINE, "speed", "bytes/s", {"copying an array": copied}),
+    ]
+
+
+def in_bits(name: str, kv_bits: int) -> str:
+    """A variant with quantised keys and values."""
+    return f"{name}, {kv_bits}-bit keys"
+
+
+def _kept(
+    model: PositionedModel, how: KVQuantization, text: list[int], prompt_tokens: int
+) -> list[Row]:
+    """What quantised keys and values save of a slot, and how much log-probabilities differ.
+
+    Args:
+        how: they are quantised.
+        text: ids of a prompt and what mlx-lm said to it; both sides read it, the prompt but its
+            last token in one pass and then a token in each.
+    """
+    quantising = model.quantizing(how)
+    caches = [side.make_cache() for side in (model, quantising)]
+    differences = []
+    chunks = [text[: prompt_tokens - 1], *([id] for id in text[prompt_tokens - 1 : -1])]
+    for ids in filter(None, chunks):
+        found = []
+        for side, cache in zip((model, quantising), caches, strict=True):
+            positions = np.arange(cache.n_slots, cache.n_slots + len(ids))[None]
+            logits = side(mx.array(ids)[None], positions, "causal", cache)[0, -1]
+            logits = logits.astype(mx.float32)
+            mx.eval(logits, cache.state)
+            row = np.array(logits, np.float64)
+            found.append(row - np.logaddexp.reduce(row))
+        if len(ids) == 1:
+            after = text[cache.n_slots]
+            differences.append(abs(found[0][after] - found[1][after]))
+    name = f"{how.bits}-bit keys"
+    return [
+        *single(
+            QUANTIZED,
+            "bytes of a slot",
+            "bytes",
+            {"full": float(model.slot_bytes), name: float(quantising.slot_bytes)},
+        ),
+        *single(QUANTIZED, "mean difference", "nats", {name: float(np.mean(differences))}),
+        *single(QUANTIZED, "largest difference", "nats", {name: float(max(differences))}),
     ]
 
 

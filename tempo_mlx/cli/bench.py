@@ -21,6 +21,7 @@ from ..bench.setting import MOST_ROUNDS, MOST_TOKENS, MOST_WIDTH, Subject
 from ..bench.tree import bench_tree
 from ..errors import TempoError
 from ..needs import Need
+from ..settings import Settings
 from .effects import require_effect
 from .experiment import require_extra
 from .options import Model, Overwrite, at_least, output_file
@@ -115,6 +116,16 @@ def decode(
             f"{LONG_BLOCKS} blocks. A larger rise than mlx-lm's is not due to attention.",
         ),
     ] = False,
+    kv_bits: Annotated[
+        int | None,
+        typer.Option(
+            help="Also decode with keys and values quantised to so many bits, on both sides; says "
+            "what a slot takes and how much log-probabilities differ."
+        ),
+    ] = None,
+    kv_group_size: Annotated[
+        int, typer.Option(help="Numbers of a key or value that share a scale with --kv-bits.")
+    ] = 64,
     output: Measurements = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -130,8 +141,18 @@ def decode(
         raise TempoError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
 
     def run(subject: Subject) -> Result:
-        return bench_decode(subject, prompt_tokens, max_tokens, widths, LONG_STEPS if long else 0)
+        return bench_decode(
+            subject,
+            prompt_tokens,
+            max_tokens,
+            widths,
+            LONG_STEPS if long else 0,
+            kv_bits,
+            kv_group_size,
+        )
 
+    # Says what is wrong with them before the model is loaded.
+    Settings(kv_bits=kv_bits, kv_group_size=kv_group_size)
     cast = DTYPES[dtype] if dtype is not None else None
     measure_model("decode", model, rounds, output, overwrite, run, cast)
 

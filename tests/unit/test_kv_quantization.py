@@ -1,10 +1,14 @@
 """Quantised keys and values, against stock mlx-lm with its own quantised caches."""
 
-from tempo_mlx import Settings, batch_generate, generate, search
+from tempo_mlx import Settings, batch_generate, generate, load, search
+from tempo_mlx.bench.decode import bench_decode
+from tempo_mlx.bench.result import finder
+from tempo_mlx.bench.setting import Subject, prompt_of
 from tempo_mlx.conversation import Conversation
 from tempo_mlx.decode.prompt_cache import PromptCache
 from tempo_mlx.errors import TempoError
 from tempo_mlx.models import KVQuantization, PositionedModel, UnsupportedModelError
+from tests.tiny_folder import save_tiny_model
 from tests.tiny_models import architectures, each_architecture, tiny_model
 from tests.tiny_tokenizer import TinyTokenizer
 
@@ -240,3 +244,19 @@ def test_every_architecture_is_exact_or_refused(name):
             assert path.logprob == pytest.approx(sum(expected), abs=1e-4)
         return
     pytest.skip("its tiny model has heads of no multiple of 32 numbers")
+
+
+@pytest.mark.slow
+def test_the_bench_measures_what_quantisation_saves_and_changes(tmp_path):
+    model, tokenizer = load(save_tiny_model(tmp_path, hidden_size=128))
+    subject = Subject.of(model, tokenizer, "tiny", 1)
+    found = finder(bench_decode(subject, 13, 6, (1,), 0, KV["kv_bits"], KV["kv_group_size"]).rows)
+    prompt = prompt_of(tokenizer, 13)
+    text = [int(token) for token, _ in generate_step(mx.array(prompt), model, max_tokens=6)]
+    full = np.array(stock_logprobs(model, prompt, text, start=1000))
+    differences = np.abs(full - stock_logprobs(model, prompt, text))
+    name = "4-bit keys"
+    assert found(name, "mean difference").median == pytest.approx(differences.mean(), abs=1e-4)
+    assert found(name, "largest difference").median == pytest.approx(differences.max(), abs=1e-4)
+    assert found("full", "bytes of a slot").median == PositionedModel(model).slot_bytes
+    assert found(f"threshold 1, {name}", "slots").median == 13 + 6
