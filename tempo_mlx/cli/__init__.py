@@ -124,8 +124,9 @@ def main() -> None:
         except typer.Exit as exit:
             code = exit.exit_code
         sys.stdout.flush()
-    except (typer.Abort, KeyboardInterrupt):
-        fail("interrupted", 130)
+    except (typer.Abort, KeyboardInterrupt) as stopped:
+        # Those that know what is saved say so.
+        fail(str(stopped) or "interrupted", 130)
     except typer.TyperException as error:
         code = 0
         # Without a message, the help was requested and has been printed.

@@ -13,7 +13,7 @@ from ..io.console import Console
 from ..settings import Settings
 from ..text.vocabulary import add_end_token
 from ..weights import load
-from .chat_session import ChatSession, SessionEnd
+from .chat_session import HELP, KEYS, ChatSession, SessionEnd
 from .chat_template import template_config
 from .effects import require_effect, setting_needs
 from .options import AdapterPath, ExtraEosToken, MaxKvSize, Model, TemplateConfig
@@ -25,7 +25,9 @@ PROMPT = "> "
 
 
 def register(app: typer.Typer) -> None:
-    app.command("chat", cls=SettingsCommand)(with_settings(Settings)(chat))
+    typed = [f"[bold]{command}[/bold]  {meaning}" for command, meaning in HELP.items()]
+    epilog = "\n\n".join(["While it runs, you may type:", *typed, KEYS])
+    app.command("chat", cls=SettingsCommand, epilog=epilog)(with_settings(Settings)(chat))
 
 
 def chat(
@@ -52,8 +54,9 @@ def chat(
 ) -> None:
     """Talk with a model; each answer shows its parallel sets as they come.
 
-    /help lists what can be done with an answer: see why, choose another path, continue it, take it
-    back. What the cache holds of the conversation is not read again.
+    A message that begins with a slash is a command; they are listed at the end of this help.
+
+    What the cache holds of the conversation is not read again.
     """
     require_effect(context, setting_needs(), settings.values())
     if settings.branching == "replicate":

@@ -24,7 +24,7 @@ END = "<end>"
 HELP = {
     "/threshold 0.2": "the threshold of the next answers; alone, what it is",
     "/paths": f"the {PATHS} best paths of the last answer, with their log-probability",
-    "/pick 3": "make the third path the answer, from which the conversation goes on",
+    "/pick 3": "make the third path the answer; the conversation goes on from it",
     "/continue": "go on with the last answer where it ended",
     "/why": "the last set of the last answer, with probabilities",
     "/undo": "take the last message and its answer back",
@@ -34,6 +34,8 @@ HELP = {
     "/help": "these commands",
     "/quit": "end the session, as Ctrl-D does",
 }
+
+KEYS = "Ctrl-C ends an answer, twice the session; Ctrl-D ends the session."
 
 #: Recognises a file that /save wrote.
 is_conversation = json_where(lambda data: data.keys() >= {"messages", "answers", "settings"})
@@ -218,7 +220,7 @@ class ChatSession:
         width = max(map(len, HELP))
         for command, meaning in HELP.items():
             self.out.print(Text.assemble((f"{command:{width}}  ", "bold"), meaning))
-        self.out.print("Ctrl-C ends an answer, twice the session; Ctrl-D ends the session.")
+        self.out.print(KEYS)
 
     def _quit(self, given: str) -> None:
         raise SessionEnd

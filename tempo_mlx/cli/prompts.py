@@ -1,10 +1,10 @@
 """``tempo-mlx generate --prompts-file``: many prompts in one batch, one result for each line."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -117,7 +117,10 @@ def generate_from_file(
         jobs[number] = Job(number, prompt, settings, joined)
     common = [identify(positioned.model, tokenizer), max(1, paths), verify]
     keys = [key_of(rows[i], jobs.get(i), common) for i in range(len(rows))]
-    with results_sink(output, keys, overwrite) as sink:
+    with (
+        results_sink(output, keys, overwrite) as sink,
+        saying_how_to_resume(output, sink, f"{len(rows)} prompts"),
+    ):
         if sink.done:
             notes.print(f"{len(sink.done)} of {len(rows)} prompts are done already", style="dim")
         for number, why in failed.items():
@@ -224,6 +227,34 @@ def results_sink(
     if output is not None and replaceable(output):
         return ResultsFile(output, keys, overwrite)
     return RecordStream(output)
+
+
+class HasDone(Protocol):
+    """What takes records, and knows of which rows it has them."""
+
+    @property
+    def done(self) -> set[int]:
+        """Numbers of the rows."""
+
+
+@contextmanager
+def saying_how_to_resume(output: Path | None, sink: HasDone, total: str) -> Iterator[None]:
+    """While this is open, Ctrl-C ends in a line that says what is saved and how to go on.
+
+    Args:
+        output: None for standard output, of which nothing is saved.
+        sink: takes the records.
+        total: all that there are, such as "12 prompts".
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        if output is None or not replaceable(output):
+            raise
+        raise KeyboardInterrupt(
+            f"interrupted: {len(sink.done)} of {total} are done and saved; rerun the same command "
+            "to go on"
+        ) from None
 
 
 class RecordStream(Stream):

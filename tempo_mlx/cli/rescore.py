@@ -48,7 +48,7 @@ from .outputs import (
     say_written,
     write_json,
 )
-from .prompts import RESULTS, results_sink
+from .prompts import RESULTS, results_sink, saying_how_to_resume
 from .score import patient_progress, summary
 
 #: Version of the records.
@@ -252,7 +252,7 @@ def run(
     keys = [row_key(SCHEMA, entry.content(), options, name) for entry in entries]
     sink = results_sink(output, keys, overwrite)
     failed = 0
-    with sink:
+    with sink, saying_how_to_resume(output, sink, f"{len(entries)} lists"):
         if sink.done:
             notes.print(f"{len(sink.done)} of {len(entries)} lists are done already", style="dim")
         todo = [number for number in range(len(entries)) if number not in sink.done]

@@ -40,7 +40,7 @@ from .options import (
     start_of,
 )
 from .outputs import Output, check_outputs, is_standard_output, say_written
-from .prompts import RESULTS, RecordStream, results_sink
+from .prompts import RESULTS, RecordStream, results_sink, saying_how_to_resume
 from .score_output import Tables, TextFile, TextStream, is_text
 
 _AS_IT_IS = (Need("chat", absent=True),)
@@ -233,7 +233,7 @@ def score(
     else:
         sink = TextStream(output)
     failed: dict[int, str] = {}
-    with sink:
+    with sink, saying_how_to_resume(output, sink, f"{len(rows)} rows"):
         if sink.done:
             notes.print(f"{len(sink.done)} of {len(rows)} rows are done already", style="dim")
         todo = [number for number in range(len(rows)) if number not in sink.done]

@@ -14,8 +14,8 @@ import termios
 from dataclasses import replace
 
 from tempo_mlx import Settings, load
-from tempo_mlx.cli.chat import template_config
-from tempo_mlx.cli.chat_session import HELP, ChatSession, SessionEnd
+from tempo_mlx.cli.chat_session import HELP, KEYS, ChatSession, SessionEnd
+from tempo_mlx.cli.chat_template import template_config
 from tempo_mlx.conversation import Conversation
 from tempo_mlx.errors import TempoError
 from tempo_mlx.io.console import Console
@@ -210,3 +210,12 @@ def test_a_terminal_ends_with_ctrl_d(folder):
         process.kill()
         os.close(ours)
     assert b"/help lists the commands" in seen
+
+
+def test_the_help_lists_what_may_be_typed(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, _ = run("chat", "--help")
+    assert code == 0
+    for command, meaning in HELP.items():
+        assert f"{command}  {meaning}" in out
+    assert KEYS in out

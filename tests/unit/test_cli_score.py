@@ -238,7 +238,9 @@ def test_a_text_file_is_whole_or_not_there_and_goes_on_where_it_was(
         return scored(scorer, rows, details)
 
     monkeypatch.setattr(command_module, "scored", interrupted)
-    assert run(*command)[0] == 130 and not output.exists()
+    code, _, err = run(*command)
+    assert code == 130 and not output.exists()
+    assert "are done and saved; rerun the same command to go on" in err
     monkeypatch.setattr(command_module, "scored", scored)
     code, out, err = run(*command)
     assert (code, out) == (1, "") and "2 of 5 rows are done already" in err
