@@ -55,12 +55,15 @@ def pruned_steps(result: GenerationResult, plain: bool) -> Text:
 
 def report(result: GenerationResult, console: Console) -> None:
     """How long the set list is, how fast it came, and what the oracle said."""
-    lattice, rates = result.lattice, result.rates()
+    lattice, rates, drafts = result.lattice, result.rates(), ""
+    if result.stats.drafted_tokens:
+        stats = result.stats
+        drafts = f" | drafts {stats.accepted_tokens} of {stats.drafted_tokens} tokens right"
     console.print(
         f"{len(lattice)} steps, {lattice.n_tokens} tokens, ended by {result.finish_reason} | "
         f"prompt {len(lattice.prompt_tokens)} tokens, {rates['prompt_tps']:.1f} tokens/s | "
         f"{rates['steps_per_second']:.1f} steps/s, {rates['tokens_per_second']:.1f} tokens/s | "
-        f"peak memory {rates['peak_memory_gb']:.2f} GB",
+        f"peak memory {rates['peak_memory_gb']:.2f} GB{drafts}",
         style="dim",
     )
     if result.settings.is_sampled:

@@ -203,6 +203,8 @@ class Request:
     def offer_ahead(self, candidates: StepCandidates, first: int) -> None:
         """Take what may follow each drafted token: computed with other runs', from a place on."""
         self._ahead, self._reached = (candidates, first), TEXT
+        if self.sequence.drafted is not None:
+            self.result.stats.drafted_tokens += len(self.sequence.drafted.draft)
 
     def note_followers(self) -> None:
         """Let the table know what the distributions say that were read last."""
@@ -230,6 +232,7 @@ class Request:
             return False
         self.sequence.accept(child, tokens[0].slot)
         self._reached = child
+        self.result.stats.accepted_tokens += 1
         candidates, first = self._ahead
         self.upcoming = candidates, first + child
         self.begin_draws()

@@ -81,13 +81,16 @@ def cut_at_stop(text: str, stops: Sequence[str]) -> str:
 
 @dataclass
 class Statistics:
-    """Times of a run, in seconds; peak memory, in 10^9 bytes, since it or its batch began; and
-    tokens of the prompt that had been read before."""
+    """Seconds of a run; peak memory, in 10^9 bytes, since it or its batch began; and tokens."""
 
     prompt_seconds: float = 0.0
     generation_seconds: float = 0.0
     peak_memory_gb: float = 0.0
+    #: of the prompt, read before
     cached_tokens: int = 0
+    #: drafted, and those of them that the run became
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -427,7 +430,7 @@ class GenerationResult:
         return data
 
     def rates(self) -> dict[str, float]:
-        """The schema's ``stats``: tokens and steps per second, peak memory in GB."""
+        """The schema's ``stats``: tokens and steps per second, peak memory in GB, drafts."""
         stats, lattice = self.stats, self.lattice
         seconds = stats.generation_seconds or float("inf")
         return {
@@ -435,4 +438,6 @@ class GenerationResult:
             "steps_per_second": len(lattice) / seconds,
             "tokens_per_second": lattice.n_tokens / seconds,
             "peak_memory_gb": stats.peak_memory_gb,
+            "drafted_tokens": stats.drafted_tokens,
+            "accepted_tokens": stats.accepted_tokens,
         }

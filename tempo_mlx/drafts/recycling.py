@@ -34,11 +34,11 @@ class FollowerTable:
         k = min(FOLLOWERS, len(followers))
         self.followers[token, :k] = followers[:k]
 
-    def learn(self, token: int, next_token: int) -> None:
-        """Take note of which follower came."""
-        for rank, follower in enumerate(self.followers[token].tolist()):
-            if follower != UNKNOWN:
-                self._rates.learn(rank, follower == next_token)
+    def learn(self, guesses: np.ndarray, token: int) -> None:
+        """Take note of which of a token's followers came, [K]."""
+        for rank, guess in enumerate(guesses.tolist()):
+            if guess != UNKNOWN:
+                self._rates.learn(rank, guess == token)
 
     def candidates(self, token: int) -> list[Candidate]:
         """The followers of a token, with the share of the time that their rank was right."""
@@ -61,11 +61,16 @@ class TokenRecycling:
 
     def __init__(self, table: FollowerTable, tokens: Sequence[int]):
         self._table = table
-        self._last = int(tokens[-1])
+        self._read(int(tokens[-1]))
+
+    def _read(self, token: int) -> None:
+        self._last = token
+        # As they were before the token's own row replaces them.
+        self._guesses = self._table.followers[token].copy()
 
     def append(self, token: int) -> None:
-        self._table.learn(self._last, token)
-        self._last = token
+        self._table.learn(self._guesses, token)
+        self._read(token)
 
     def begin(self) -> int:
         return self._last

@@ -208,6 +208,10 @@ def test_what_is_copied_takes_few_passes(cheap, monkeypatch, draft):
     drafted = generate(MODEL, TOKENIZER, PROMPT, draft=draft, **common)
     assert_same(drafted, plain)
     assert len(passes) < 50
+    stats, sets = drafted.stats, len(plain.lattice.steps)
+    # Every token but the first and the last was read in a pass for it, or drafted.
+    assert stats.accepted_tokens == sets - 1 - (len(passes) - 2)
+    assert stats.drafted_tokens >= stats.accepted_tokens
 
 
 def test_responses_say_what_is_held(cheap, monkeypatch):
@@ -275,7 +279,19 @@ def test_recycled_followers_are_the_last_seen():
     assert [c.token for c in source.candidates(source.begin())] == [6, 2]
     source.append(5)
     assert [c.token for c in source.candidates(source.begin())] == [3, 0]
-    assert table.candidates(4)[0].chance < 0.5
+
+
+def test_recycling_learns_from_guesses_not_from_what_was_computed_since():
+    table = FollowerTable(10)
+    source = TokenRecycling(table, [4])
+    for follower in (1, 2, 1, 2, 1, 2):
+        # The row of token 4 says what comes, and what comes differs every time.
+        table.note(4, np.array([follower, 0]))
+        source.append(follower)
+        table.note(follower, np.array([4, 0]))
+        source.append(4)
+    after_4, after_1 = (table.candidates(token)[0].chance for token in (4, 1))
+    assert after_4 == after_1 and 0.3 < after_4 < 0.8
 
 
 class Fixed:

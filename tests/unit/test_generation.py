@@ -407,6 +407,7 @@ def test_dictionary_is_json_of_schema_two(model, tokenizer):
     assert data["stats"]["peak_memory_gb"] > 0
     assert set(data["stats"]) == {
         "prompt_tps", "steps_per_second", "tokens_per_second", "peak_memory_gb",
+        "drafted_tokens", "accepted_tokens",
     }  # fmt: skip
 
 
