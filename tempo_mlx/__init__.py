@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-# First of all, because it has no effect once mlx.core is imported.
+# This comes first, because it has no effect once mlx.core is imported.
 from . import blas
 
 blas.preload()
@@ -64,9 +64,9 @@ __all__ = list(_HOMES)
 
 
 class _Package(ModuleType):
-    """Imports a name's module when the name is first used.
+    """Imports the module of a public name when the name is first used.
 
-    All of them take seconds, in which the command line could not answer Ctrl-C yet.
+    Importing all modules takes seconds, during which the command line could not handle Ctrl-C.
     """
 
     def __getattr__(self, name: str) -> Any:

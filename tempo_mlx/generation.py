@@ -1,4 +1,4 @@
-"""Generation from one prompt, and from many in one batch."""
+"""Generation from one prompt, or from many in one batch."""
 
 import json
 from collections.abc import Callable, Generator, Sequence
@@ -30,13 +30,13 @@ from .text.vocabulary import Prompt, Vocabulary, encode_prompt, require_tokenize
 
 @dataclass(frozen=True)
 class StepResponse:
-    """What :func:`stream_generate` yields after each step.
+    """The response of :func:`stream_generate` after each step.
 
     Args:
-        step: the step just made; its tokens are final except for ``pruned_at``.
-        result: the run so far; complete with the last response.
+        step: the latest step; its tokens are final except for ``pruned_at``.
+        result: the run so far; complete in the last response.
         slots_held: slots in the cache.
-        cache_bytes: bytes of its keys, values and states, room for more included.
+        cache_bytes: bytes allocated for keys, values and states.
         finish_reason: None, or "stop" (end of text or a stop text), "length" (``max_tokens``) or
             "context" (the model's context is full).
     """
@@ -61,13 +61,13 @@ def generate(
         model: as :func:`tempo_mlx.load` or ``mlx_lm.load`` returns it.
         tokenizer: the model's tokenizer.
         prompt: text, token ids, or chat messages for the model's template.
-        verbose: print the sets as they come.
-        kwargs: arguments of :func:`stream_generate`, ``settings`` among them; or fields of
+        verbose: print the sets as they are generated.
+        kwargs: arguments of :func:`stream_generate`, including ``settings``, or fields of
             :class:`Settings`.
 
     Raises:
-        ValueError: for an argument out of range or a prompt that is empty or too long.
-        UnsupportedModelError: for a model that cannot hold parallel tokens exactly.
+        ValueError: for an argument out of range, or a prompt that is empty or too long.
+        UnsupportedModelError: if the model does not support parallel tokens exactly.
         NonFiniteLogitsError: if the model returns NaN.
     """
     writer = StepWriter()
@@ -96,17 +96,17 @@ def stream_generate(
 
     Args:
         model, tokenizer, prompt: as in :func:`generate`.
-        verify: after the last step, replay the run (see :func:`.verification.verify`) and put the
-            largest difference into ``result.verification``. Keeps every step's logits in memory.
-            Refused for a visibility of your own without ``sees``.
-        model_name: what the result calls the model.
-        prompt_cache: read already; a prompt that begins with its tokens goes on from there, any
-            other one is appended to its text: see :meth:`PromptCache.join`.
-        paths: paths that ``result.paths`` will be asked for; where the run does not score them
-            itself, they are found before the last response, while the prompt is still in the
-            cache. With 0 not even ``result.text`` is known in that case.
+        verify: after the last step, replay the run (see :func:`.verification.verify`) and store the
+            largest difference in ``result.verification``. Keeps the logits of all steps in memory.
+            Refused for a custom visibility without ``sees``.
+        model_name: name of the model in the result.
+        prompt_cache: a prompt that has been read. A prompt that begins with its tokens continues
+            from there; any other is appended to its text, see :meth:`PromptCache.join`.
+        paths: number of paths to prepare for ``result.paths``. If the run does not score them
+            itself, they are found before the last response, while the prompt is still in the cache.
+            With 0, not even ``result.text`` is available in that case.
         prompt_progress_callback: called with (prompt tokens read, prompt tokens).
-        settings: how to generate; None makes them of ``kwargs``.
+        settings: of the run; None builds them from ``kwargs``.
         kwargs: fields of :class:`Settings`, if ``settings`` is None.
 
     Yields:
@@ -119,7 +119,7 @@ def stream_generate(
     check_count("paths", paths, 0)
     if chosen.branching == "replicate":
         if verify or prompt_cache is not None:
-            raise TempoError("branching replicate takes no prompt_cache and has nothing to verify")
+            raise TempoError("branching replicate supports neither prompt_cache nor verify")
         plain = PlainModel(model)
         result = begin(plain, tokenizer, prompt, chosen, model_name)
         yield from steps_by_rows(result, prompt_progress_callback)
@@ -140,9 +140,9 @@ def begin(
     vocabulary: Vocabulary | None = None,
     prompt_cache: PromptCache | None = None,
 ) -> GenerationResult:
-    """The result of a run that has not begun: its prompt is encoded, its seed is chosen.
+    """The result of a run that has not started: its prompt is encoded and its seed chosen.
 
-    Its model is the one that is to run, whose caches are quantised where the settings ask for it.
+    Its model is the one to run, with quantised caches if the settings ask for them.
     """
     if isinstance(model, PositionedModel):
         model = model.quantizing(settings.kv_quantization)
@@ -183,12 +183,12 @@ def steps_of(
     known: ReadTokens | None = None,
     paths: int = 0,
 ) -> Generator[StepResponse, None, None]:
-    """Read a run's prompt and take its steps in a decoder of its own.
+    """Read a run's prompt and make its steps in a separate decoder.
 
     Args:
-        run: that has not begun.
-        decoder: without other runs; a caller may take the run out of it between two steps.
-        known: tokens that have been read, with which the prompt may begin.
+        run: not started yet.
+        decoder: without other runs; a caller may remove the run from it between two steps.
+        known: tokens that have already been read; the prompt may begin with them.
     """
     result = run.result
     mx.reset_peak_memory()
@@ -217,7 +217,7 @@ def steps_of(
 def steps_by_rows(
     result: GenerationResult, progress: Callable[[int, int], None] | None = None
 ) -> Generator[StepResponse, None, None]:
-    """As :func:`steps`, with a row for each branch of the tree."""
+    """As :func:`steps`, with one row for each branch of the tree."""
     run = Request(result)
     tree = RowTree(result.model.model, run)
     mx.reset_peak_memory()
@@ -232,29 +232,29 @@ def steps_by_rows(
 
 @dataclass(frozen=True)
 class Failure:
-    """What became of a prompt that gave no result.
+    """A prompt that failed.
 
     Args:
-        prompt: as it was given.
-        error: why, in one line.
+        prompt: as given.
+        error: the reason, in one line.
     """
 
     prompt: Prompt
     error: str
 
     def to_dict(self) -> dict[str, Any]:
-        """The failure as JSON-ready data; what JSON does not have is as Python writes it."""
+        """The failure as JSON-ready data; values that JSON does not support are shown by repr."""
         prompt = json.loads(json.dumps(self.prompt, default=_as_python_writes))
         return {"prompt": prompt, "error": self.error}
 
 
 @dataclass
 class BatchResult:
-    """What :func:`batch_generate` returns.
+    """The result of :func:`batch_generate`.
 
     Args:
-        results: of each prompt, in order.
-        status: as it was at the end.
+        results: one for each prompt, in order.
+        status: at the end.
     """
 
     results: list[GenerationResult | Failure]
@@ -262,7 +262,7 @@ class BatchResult:
 
     @property
     def texts(self) -> list[str | None]:
-        """The best text of each prompt, None where it failed."""
+        """The best text of each prompt; None if the prompt failed."""
         return [each.text if isinstance(each, GenerationResult) else None for each in self.results]
 
 
@@ -274,23 +274,23 @@ def batch_generate(
     verbose: bool = False,
     **kwargs: Unpack[BatchKeywords],
 ) -> BatchResult:
-    """Generate from many prompts, in one forward pass for each step of all.
+    """Generate from many prompts in one batch, with one forward pass for each step.
 
-    Row i is what ``generate`` with the same settings gives for prompt i alone.
+    Result i equals that of ``generate`` with the same settings for prompt i alone.
 
     Args:
         model, tokenizer: as in :func:`tempo_mlx.generate`.
         prompts: each a text, token ids, or chat messages.
-        settings: for all prompts, or one for each; None makes them of ``kwargs``.
-        verbose: print how far it has come.
-        kwargs: arguments of :func:`stream_batch_generate`; and of :class:`Settings` if
+        settings: for all prompts, or one for each; None builds them from ``kwargs``.
+        verbose: print the progress.
+        kwargs: arguments of :func:`stream_batch_generate`, and fields of :class:`Settings` if
             ``settings`` is None.
 
     Returns:
         a result or a :class:`Failure` for each prompt, in order.
 
     Raises:
-        ValueError: for an argument out of range. What is wrong with one prompt fails that prompt.
+        ValueError: for an argument out of range. An invalid prompt fails only that prompt.
     """
     results: dict[int, GenerationResult | Failure] = {}
     status = BatchStatus()
@@ -328,24 +328,22 @@ def stream_batch_generate(
 ) -> Generator[tuple[int, GenerationResult | Failure], None, None]:
     """As :func:`batch_generate`; yields (number of the prompt, result) as they finish.
 
-    A prompt that ends makes room for the next one at once. Prompts are read while the others
-    generate, a chunk of at most ``prefill_step_size`` tokens between two steps; prompts that are
-    alike are read once.
+    A prompt that ends immediately makes room for the next one. Prompts are read while others
+    generate, in chunks of at most ``prefill_step_size`` tokens between two steps. Identical prompts
+    are read once.
 
     Args:
         model, tokenizer, prompts, settings: as in :func:`batch_generate`.
-        batch_size: prompts that generate at the same time, at least 1.
-        max_kv_bytes: bytes that keys, values and recurrent states may take; prompts wait while
-            they do not fit, and one that does not fit alone fails. None is half of the memory that
-            is left.
-        prompt_cache: read already; prompts that begin with its tokens go on from there, others
-            are appended to its text: see :meth:`PromptCache.join`.
-        paths: as in :func:`tempo_mlx.stream_generate`; they are found for ``batch_size`` results
-            together.
+        batch_size: most prompts that generate at the same time, at least 1.
+        max_kv_bytes: most bytes of keys, values and recurrent states. Prompts wait until they fit;
+            a prompt that does not fit alone fails. None is half of the available memory.
+        prompt_cache: a prompt that has been read. Prompts that begin with its tokens continue from
+            there; others are appended to its text, see :meth:`PromptCache.join`.
+        paths: as in :func:`tempo_mlx.stream_generate`; found for ``batch_size`` results at a time.
         verify: as in :func:`tempo_mlx.stream_generate`.
-        model_name: what the results call the model.
-        observe: called with the number of a prompt whenever its run begins; returns what is to see
-            its steps. A run that has to start again gets another observer.
+        model_name: name of the model in the results.
+        observe: called with the number of a prompt whenever its run starts; returns the observer of
+            its steps. A run that has to restart gets a new observer.
         progress: called after every step.
         kwargs: fields of :class:`Settings`, if ``settings`` is None.
 
@@ -387,7 +385,7 @@ def stream_batch_generate(
     mx.reset_peak_memory()
     for i in range(len(prompts)):
         scheduler.submit(i, partial(new_request, i))
-    # Finished, but their paths are still to be found.
+    # Finished runs whose paths have not been found yet.
     held: list[tuple[int, GenerationResult]] = []
     with wired_limit(positioned.model, cast(Any, [generation_stream])):
         for key, outcome in scheduler.outcomes(progress or (lambda status: None)):

@@ -1,1 +1,1 @@
-"""Measurements of speed and memory: ours beside the alternative, in one process."""
+"""Measurements of speed and memory, compared with alternatives in the same process."""

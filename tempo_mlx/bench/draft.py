@@ -1,4 +1,4 @@
-"""Plain decoding with drafts, beside mlx-lm and beside ours without drafts."""
+"""Plain decoding with drafts, compared with mlx-lm and with ours without drafts."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -24,7 +24,7 @@ from .setting import Subject
 NONE, LOOKUP, RECYCLE = "no drafts", "lookup", "recycling"
 SOURCES = {NONE: "none", LOOKUP: "lookup", RECYCLE: "recycle"}
 
-#: Times mlx-lm's speed that each kind of text should reach with the default source.
+#: Target for the speed relative to mlx-lm's, for each kind of text with the default source.
 LEAST = {
     "prose": 1.05,
     "passage and question": 1.2,
@@ -32,7 +32,7 @@ LEAST = {
     "code or table": 1.3,
 }
 
-#: What no prompt should fall below, and ours without drafts.
+#: Targets for the slowest prompt, and for ours without drafts, relative to mlx-lm.
 WORST, PLAIN = 0.97, 1.0
 
 COSTS = "a pass over several tokens"
@@ -50,10 +50,9 @@ class Run:
 
 
 def bench_draft(subject: Subject, prompts: int, max_tokens: int) -> Result:
-    """Generate from prompts of four kinds, by turns, at threshold 1.
+    """Generate from prompts of four kinds at threshold 1, in alternation.
 
-    Nothing ends a run early: end tokens count as ordinary ones on both sides. Reading the prompt
-    does not count.
+    No run ends early: both sides treat end tokens as ordinary tokens. Times exclude the prompt.
 
     Args:
         subject: the model; its rounds do not matter, every prompt is one.
@@ -122,7 +121,7 @@ def _kind(kind: str, runs: dict[str, list[Run]]) -> tuple[list[Row], list[Target
 
 
 def _timed(steps: Iterator[list[int]]) -> Run:
-    """Time from the first token to the last."""
+    """Time a generation from its first token to its last."""
     tokens = next(steps)
     start = time.perf_counter()
     for ids in steps:

@@ -1,1 +1,1 @@
-"""What is installed, which models are here, and whether this machine computes correctly."""
+"""Reports on the installation and local models, and checks of exactness on this machine."""

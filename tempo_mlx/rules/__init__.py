@@ -1,1 +1,1 @@
-"""What may be exchanged: selection, combining, visibility, pruning, posterior, schedules."""
+"""Exchangeable rules: selection, combining, visibility, pruning, posterior, schedules."""

@@ -1,4 +1,4 @@
-"""Keyword arguments of a search that an editor shows."""
+"""Keyword arguments of a search, for editors and type checkers."""
 
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -38,7 +38,7 @@ class SettingsKeywords(TypedDict, total=False):
 
 
 class SearchKeywords(SettingsKeywords, total=False):
-    """Arguments of :func:`tempo_mlx.stream_search` beside ``value``."""
+    """Arguments of :func:`tempo_mlx.stream_search` other than ``value``."""
 
     model_name: str | None
     progress: "Callable[[int, SearchResult], None] | None"

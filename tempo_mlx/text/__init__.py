@@ -1,1 +1,1 @@
-"""Tokens and text: the vocabulary, chat templates, and text that is printed."""
+"""Tokens and text: the vocabulary, chat templates, and printable text."""

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 
-def test_what_is_allowed_passes():
+def test_valid_arguments_pass():
     check_count("n", 1)
     check_count("n", MOST)
     check_count("n", 0, 0)
@@ -46,7 +46,7 @@ def test_what_is_allowed_passes():
         (check_text, ("t", "a\ud800"), "t is not Unicode text: character 2 is half a surrogate"),
     ],
 )
-def test_what_is_not_allowed_is_named(check, arguments, message):
+def test_invalid_arguments_are_named(check, arguments, message):
     with pytest.raises(TempoError) as caught:
         check(*arguments)
     assert str(caught.value).startswith(message)

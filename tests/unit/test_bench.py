@@ -129,7 +129,7 @@ def test_copy_counts_bytes_read_and_written(clock, monkeypatch):
 
 
 @pytest.mark.parametrize("quantised", [False, True])
-def test_weight_bytes_leave_out_an_embedding_that_is_no_output_layer(quantised):
+def test_weight_bytes_leave_out_an_untied_embedding(quantised):
     model = random_model("qwen3_moe")
     if quantised:
         nn.quantize(model, group_size=32, bits=4)
@@ -350,7 +350,7 @@ def test_prompts_of_a_batch_differ(loaded):
     assert len({tuple(p[:8]) for p in prompts}) == 8
 
 
-def test_host_bench_measures_every_variant_beside_mlx_lm(tmp_path, run):
+def test_host_bench_compares_every_variant_with_mlx_lm(tmp_path, run):
     common = ("-m", 5, "-n", 1, "-p", 8)
     out, rows, data = measured(run, "host", tmp_path / "bench.json", *common)
     assert "2 layers" in out

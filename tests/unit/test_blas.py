@@ -76,7 +76,7 @@ def test_variable_names_the_library():
 
 @linux_only
 @pytest.mark.parametrize("own", [None, "20"], ids=["default", "user's"])
-def test_threads_wait_as_long_as_the_user_says_and_else_a_short_time(monkeypatch, before_mlx, own):
+def test_threads_spin_briefly_unless_the_user_sets_the_time(monkeypatch, before_mlx, own):
     monkeypatch.delenv("OPENBLAS_THREAD_TIMEOUT", raising=False)
     if own is not None:
         monkeypatch.setenv("OPENBLAS_THREAD_TIMEOUT", own)
@@ -89,7 +89,7 @@ def test_threads_wait_as_long_as_the_user_says_and_else_a_short_time(monkeypatch
 
 
 @linux_only
-def test_variable_that_names_no_library_is_said_and_everything_runs():
+def test_a_variable_without_a_library_warns_and_everything_runs():
     with pytest.raises(subprocess.CalledProcessError) as raised:
         run(
             f"import warnings; warnings.simplefilter('error'); {PRODUCT}", TEMPO_MLX_BLAS="/no/such"
@@ -114,7 +114,7 @@ def test_every_way_into_the_package_loads_it_first(module):
 
 @with_openblas
 @pytest.mark.parametrize("wanted", ["", OPENBLAS], ids=["default", "variable"])
-def test_libgfortran_inside_mlx_does_where_the_system_has_none(wanted):
+def test_mlx_s_libgfortran_is_used_if_the_system_has_none(wanted):
     # What the system's loader says until a library of that name is in the process.
     hide = """
 import ctypes
@@ -142,7 +142,7 @@ def test_nothing_is_loaded_on_other_systems(monkeypatch, before_mlx, platform):
 
 
 @linux_only
-def test_nothing_is_loaded_beside_the_cuda_backend(monkeypatch, before_mlx):
+def test_nothing_is_loaded_with_the_cuda_backend(monkeypatch, before_mlx):
     monkeypatch.setattr(blas, "_files", lambda name: [] if name == "mlx-cuda-13" else None)
     monkeypatch.setattr(ctypes, "CDLL", None)
     info = blas._preload()

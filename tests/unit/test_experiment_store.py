@@ -445,7 +445,7 @@ def test_a_model_that_moved_goes_on_and_one_of_another_configuration_does_not(
     assert session().run().made == 0
 
 
-def test_a_look_at_a_folder_keeps_no_command_from_beginning(session, monkeypatch):
+def test_looking_at_a_folder_does_not_stop_a_command_from_starting(session, monkeypatch):
     made = session()
     made.run()
     looking = os.open(made.folder / locks.GATE, os.O_RDONLY)

@@ -46,7 +46,7 @@ def test_a_file_that_is_replaced_passes_on_its_mode(tmp_path, given):
     assert path.read_text() == "new" and mode(path) == given
 
 
-def test_what_fails_half_way_leaves_what_was_there_and_nothing_else(tmp_path):
+def test_a_failed_write_keeps_the_old_file_and_leaves_nothing_else(tmp_path):
     path = tmp_path / "kept"
     path.write_text("kept")
     with pytest.raises(RuntimeError), writing(path) as file:
@@ -146,7 +146,7 @@ def test_no_space_left_names_the_file(tmp_path):
         stream.write("text")
 
 
-def test_what_takes_no_bytes_is_refused(tmp_path):
+def test_unwritable_kinds_of_files_are_refused(tmp_path):
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_path / "socket"))
         with pytest.raises(TempoError, match="must be a file, a pipe or a character device"):

@@ -37,7 +37,7 @@ def test_a_text_loses_one_mark_and_one_newline(tmp_path, monkeypatch, data, text
 
 
 @pytest.mark.parametrize("data", [b"caf\xe9", "one".encode("utf-16"), b"\xed\xa0\x80", b"\x80" * 9])
-def test_what_is_not_utf8_is_refused(tmp_path, monkeypatch, data):
+def test_text_that_is_not_utf8_is_refused(tmp_path, monkeypatch, data):
     path = tmp_path / "prompt.txt"
     path.write_bytes(data)
     with pytest.raises(TempoError, match=r"^--prompt-file .*prompt\.txt is not UTF-8 text$"):
@@ -58,7 +58,7 @@ class Endless(io.RawIOBase):
         return len(buffer)
 
 
-def test_what_never_ends_is_refused(monkeypatch):
+def test_endless_input_is_refused(monkeypatch):
     monkeypatch.setattr(inputs, "ROWS_BYTES", 3 * 2**20)
     monkeypatch.setattr(inputs, "PROMPT_BYTES", 2**20)
     for read, most in ((read_text, 1), (read_lines, 3)):
@@ -102,7 +102,7 @@ def test_lines_are_those_of_bytes(tmp_path):
     assert read_lines(path) == [(1, b"one"), (4, "\x0ctwo\u2028two".encode()), (5, b"three")]
 
 
-def test_an_object_is_what_json_says():
+def test_objects_follow_the_json_standard():
     line = '{"a": [1, -2.5e-3, true, null, {"é": "\\ud83d\\ude00"}], "b": 1e308}'.encode()
     assert object_of(line, "{}") == {"a": [1, -0.0025, True, None, {"é": "😀"}], "b": 1e308}
     assert object_of(b'{"a": ' + b"[" * 98 + b"]" * 98 + b"}", "{}")

@@ -112,7 +112,7 @@ def test_a_combining_rule_is_used_and_named(model, tokenizer):
 
 
 @pytest.mark.parametrize("factors", [lambda p: p[:1], lambda p: -p, lambda p: p * np.nan])
-def test_factors_that_make_no_distribution_are_refused(model, tokenizer, factors):
+def test_invalid_factors_are_refused(model, tokenizer, factors):
     with pytest.raises(TempoError, match=r"combine <lambda> must return . numbers"):
         generate(model, tokenizer, PROMPT, combine=factors, **SETS)
 
@@ -163,7 +163,7 @@ def test_a_pruning_rule_gets_the_attention_that_it_asks_for(model, tokenizer):
 
 
 @pytest.mark.parametrize("rule", [lambda e: e.slots[:1], lambda e: e.slots * np.nan])
-def test_scores_that_are_none_are_refused(model, tokenizer, rule):
+def test_invalid_scores_are_refused(model, tokenizer, rule):
     with pytest.raises(TempoError, match=r"prune rule <lambda> must return . numbers"):
         generate(model, tokenizer, PROMPT, pruning=Pruning(rule=rule), **SETS)
 
@@ -252,7 +252,7 @@ def test_settings_and_their_names_do_not_mix(model, tokenizer):
         generate(model, tokenizer, PROMPT, settings={"threshold": 0.5})
 
 
-def test_a_registered_rule_is_its_name_and_others_are_told_apart(rules):
+def test_built_in_rules_are_stored_by_name_and_own_rules_are_distinguished(rules):
     near = load_rule(f"{rules}:Near", "visibility", Visibility)
     assert Settings(visibility=near) == Settings(visibility=near)
     assert Settings(combine=Settings().combining_rule).combine == "mixture"
@@ -304,7 +304,7 @@ def test_rules_of_a_file_on_the_command_line(run, folder, rules, tmp_path):
         (["-o", "{rules}", "--combine", "{rules}:squared"], ["--combine"]),
     ],
 )
-def test_files_and_names_that_are_no_rules_are_refused_in_one_line(
+def test_missing_rule_files_and_names_are_refused_in_one_line(
     run, folder, rules, tmp_path, options, words
 ):
     bad, exits = tmp_path / "bad.py", tmp_path / "exits.py"
@@ -330,7 +330,7 @@ def test_results_of_a_changed_rule_are_made_again(run, folder, rules, tmp_path):
     assert "done already" not in err
 
 
-def test_files_of_prompts_run_no_code(rules, tmp_path):
+def test_prompt_files_cannot_run_code(rules, tmp_path):
     path = tmp_path / "prompts.jsonl"
     path.write_text(json.dumps({"prompt": "a", "combine": f"{rules}:squared"}))
     (row,) = read_prompts(path)
@@ -339,7 +339,7 @@ def test_files_of_prompts_run_no_code(rules, tmp_path):
 
 
 @pytest.mark.parametrize("runner", ["batched", pytest.param("workers=1", marks=pytest.mark.slow)])
-def test_rules_of_a_file_beside_a_suite(run, folder, rules, tmp_path, runner):
+def test_rules_of_a_file_next_to_a_suite(run, folder, rules, tmp_path, runner):
     pytest.importorskip("pydantic")
     grid = {"visibility": ["isolated", "rules.py:Near"], "combine": ["rules.py:squared"]}
     grid |= {"pruning": [None, {"rule": "rules.py:watched"}]}
@@ -363,7 +363,7 @@ def test_rules_of_a_file_beside_a_suite(run, folder, rules, tmp_path, runner):
         ({"pruning": {"rule": ["rules.py:number"]}}, ["prune rule", "PruningRule", "got 3"]),
     ],
 )
-def test_a_suite_with_no_such_rule_is_refused_in_one_line(run, rules, tmp_path, grid, words):
+def test_a_suite_with_an_unknown_rule_is_refused_in_one_line(run, rules, tmp_path, grid, words):
     pytest.importorskip("pydantic")
     suite = save_suite(tmp_path / "suite.yaml", "no-such-model", grid=grid)
     code, out, err = run("experiment", "run", suite, "-o", tmp_path / "runs")
@@ -392,7 +392,7 @@ def test_old_names_warn_in_python():
         Settings(beam_width=3)
 
 
-def test_old_options_are_told_once_and_hidden(run, folder, tmp_path):
+def test_old_options_warn_once_and_are_hidden(run, folder, tmp_path):
     output = tmp_path / "out.json"
     command = ["generate", "hello", "--model", folder, "-m", 3, "--visibility", "tree"]
     code, _, err = run(*command, "--max-leaves=2", "--leaf-margin", 3, "-q", "-o", output)
@@ -411,7 +411,7 @@ def test_old_options_are_told_once_and_hidden(run, folder, tmp_path):
     assert "--beam-width" in out and "--max-leaves" not in out and "when-all" not in out
 
 
-def test_old_names_in_files_are_told_once(run, folder, tmp_path):
+def test_old_names_in_files_warn_once(run, folder, tmp_path):
     prompts, output = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
     row = {"prompt": "a", "visibility": "tree", "max_leaves": 2}
     prompts.write_text(f"{json.dumps(row)}\n{json.dumps(row | {'prompt': 'b'})}\n")

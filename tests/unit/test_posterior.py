@@ -68,7 +68,7 @@ def test_viterbi_is_the_best_of_all_paths(case):
     assert logprob == pytest.approx(np.log(max(probabilities.values())), rel=1e-9, abs=1e-9)
 
 
-def test_no_evidence_leaves_the_tokens_alike():
+def test_without_evidence_tokens_are_equal():
     gammas = posteriors(np.array([0.5, 0.5]), [np.zeros((2, 3))])
     np.testing.assert_allclose(gammas[0], 1 / 2)
     np.testing.assert_allclose(gammas[1], 1 / 3)

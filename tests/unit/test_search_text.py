@@ -165,7 +165,7 @@ def test_a_users_function_drives_the_search_to_its_optimum(tokenizer):
     assert max(calls) > 1 and one.tokens == many.tokens
 
 
-def test_rollouts_leave_no_slots_and_dropped_branches_go(tokenizer):
+def test_rollouts_and_dropped_branches_leave_no_slots(tokenizer):
     model = tiny_model("llama", seed=1)
     given = {"max_tokens": 20, "simulations": 30, "threshold": 0.03}
     sizes = {}
@@ -218,13 +218,13 @@ def test_a_budget_that_the_prompt_spends_is_refused(tokenizer):
     assert least.choices and least.finish_reason == "budget"
 
 
-def test_an_evaluation_beside_a_function_is_refused(tokenizer):
+def test_an_evaluation_with_a_value_function_is_refused(tokenizer):
     model = tiny_model("llama", seed=1)
     with pytest.raises(ValueError, match="evaluation rollout has no effect with value"):
         search(model, tokenizer, PROMPT, value=lambda ids, text: 0.5, evaluation="rollout")
 
 
-def test_budgets_end_the_search_with_what_is_known(tokenizer):
+def test_after_a_budget_is_spent_known_tokens_are_committed(tokenizer):
     model = tiny_model("llama", seed=1)
     given = {"max_tokens": 30, "simulations": 10, "threshold": 0.03, "leaves_per_batch": 2}
     result = search(model, tokenizer, PROMPT, max_forward_tokens=40, **given)
@@ -234,7 +234,7 @@ def test_budgets_end_the_search_with_what_is_known(tokenizer):
     assert fast.finish_reason == "budget"
 
 
-def test_a_value_that_is_none_names_the_path_and_leaves_the_tree(tokenizer):
+def test_an_invalid_value_names_the_path_and_keeps_the_tree(tokenizer):
     model = tiny_model("llama", seed=1)
 
     def wrong(ids, text):
@@ -281,7 +281,7 @@ def test_bad_settings_are_named(given, words):
 
 
 @pytest.mark.parametrize("fault", [RuntimeError("broken"), ValueError("broken"), TempoError("no")])
-def test_a_fault_of_an_evaluation_of_ours_is_no_fault_of_a_function(monkeypatch, fault):
+def test_an_error_in_a_built_in_evaluation_is_not_blamed_on_a_function(monkeypatch, fault):
     model, tokenizer = tiny_model("llama", seed=1), TinyTokenizer(60, end_tokens=())
 
     def broken(self, nodes):

@@ -371,7 +371,7 @@ def recomputed(log, backup):
 
 @settings(max_examples=60)
 @given(seeds, policies, st.lists(st.integers(1, 30), min_size=1, max_size=3))
-def test_visits_and_values_are_those_of_what_was_backed_up(seed, policy, budgets):
+def test_visits_and_values_match_the_backed_up_values(seed, policy, budgets):
     game = RandomGame(seed)
     search = game.search(**policy)
     for budget in budgets:
@@ -622,7 +622,7 @@ def test_another_number_of_families_than_of_leaves_is_an_error():
     assert len(game.tree) == 1
 
 
-def test_what_expand_raises_is_passed_on_and_the_search_can_go_on():
+def test_errors_of_expand_are_passed_on_and_the_search_can_continue():
     undisturbed, game = golden_game(), golden_game()
     undisturbed.search(leaves_per_batch=2).run(6)
     search = game.search(leaves_per_batch=2)

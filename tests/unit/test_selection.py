@@ -106,7 +106,7 @@ def test_first_draw_follows_the_distribution_and_so_does_the_second_given_the_fi
         assert abs((after_best == token).mean() - expected) < bound
 
 
-def test_where_no_draw_qualifies_the_first_one_is_kept():
+def test_if_no_draw_qualifies_the_first_is_kept():
     p = mx.array([[0.4, 0.3, 0.2, 0.1]])
     firsts = set()
     for key in range(10):
@@ -117,7 +117,7 @@ def test_where_no_draw_qualifies_the_first_one_is_kept():
     assert len(firsts) > 1
 
 
-def test_a_row_that_does_not_draw_keeps_its_order_beside_one_that_draws():
+def test_a_deterministic_row_keeps_its_order_next_to_a_drawn_one():
     p = mx.softmax(mx.random.normal((2, 40), key=mx.random.key(1)))
     rules = [SAMPLING["deterministic"], SAMPLING["gumbel"]]
     scores = candidate_scores(p, rules, [np.zeros(2, np.uint32), np.array([0, 5], np.uint32)])

@@ -60,7 +60,7 @@ def test_rule_is_its_definition(rule, lattice):
 
 @pytest.mark.parametrize("rule", VISIBILITY)
 @given(lattices())
-def test_what_one_pair_says_is_the_definition_too(rule, lattice):
+def test_sees_matches_the_definition(rule, lattice):
     chains = lattice.slots.chains
     rows = zip(lattice.slots.step.tolist(), lattice.slots.set_size.tolist(), chains, strict=True)
     slots = [Slot(i, step, size, frozenset(c.tolist())) for i, (step, size, c) in enumerate(rows)]
