@@ -82,16 +82,6 @@ class TextEnvironment:
         self._logits: dict[int, mx.array] = {}  # of the nodes expanded last
         self._draws = 0
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of keys, values and states, room for more included."""
-        return self._batch.cache.nbytes
-
-    @property
-    def n_slots(self) -> int:
-        """Slots in the cache."""
-        return self._batch.cache.n_slots
-
     def read_prompt(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Read the prompt, the root of the tree."""
         with mx.stream(generation_stream):
