@@ -18,6 +18,7 @@ ORDER = (
     "bench",
     "server",
     "experiments",
+    "evaluation",
     "doctor",
     "search",
     "scoring",

@@ -15,11 +15,13 @@ class ScoreRequest:
         tokens: ids of the text, at least 1.
         start: ask for log p of the tokens from here on, at least 1.
         after: ask for the sets of tokens that may follow the text, too.
+        greedy: ask whether these tokens are the most probable ones, too.
     """
 
     tokens: tuple[int, ...]
     start: int
     after: bool = False
+    greedy: bool = False
 
     @property
     def asks(self) -> bool:
@@ -39,10 +41,13 @@ class TokenLogprobs:
     Args:
         logprobs: log p of each token from the question's ``start`` on.
         after: log p of each set of tokens behind the text, [K]; None where it was not asked for.
+        greedy: whether each of these tokens is the most probable one in its place, [n]; None where
+            it was not asked for.
     """
 
     logprobs: np.ndarray
     after: np.ndarray | None = None
+    greedy: np.ndarray | None = None
 
 
 @dataclass

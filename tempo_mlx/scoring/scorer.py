@@ -88,6 +88,19 @@ class CandidateScore:
         return asdict(self)
 
 
+def reader_of(
+    model: nn.Module | PositionedModel,
+    max_kv_bytes: int,
+    chunk_size: int,
+    sets: Sequence[Sequence[int]],
+) -> Reader:
+    """What reads texts with a model: as branches of one trie, or in full passes."""
+    try:
+        return PrefixTreeScorer(PositionedModel.of(model), max_kv_bytes, chunk_size, sets)
+    except UnsupportedModelError:
+        return BatchScorer(PlainModel(model).model, chunk_size, sets)
+
+
 class ContinuationScorer:
     """Scores words in contexts with a language model.
 
@@ -185,13 +198,7 @@ class ContinuationScorer:
         # A tokenizer may know tokens that no model's logits are of.
         known = range(plain.vocabulary_size)
         sets = [[id for id in known if id in ids] for ids in (begins | ends, ends)]
-        self._reader: Reader
-        try:
-            self._reader = PrefixTreeScorer(
-                PositionedModel.of(model), max_kv_bytes or default_budget(), chunk_size, sets
-            )
-        except UnsupportedModelError:
-            self._reader = BatchScorer(self._plain, chunk_size, sets)
+        self._reader = reader_of(model, max_kv_bytes or default_budget(), chunk_size, sets)
 
     def score_continuations(
         self,

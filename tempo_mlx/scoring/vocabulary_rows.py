@@ -51,15 +51,19 @@ class VocabularyRows:
         ends = np.array([path[-1] for q, path in asked if q.after], np.int64)
         rows, at = np.unique(np.concatenate([*places, ends]), return_inverse=True)
         n_tokens = len(at) - len(ends)
-        logprobs, after = self._look_up(
-            rows, at[:n_tokens], np.concatenate(ids), len(ends) > 0, hidden, state
+        wants_best = any(question.greedy for question, _ in asked)
+        logprobs, after, best = self._look_up(
+            rows, at[:n_tokens], np.concatenate(ids), len(ends) > 0, wants_best, hidden, state
         )
         require_finite(logprobs.sum())
         answers, following = [], iter(at[n_tokens:])
         bounds = np.cumsum([0, *map(len, ids)])
         for (question, _), start, stop in zip(asked, bounds, bounds[1:], strict=False):
             behind = after[next(following)] if question.after else None
-            answers.append(TokenLogprobs(logprobs[start:stop], behind))
+            greedy = best[at[start:stop]] == question.tokens[question.start :]
+            answers.append(
+                TokenLogprobs(logprobs[start:stop], behind, greedy if question.greedy else None)
+            )
         return answers
 
     def _look_up(
@@ -68,10 +72,13 @@ class VocabularyRows:
         at: np.ndarray,
         ids: np.ndarray,
         after: bool,
+        wants_best: bool,
         hidden: Rows,
         state: list[mx.array],
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """log p [n] of ids in rows[at], and of the sets in each row [R, K]."""
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """log p [n] of ids in rows[at], of the sets in each row [R, K], and each row's best id [R]
+        if it is wanted."""
+        best = np.zeros(len(rows), np.int64)
         logprobs = np.zeros(len(at))
         sets = np.zeros((len(rows), len(self._ids)))
         for start in range(0, len(rows), HEAD_ROWS):
@@ -84,8 +91,10 @@ class VocabularyRows:
             logprobs[own], masses = log_p_at(logits, at[own] - start, ids[own], members)
             if masses is not None:
                 sets[start : start + HEAD_ROWS] = masses
+            if wants_best:
+                best[start : start + HEAD_ROWS] = np.array(mx.argmax(logits, axis=-1))
         self._stats.rows += len(rows)
-        return logprobs, sets
+        return logprobs, sets, best
 
     def _members(self, V: int) -> np.ndarray:
         if self._sets is None:

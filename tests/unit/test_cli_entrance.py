@@ -265,6 +265,7 @@ def integer_options():
 
 #: What a command needs beside the option, up to where the option's value is looked at.
 GIVEN = {
+    "evaluate": ["--tasks", "arc_easy"],
     "generate": ["hi", "--prune", "posterior", "--sampling", "gumbel"],
     "generate --beam-width": ["hi", "--visibility", "tree"],
     "generate --batch-size": ["--prompts-file", "{rows}"],
