@@ -3,6 +3,7 @@
 import errno
 import importlib
 import importlib.metadata
+import inspect
 import io
 import os
 import sys
@@ -82,7 +83,16 @@ def load_command(name: str) -> Any:
         module = importlib.import_module(f"{__name__}.{name}")
         application = _application()
         module.register(application)
-        return typer.main.get_group(application).commands[name]
+        command = typer.main.get_group(application).commands[name]
+    for each in (command, *getattr(command, "commands", {}).values()):
+        each.help = _unwrapped(each.help or "")
+    return command
+
+
+def _unwrapped(text: str) -> str:
+    """A docstring with each paragraph on one line, for typer to wrap at the terminal's width."""
+    paragraphs = inspect.cleandoc(text).split("\n\n")
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
 
 
 def _print_version(wanted: bool) -> None:
