@@ -52,7 +52,7 @@ def chat(
         ),
     ] = False,
 ) -> None:
-    """Talk with a model; each answer shows its parallel sets as they come.
+    """Chat with a model; each answer shows its parallel sets as they are generated.
 
     A message that begins with a slash is a command; they are listed at the end of this help.
 

@@ -80,7 +80,7 @@ class RunByDefault(TyperGroup):
 app = typer.Typer(
     name="rescore",
     cls=RunByDefault,
-    help="Rank the hypotheses of a decoder again: n-best lists, lattices, tuning. The word "
+    help="Rerank the hypotheses of a decoder: n-best lists, lattices, tuning. The word "
     "'run' may be left out: tempo-mlx rescore FILE.",
     no_args_is_help=True,
     rich_markup_mode="rich",

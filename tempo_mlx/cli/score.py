@@ -168,7 +168,7 @@ def score(
         bool, typer.Option("--stats", help="Say what it took: passes, tokens, memory.")
     ] = False,
 ) -> None:
-    """Score words that may follow contexts, and rank them.
+    """Score and rank words that may follow contexts.
 
     score = weight x log-probability of the word given its context + word insertion bonus
 

@@ -123,7 +123,7 @@ def search(
     overwrite: Overwrite = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only the text.")] = False,
 ) -> None:
-    """Search for a text by Monte Carlo tree search over one shared cache.
+    """Generate text by Monte Carlo tree search over one shared cache.
 
     For each token, possible continuations are tried and evaluated; the most visited token is kept,
     and the search continues in its subtree.

@@ -74,7 +74,7 @@ def serve(
         str, typer.Option(help="What is logged: debug, info, warning or error.")
     ] = "info",
 ) -> None:
-    """Serve a model over HTTP, as OpenAI's interface has it, with exact scores and sets.
+    """Serve a model over HTTP with OpenAI's API, with exact scores and sets.
 
     Completions and chat completions with n, logprobs, echo and streaming; /v1/score ranks words
     after contexts. Requests join and leave one running batch. Ctrl-C lets streams end first.
