@@ -27,7 +27,7 @@ COMMANDS = {
     "search": "Generate text by Monte Carlo tree search over one shared cache.",
     "score": "Score and rank words that may follow contexts.",
     "rescore": "Rerank the hypotheses of a decoder: n-best lists, lattices, tuning.",
-    "evaluate": "Evaluate a model on tasks of lm-evaluation-harness.",
+    "evaluate": "Evaluate a model with lm-evaluation-harness, each shared beginning read once.",
     "serve": "Serve a model over HTTP with OpenAI's API, with exact scores and sets.",
     "experiment": "Run suites of prompts, settings and seeds from one file, analyse them and write "
     "reports.",
