@@ -1,22 +1,27 @@
 """How often guesses come true."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 #: Weight of what was seen before each new observation: about the last 30 count.
 MEMORY = 0.97
 
 
+#: Guesses that count as made before the first one.
+PRIOR = 4.0
+
+
 class HitRates:
-    """Shares of guesses that came true, by kind; before the first one a half.
+    """Shares of guesses that came true, by kind.
 
     Args:
-        kinds: how many kinds of guesses there are.
+        shares: of each kind, before anything is known of it.
     """
 
-    def __init__(self, kinds: int):
-        # As if one of two guesses had come true.
-        self._hits = np.ones(kinds)
-        self._guesses = np.full(kinds, 2.0)
+    def __init__(self, shares: Sequence[float]):
+        self._hits = PRIOR * np.array(shares, float)
+        self._guesses = np.full(len(shares), PRIOR)
 
     def __getitem__(self, kind: int) -> float:
         return float(self._hits[kind] / self._guesses[kind])

@@ -12,8 +12,12 @@ import numpy as np
 from .draft import Candidate
 from .estimate import HitRates
 
+#: Share of the time that the followers of a token came, by rank, before a text has shown its own:
+#: what SmolLM2-135M did on the first 12 prompts of scripts/prompts.txt, 60 tokens each.
+SHARES = (0.4, 0.07, 0.05, 0.05)
+
 #: Followers that are kept for each token.
-FOLLOWERS = 4
+FOLLOWERS = len(SHARES)
 
 #: A token whose followers are not known.
 UNKNOWN = -1
@@ -27,7 +31,7 @@ class FollowerTable:
 
     def __init__(self, vocabulary_size: int):
         self.followers = np.full((vocabulary_size, FOLLOWERS), UNKNOWN, np.int32)
-        self._rates = HitRates(FOLLOWERS)
+        self._rates = HitRates(SHARES)
 
     def note(self, token: int, followers: np.ndarray) -> None:
         """Keep what a pass made of a token: ids that may follow, most probable first, [K]."""
