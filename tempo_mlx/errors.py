@@ -1,6 +1,10 @@
 """Errors that users can fix."""
 
 
+class Interrupted(Exception):
+    """Ctrl-C has ended a command, which says what is saved and how to go on."""
+
+
 class TempoError(ValueError):
     """Bad input. One line names the argument, its value and what is allowed.
 

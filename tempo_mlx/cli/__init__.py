@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from ..errors import TempoError
+from ..errors import Interrupted, TempoError
 from ..interrupts import leave_on_interrupt
 from ..old_names import RenamedWarning
 from ..text.printable import visible
@@ -118,6 +118,10 @@ def root(
     pass
 
 
+#: Exit code of a command that Ctrl-C has ended.
+INTERRUPTED = 130
+
+
 def fail(message: str, code: int = 2) -> None:
     """Print one line on standard error and exit with the code."""
     line = visible(" ".join(message.split()))
@@ -134,10 +138,14 @@ def main() -> None:
                 code = app(standalone_mode=False)
         except typer.Exit as exit:
             code = exit.exit_code
+        if code == INTERRUPTED:
+            # What Typer makes of Ctrl-C, without a word.
+            raise KeyboardInterrupt
         sys.stdout.flush()
-    except (typer.Abort, KeyboardInterrupt) as stopped:
-        # Those that know what is saved say so.
-        fail(str(stopped) or "interrupted", 130)
+    except (typer.Abort, KeyboardInterrupt):
+        fail("interrupted", INTERRUPTED)
+    except Interrupted as stopped:
+        fail(str(stopped), INTERRUPTED)
     except typer.TyperException as error:
         code = 0
         # Without a message, the help was requested and has been printed.

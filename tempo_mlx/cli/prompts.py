@@ -12,7 +12,7 @@ from ..decode.prompt_cache import JoinedPrompt, PromptCache
 from ..decode.prompt_files import PromptRow, row_settings
 from ..decode.result import SCHEMA, GenerationResult
 from ..decode.scheduler import BatchStatus
-from ..errors import TempoError
+from ..errors import Interrupted, TempoError
 from ..generation import Failure, stream_batch_generate
 from ..io.console import Console
 from ..io.files import Stream, replaceable
@@ -251,7 +251,7 @@ def saying_how_to_resume(output: Path | None, sink: HasDone, total: str) -> Iter
     except KeyboardInterrupt:
         if output is None or not replaceable(output):
             raise
-        raise KeyboardInterrupt(
+        raise Interrupted(
             f"interrupted: {len(sink.done)} of {total} are done and saved; rerun the same command "
             "to go on"
         ) from None
