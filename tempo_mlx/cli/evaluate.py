@@ -55,7 +55,7 @@ def evaluate(
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Evaluate a model on tasks of lm-evaluation-harness.
+    """Evaluate a model with lm-evaluation-harness, each shared beginning read once.
 
     Examples before the questions and what a question's choices have in common go through the model
     once; the numbers are those of reading each choice alone.
