@@ -1,5 +1,6 @@
 """``tempo-mlx serve``: an OpenAI-style server on this machine."""
 
+import asyncio
 import logging
 import os
 import signal
@@ -108,12 +109,19 @@ def serve(
     address = f"[{host}]" if ":" in host else host
     where = f"http://{address}:{listener.getsockname()[1]}"
     Console(highlight=False).print(f"serving {name} on {where}")
+    config = uvicorn.Config(served, log_level=log_level, lifespan="off")
+    logging.getLogger("uvicorn.error").addFilter(_is_no_cancellation)
     try:
-        uvicorn.Server(uvicorn.Config(served, log_level=log_level)).run(sockets=[listener])
+        uvicorn.Server(config).run(sockets=[listener])
     finally:
         # A second Ctrl-C must not end the interpreter below the thread that computes.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         engine.stop()
+
+
+def _is_no_cancellation(record: logging.LogRecord) -> bool:
+    """False for the traceback of a request that a second Ctrl-C has cut off."""
+    return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
 
 
 def _bound(host: str, port: int) -> socket.socket:

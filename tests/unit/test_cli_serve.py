@@ -50,7 +50,7 @@ def test_ctrl_c_ends_it_without_a_traceback(tmp_path):
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as server:
         assert server.stdout.readline().startswith("serving model on http://127.0.0.1:")
-        while "startup complete" not in server.stderr.readline():
+        while "Started server" not in server.stderr.readline():
             pass
         server.send_signal(signal.SIGINT)
         _, err = server.communicate()
