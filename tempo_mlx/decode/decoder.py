@@ -5,6 +5,7 @@ set, appends the sets of all runs, each at one position of its sequence, in one 
 combines the rows of that pass into the next distributions.
 """
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -263,7 +264,12 @@ class BatchDecoder:
 
     @property
     def _costs(self) -> PassCosts:
-        return pass_costs(self.model)
+        """What passes cost; where that has to be measured first, no run's time counts it."""
+        began = time.perf_counter()
+        costs = pass_costs(self.model)
+        for request in self.requests:
+            request.pause(time.perf_counter() - began)
+        return costs
 
     def _expects_draft(self) -> bool:
         """Whether a run has drafted, or probably will once its next token is known."""

@@ -253,6 +253,10 @@ class Request:
         before = [*prompt, *(tokens[0].id for tokens in steps[:-1])]
         return [[*before, token.id] for token in steps[-1]]
 
+    def pause(self, seconds: float) -> None:
+        """Leave seconds that something else took out of the run's time."""
+        self._started += seconds
+
     def prompt_is_read(self) -> None:
         now = time.perf_counter()
         self.result.stats.prompt_seconds = now - self._started
