@@ -42,12 +42,15 @@ class Variant:
 
 VARIANTS = {
     STOCK: Variant(),
-    SINGLE: Variant(settings={"threshold": 1.0}, most=MAX_SINGLE),
-    sibling_name(1): Variant(settings={"threshold": NEARLY_ONE, "max_parallel": 2}),
+    # Drafts pay where a pass costs more than the host: here it does not.
+    SINGLE: Variant(settings={"threshold": 1.0, "draft": "none"}, most=MAX_SINGLE),
+    sibling_name(1): Variant(
+        settings={"threshold": NEARLY_ONE, "max_parallel": 2, "draft": "none"}
+    ),
     **{
         f"{sibling_name(SIBLINGS)}, {visibility}": Variant(
             SIBLINGS,
-            {"threshold": ANY, "max_parallel": SIBLINGS, "visibility": visibility},
+            {"threshold": ANY, "max_parallel": SIBLINGS, "visibility": visibility, "draft": "none"},
             MAX_WIDE,
         )
         for visibility in ("recombined", "isolated")

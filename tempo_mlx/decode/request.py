@@ -418,7 +418,7 @@ class Request:
         record = Step(step, self.length + step, self._threshold, tokens, kept.endings)
         lattice.steps.append(record)
         if self.drafter is not None and tokens:
-            self.drafter.append(tokens[0].id)
+            self.drafter.append(tokens[0].id, len(tokens) == 1)
         lattice.transitions.append(kept.transitions)
         if self.pruner:
             self.pruner.weigh()

@@ -46,8 +46,13 @@ class Candidate:
 class Source(Protocol):
     """Something that guesses what follows a text, and learns from what did follow."""
 
-    def append(self, token: int) -> None:
-        """Take note of the token that follows the text, and of how well it was guessed."""
+    def append(self, token: int, alone: bool = True) -> None:
+        """Take note of the token that follows the text, and of how well it was guessed.
+
+        Args:
+            token: id.
+            alone: whether it is all that follows; a guess of one of several tokens was wrong.
+        """
 
     def begin(self) -> Any:
         """The place at the end of the text."""
@@ -121,10 +126,10 @@ class Drafter:
         self.sources = list(sources)
         self.most = most
 
-    def append(self, token: int) -> None:
-        """Take note of the token that follows."""
+    def append(self, token: int, alone: bool = True) -> None:
+        """Take note of the token that follows, alone or as the first of a set."""
         for source in self.sources:
-            source.append(token)
+            source.append(token, alone)
 
     def begin(self) -> list[tuple[Source, Any]]:
         """Every source's place at the end of the text."""

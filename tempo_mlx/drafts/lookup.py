@@ -54,14 +54,14 @@ class SuffixLookup:
         for token in tokens:
             self.append(token)
 
-    def append(self, token: int) -> None:
+    def append(self, token: int, alone: bool = True) -> None:
         guessed: set[int] = set()
         for match in self._matches:
             guess, kind = self._tokens[match.next], min(match.length, LONGEST)
             # As in candidates: of matches that agree the longest one counts.
             if guess not in guessed:
                 guessed.add(guess)
-                self._rates.learn(kind, guess == token)
+                self._rates.learn(kind, alone and guess == token)
         going = self._following(self._matches, (), token)
         self._tokens.append(token)
         n = len(self._tokens)

@@ -38,11 +38,11 @@ class FollowerTable:
         k = min(FOLLOWERS, len(followers))
         self.followers[token, :k] = followers[:k]
 
-    def learn(self, guesses: np.ndarray, token: int) -> None:
-        """Take note of which of a token's followers came, [K]."""
-        for rank, guess in enumerate(guesses.tolist()):
+    def learn(self, guesses: list[int], token: int, alone: bool) -> None:
+        """Take note of which of a token's followers came, alone or as the first of several."""
+        for rank, guess in enumerate(guesses):
             if guess != UNKNOWN:
-                self._rates.learn(rank, guess == token)
+                self._rates.learn(rank, alone and guess == token)
 
     def candidates(self, token: int) -> list[Candidate]:
         """The followers of a token, with the share of the time that their rank was right."""
@@ -70,10 +70,10 @@ class TokenRecycling:
     def _read(self, token: int) -> None:
         self._last = token
         # As they were before the token's own row replaces them.
-        self._guesses = self._table.followers[token].copy()
+        self._guesses = self._table.followers[token].tolist()
 
-    def append(self, token: int) -> None:
-        self._table.learn(self._guesses, token)
+    def append(self, token: int, alone: bool = True) -> None:
+        self._table.learn(self._guesses, token, alone)
         self._read(token)
 
     def begin(self) -> int:

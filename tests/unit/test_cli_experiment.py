@@ -78,6 +78,7 @@ def test_what_seeds_do_is_said(run, tmp_path, folder):
     assert note in err and note in json.dumps(load_tables(tmp_path / "out").manifest["notes"])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_checks")
 def test_the_largest_seed_is_run_stored_and_analysed(run, tmp_path, folder):
     seeds = [0, 2**53 + 1, 2**63 - 1]

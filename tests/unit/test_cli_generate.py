@@ -5,6 +5,7 @@ import re
 import signal
 
 from tests.commands import run_signalled
+from tests.sweeps import mostly_slow
 from tests.tiny_folder import save_tiny_model
 
 import pytest
@@ -162,7 +163,7 @@ def test_plot_draws_the_lattice_and_the_mask(run, folder, tmp_path):
     assert mask.read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("passes", [4, 40])
+@pytest.mark.parametrize("passes", mostly_slow([4, 40], [40]))
 def test_ctrl_c_prints_and_saves_what_is_there(folder, tmp_path, passes):
     target = tmp_path / "out.json"
     arguments = ["generate", "hello", "--model", folder, "--threshold", "0.01"]

@@ -126,6 +126,7 @@ def test_an_empty_file_holds_nothing_to_lose(run, words, tmp_path, name):
     assert run(*words(COMMANDS[name], output))[0] == 0 and output.stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_what_another_command_wrote_is_someone_elses(run, words, tmp_path):
     written = {name: tmp_path / f"out-{i}" for i, name in enumerate(COMMANDS)}
     written = {name: path.with_suffix(ending(name)) for name, path in written.items()}

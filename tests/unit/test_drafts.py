@@ -71,7 +71,7 @@ class Guesses:
         self.text, self.n, self.right = list(text), n, right
         self.rng = random.Random(seed)
 
-    def append(self, token):
+    def append(self, token, alone=True):
         self.n += 1
 
     def begin(self):
@@ -259,6 +259,19 @@ def test_a_lookup_learns_how_far_to_trust_it():
     assert sum(c.chance for c in surprises.candidates(surprises.begin())) < 0.7
 
 
+@pytest.mark.parametrize("alone", [True, False])
+def test_guesses_of_one_of_several_tokens_are_wrong(alone):
+    lookup, table = SuffixLookup([1, 2, 3, 1, 2, 3]), FollowerTable(10)
+    recycling = TokenRecycling(table, [3])
+    for token in [1, 2, 3] * 20:
+        lookup.append(token, alone)
+        recycling.append(token, alone)
+        table.note(token, np.array([token % 3 + 1, 0]))
+    for source in (lookup, recycling):
+        best = source.candidates(source.begin())[0]
+        assert best.token == 1 and (best.chance > 0.9 if alone else best.chance < 0.2)
+
+
 def test_a_lookup_runs_on_into_its_own_draft():
     lookup = SuffixLookup([3, 1, 2, 1, 2])
     place, found = lookup.begin(), []
@@ -300,7 +313,7 @@ class Fixed:
     def __init__(self, tree):
         self.tree = tree
 
-    def append(self, token):
+    def append(self, token, alone=True):
         raise AssertionError
 
     def begin(self):

@@ -318,6 +318,7 @@ def perform_or_die(marker, *arguments):
     return perform(*arguments)
 
 
+@pytest.mark.slow
 def test_processes_make_the_same_and_one_that_dies_is_replaced(
     loaded, folder, monkeypatch, tmp_path
 ):
@@ -345,6 +346,7 @@ def test_a_group_whose_process_always_dies_is_given_up(loaded, folder, monkeypat
     assert all("died 2 times" in run for run in outcome.runs)
 
 
+@pytest.mark.slow
 def test_another_model_by_the_same_name_is_refused(loaded, folder):
     _, groups, _ = tasks(loaded, folder)
     with pytest.raises(ValueError, match="another model"):

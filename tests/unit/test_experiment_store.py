@@ -230,6 +230,7 @@ def test_killed_at_random_it_goes_on_to_the_same_tables(folder, tmp_path, loaded
     assert not any(path.name.startswith(".") for path in where.glob("*/*"))
 
 
+@pytest.mark.slow
 def test_a_second_command_on_one_folder_says_so(session, folder, tmp_path):
     suite = save_suite(tmp_path / "suite.yaml", folder)
     made = session()

@@ -183,6 +183,7 @@ def test_error_in_the_middle_of_converting_leaves_nothing(index, home, monkeypat
     assert not (home / "tiny" / "fp32").exists()
 
 
+@pytest.mark.slow
 def test_processes_that_want_the_same_model_at_once_fetch_it_once(index, home):
     children = [start(index.recipe, "fp32") for _ in range(3)]
     errors = [child.communicate()[1] for child in children]
