@@ -60,12 +60,12 @@ class Reading:
 
     Args:
         read, kept: tokens of the prompt that went through the model, and that the cache had.
-        anew: why nothing was kept although something had been read; None otherwise.
+        reread_because: why nothing was kept although something had been read; None otherwise.
     """
 
     read: int
     kept: int
-    anew: str | None = None
+    reread_because: str | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -120,8 +120,8 @@ class ChatSession:
         elif turn.result.finish_reason == "context":
             self._note("the model's context is full; /undo makes room")
         reading = self.conversation.reading
-        if reading is not None and reading.anew is not None:
-            self._note(f"the conversation was read again: {reading.anew}")
+        if reading is not None and reading.reread_because is not None:
+            self._note(f"the conversation was read again: {reading.reread_because}")
         if self.verbose:
             report(turn.result, self.notes)
             self._note(self._read())

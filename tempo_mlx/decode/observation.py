@@ -25,7 +25,7 @@ class Attending:
         queries: the new tokens' slots.
         held: lattice slots in the cache, the new ones included, [S].
         at: their places in the row, [S].
-        seen: which of them any of the new tokens may see, [S]; None where nobody observes.
+        seen: which of them any of the new tokens may see, [S]; None without an observer.
     """
 
     row: int
@@ -127,7 +127,7 @@ class PassAttention:
         return self._weighted[run.row, run.at]
 
     def of(self, run: Attending) -> StepAttention | None:
-        """What a run's tokens looked at; None if nobody observed the pass."""
+        """What a run's tokens looked at; None if the pass was not observed."""
         if not self._by_head or run.seen is None:
             return None
         if self._host is None:

@@ -30,7 +30,7 @@ class JoinedPrompt:
     Args:
         tokens: of both.
         text: of both.
-        appended: whether the prompt stands behind the text; if not, it begins with it.
+        appended: whether the prompt was appended to the text; if not, it begins with the text.
     """
 
     tokens: list[int]
@@ -224,7 +224,7 @@ class PromptCache(ReadTokens):
                 compared with the one that made the file.
 
         Raises:
-            ValueError: if the file is none, of another version, model or tokenizer.
+            ValueError: if the file is not a prompt cache of this version, model and tokenizer.
         """
         positioned = PositionedModel.of(model).quantizing(None)
         try:

@@ -177,7 +177,7 @@ class Request:
 
         Not where a pass depends on what is selected only after it (pruning, weights, captured
         attention), where somebody else's function or a grammar would be asked about tokens that
-        never come, where a rule of one's own may see more than the text so far, or where keys begin
+        never come, where the user's own rule may see more than the text so far, or where keys begin
         to be quantised in the middle of a draft.
         """
         settings, rule = self.settings, self.visibility

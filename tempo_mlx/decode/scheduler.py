@@ -99,7 +99,7 @@ class Scheduler:
         self._makers: dict[Key, Callable[[], Request]] = {}  # of all without an outcome
         self._ready: dict[Key, Request] = {}  # requests that were made and could not start yet
         self._keys: dict[Request, Key] = {}
-        #: requests in the batch when one was preempted: nobody is let in before one has left
+        #: requests in the batch when one was preempted: none is admitted until one has left
         self._full_at: int | None = None
         self.status = BatchStatus()
         self._started = time.perf_counter()
@@ -151,7 +151,7 @@ class Scheduler:
     def tick(self) -> list[tuple[Key, GenerationResult | Exception]]:
         """Admit who fits, read a chunk of prompts, take a step; the outcomes of those that finish.
 
-        Does nothing where nobody is left.
+        Does nothing if no requests are left.
         """
         decoder = self._decoder
         self.stepped = []
@@ -294,7 +294,7 @@ class Scheduler:
             max(request.length, request.sequence.n_held) + width * (request.limit - request.step)
             for request in requests
         )
-        # Those of a set are let go of once the next one has been read.
+        # A set's states are dropped once the next set has been read.
         states = 2 * width * len(requests)
         return int(slots * model.slot_bytes + states * model.state_bytes)
 

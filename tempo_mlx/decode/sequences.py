@@ -421,7 +421,7 @@ class Batch:
                 parts.append((sequence, sequence.lattice.of(slots)))
         if parts:
             if len(self.sequences) == 1:
-                # Nothing else is in the cache: what was let go of leaves it at once.
+                # Nothing else is in the cache: what was dropped leaves it at once.
                 self.keep([self.sequences[0].held])
             self.append(mx.array(ids), parts)
 

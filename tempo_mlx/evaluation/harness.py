@@ -40,7 +40,7 @@ def evaluate(
         ``results``: task -> metric -> number, as the harness names them.
 
     Raises:
-        TempoError: for a task that nobody knows.
+        TempoError: for an unknown task.
     """
     # The harness tells of every default that it uses.
     logging.getLogger("lm_eval").setLevel(logging.ERROR)

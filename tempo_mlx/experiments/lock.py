@@ -59,7 +59,7 @@ def in_use(folder: Path) -> bool:
     except FileNotFoundError:
         return False
     finally:
-        # The gate last, so that nobody passes it while the lock is still held.
+        # The gate last, so that no one passes it while the lock is still held.
         for fd in reversed(opened):
             os.close(fd)
 

@@ -140,7 +140,7 @@ class Suite(BaseModel):
                 shown = ", ".join(f"{name} {_shown(value)}" for name, value in varied.items())
                 where = f" ({shown})" if shown else ""
                 raise SuiteError(f"suite {self.name}{where}: {error}") from error
-            # A rule of the user's own is recorded by its name.
+            # The user's own rule is recorded by its name.
             known = settings.values()
             yield {n: str(known[n]) if is_place(varied[n]) else varied[n] for n in axes}, settings
 

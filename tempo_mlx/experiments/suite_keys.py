@@ -35,7 +35,7 @@ def _written(entry: Entry, inner: type | None) -> Any:
         written = int | list[int] | str
     elif isinstance(kind, Inner):
         written = inner
-    # A rule that nobody chose is left out.
+    # A rule that was not chosen is left out.
     optional = entry.optional and not isinstance(kind, RuleChoice)
     return written | None if optional else written
 

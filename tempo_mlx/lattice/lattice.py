@@ -26,7 +26,7 @@ class Slot:
         index: number of the slot, in order of appending.
         step: step of its set; prompt tokens count down to -1 before step 0.
         set_size: tokens in its set.
-        chain: the slots behind the prompt that lead to it by their parents, itself included; empty
+        chain: the slots after the prompt that lead to it by their parents, itself included; empty
             for the prompt's.
     """
 
@@ -65,7 +65,7 @@ class Slots:
 
     @property
     def chains(self) -> tuple[np.ndarray, ...]:
-        """Of each slot, those behind the prompt that lead to it by their parents, itself last."""
+        """Of each slot, those after the prompt that lead to it by their parents, itself last."""
         return tuple(chain[chain != NONE][::-1] for chain in self.lattice.chains(self.index))
 
 
@@ -220,7 +220,7 @@ class Lattice:
         return column if slots is None else column[slots]
 
     def chains(self, slots: np.ndarray) -> np.ndarray:
-        """Each slot and those behind the prompt that lead to it by their parents, nearest first.
+        """Each slot and those after the prompt that lead to it by their parents, nearest first.
 
         Found by doubling: who leads to a slot from twice as far leads to who leads to it.
 
@@ -231,7 +231,7 @@ class Lattice:
             slots [n, L], L at least the longest chain; :data:`NONE` where there is no more.
         """
         first = len(self.prompt_tokens)
-        # Counted from the first slot behind the prompt; NONE is the last entry and leads to itself.
+        # Counted from the first slot after the prompt; NONE is the last entry and leads to itself.
         before = np.append(np.maximum(self.column("parent")[first:] - first, NONE), NONE)
         found = np.maximum(slots - first, NONE)[:, None]
         while (further := before.take(found))[:, :1].max(initial=NONE) != NONE:

@@ -467,7 +467,7 @@ def _activation_dtype(model: nn.Module) -> mx.Dtype:
 
 
 def require_model(model: Any) -> nn.Module:
-    """The model, or TempoError for what is no model of MLX."""
+    """The model, or TempoError if it is not an MLX model."""
     if not isinstance(model, nn.Module):
         swapped = "; model and tokenizer are swapped" if hasattr(model, "eos_token_ids") else ""
         raise TempoError(

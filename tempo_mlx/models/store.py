@@ -184,7 +184,7 @@ class SlotStore:
         #: whether every slot keeps its state, so that any may be continued; else only those of the
         #: pass that was a sequence's last
         self.keeps_states = False
-        #: slots of a single row whose states nobody needs once the next pass has read them
+        #: slots of a single row whose states are not needed once the next pass has read them
         self.spent: np.ndarray | None = None
         #: place of each slot's state, [B, S]
         self._places = np.full((batch_size, BLOCK if recurrent else 0), NONE, np.int32)
@@ -733,7 +733,7 @@ class SlotStore:
         read = parents >= 0
         places = np.where(read, self._places[sequences, np.maximum(parents, 0)], NONE)
         if (places[read] == NONE).any():
-            raise RuntimeError("a token continues a slot whose state was let go of")
+            raise RuntimeError("a token continues a slot whose state was dropped")
         if read.any() and not read.all():
             raise RuntimeError("a step mixes tokens that begin a text with others")
         self.states.load(places)

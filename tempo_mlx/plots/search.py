@@ -31,7 +31,7 @@ SHOWN, ROW = 8, 26.0
 #: Narrowest and widest column, and the room between two, in points.
 NARROWEST, WIDEST, GAP = 46.0, 120.0, 14.0
 SIZE = 9.0
-#: Room for a value behind the text.
+#: Room for a value after the text.
 VALUE = 24.0
 NARROWEST_PAGE = 420.0
 KEY = 34.0

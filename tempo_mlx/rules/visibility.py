@@ -147,7 +147,7 @@ class Recombined(Visibility):
         lattice = queries.lattice
         if (queries.parent[queries.step >= 0] == NONE).any():
             raise TempoError("generated slots need parents under this visibility")
-        # The last column takes what is none.
+        # The last column takes entries without a slot.
         leads = np.zeros((len(queries), lattice.n_slots + 1), bool)
         leads[np.arange(len(queries))[:, None], lattice.chains(queries.index)] = True
         return (keys.step < 0) | leads.take(keys.index, axis=1)

@@ -64,7 +64,7 @@ def chain_passes(
     """Divide chains into forward passes.
 
     Each pass reads equally many tokens of some of the chains that can go on, so many that it reads
-    the most tokens that a pass can read now. States in the midst of chains are let go of.
+    the most tokens that a pass can read now. States inside chains are dropped.
 
     Args:
         found: chains whose texts share much stand side by side.

@@ -181,7 +181,7 @@ def _lattice_arcs(fst: Any, state: int) -> Iterator[Any]:
 
 
 def read_words(file: Path) -> dict[int, str]:
-    """A symbol table in text, lines of word and number; TempoError if it is none."""
+    """A symbol table in text, lines of word and number; TempoError if it is not one."""
     table = {}
     for number, line in enumerate(unpacked(file).splitlines(), 1):
         cells = line.split()

@@ -30,7 +30,7 @@ class PrefixTree:
         self.slot = np.zeros(0, np.int64)
         #: numbers that were ever in use, the first of all
         self.size = 0
-        #: nodes whose states nobody needs once the next pass has read them
+        #: nodes whose states are not needed once the next pass has read them
         self.spent: list[int] = []
         #: advances by 1 with each part of the work; what the current part uses is never dropped
         self.clock = 0

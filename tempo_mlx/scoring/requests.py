@@ -40,7 +40,7 @@ class TokenLogprobs:
 
     Args:
         logprobs: log p of each token from the question's ``start`` on.
-        after: log p of each set of tokens behind the text, [K]; None where it was not asked for.
+        after: log p of each set of tokens after the text, [K]; None where it was not asked for.
         greedy: whether each of these tokens is the most probable one in its place, [n]; None where
             it was not asked for.
     """

@@ -168,7 +168,7 @@ def rescore(
             :meth:`.ContinuationScorer.score_texts`.
 
     Raises:
-        ValueError: for a list that is none or empty, or a text that cannot be scored, by its index.
+        ValueError: for an empty list, what is not a list, or a text that cannot be scored.
     """
     made = [each if isinstance(each, NBest) else _named(i, each) for i, each in enumerate(lists)]
     for i, each in enumerate(made):

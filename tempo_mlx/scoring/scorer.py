@@ -496,7 +496,7 @@ class _Asked:
     Args:
         candidate: the text.
         end: whether its end is asked for.
-        marked: the text with each mark that may follow it, as candidates behind the text.
+        marked: the text with each mark that may follow it, as candidates after the text.
     """
 
     def __init__(self, candidate: Candidate, end: bool, marked: list[Candidate]):

@@ -22,7 +22,7 @@ from ..text.vocabulary import Vocabulary
 from .settings import SearchSettings, evaluation_rule
 from .tree import NONE, ROOT, Tree
 
-#: (ids of a text's tokens behind the prompt, the text) -> its value in [0, 1].
+#: (ids of a text's tokens after the prompt, the text) -> its value in [0, 1].
 Value = Callable[[list[int], str], float]
 
 
@@ -113,7 +113,7 @@ class TextEnvironment:
         return self.committed + found[::-1]
 
     def tokens(self, node: int) -> list[int]:
-        """Ids of a node's text behind the prompt, an end token left out."""
+        """Ids of a node's text after the prompt, an end token left out."""
         path = self.tree.path(node)
         return path[:-1] if path and path[-1] in self.vocabulary.end_tokens else path
 

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-#: Seconds for which the thread sleeps where nobody wants anything.
+#: Seconds for which the thread sleeps when there is no request.
 IDLE = 3600.0
 
 

@@ -85,7 +85,7 @@ class Generation:
         self._tell(outcome)
 
     def _tell(self, event: StepEvent | GenerationResult | Exception) -> None:
-        # The event loop is closed once the server has ended; nobody listens any more.
+        # The event loop is closed once the server has ended; no one is listening.
         with suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._events.put_nowait, event)
 

@@ -209,7 +209,7 @@ def test_sliding_windows_are_cut_back(llama):
     say(conversation, "two")
     conversation.undo()
     reading = check_next(conversation, "other")
-    assert reading.kept > 8 and reading.anew is None
+    assert reading.kept > 8 and reading.reread_because is None
 
 
 @pytest.mark.parametrize("settings", [SETTINGS, PLAIN])
@@ -219,10 +219,10 @@ def test_recurrent_states_go_on_and_are_read_anew_where_they_cannot_be_cut(llama
     say(conversation, "one")
     first = conversation.turns[0].result.lattice
     reading = check_next(conversation, "two")
-    assert reading.kept >= len(first.prompt_tokens) and reading.anew is None
+    assert reading.kept >= len(first.prompt_tokens) and reading.reread_because is None
     conversation.undo()
     reading = check_next(conversation, "other")
-    assert reading.kept == 0 and "cannot be cut back" in reading.anew
+    assert reading.kept == 0 and "cannot be cut back" in reading.reread_because
 
 
 def test_a_picked_path_of_a_recurrent_model_goes_on_from_its_state(llama):
