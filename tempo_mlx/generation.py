@@ -35,7 +35,7 @@ class StepResponse:
     Args:
         step: the latest step; its tokens are final except for ``pruned_at``.
         result: the run so far; complete in the last response.
-        slots_held: slots in the cache.
+        slots_held: slots in the cache, with those of pruned tokens until it is compacted.
         cache_bytes: bytes allocated for keys, values and states.
         finish_reason: None, or "stop" (end of text or a stop text), "length" (``max_tokens``) or
             "context" (the model's context is full).
@@ -208,7 +208,7 @@ def steps_of(
             yield StepResponse(
                 run.lattice.steps[-1],
                 result,
-                run.sequence.n_held,
+                run.sequence.n_held + run.sequence.n_dropped,
                 decoder.batch.cache.nbytes,
                 result.finish_reason,
             )

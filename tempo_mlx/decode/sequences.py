@@ -56,6 +56,8 @@ class SequenceState:
     #: place in the row of each slot of the lattice, NONE where the cache does not hold it; replaced
     #: whenever it changes
     place: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    #: slots that are held no more and stay in the row until it is compacted
+    n_dropped: int = 0
     #: slots that are appended next
     pending: Slots | None = None
     #: (lattice slots [N], logits [N, V]) of each pass, if they are kept
@@ -152,14 +154,16 @@ class SequenceState:
             before.append(self.drafted.at)
             at = first + len(slots) + np.arange(len(self.drafted.at))
             self.drafted = replace(self.drafted, at=at)
-        self.place = np.zeros(0, np.int64)
+        self.place, self.n_dropped = np.zeros(0, np.int64), 0
         self.hold(slots, first)
         return np.concatenate(before)
 
     def drop(self, slots: np.ndarray | list[int]) -> None:
         """Hold these slots no more; they stay in the cache until it is compacted."""
+        before = self.n_held
         self.place = self.place.copy()
         self.place[slots] = NONE
+        self.n_dropped += before - self.n_held
 
     def take(self, queries: Slots, logits: mx.array) -> None:
         """Note the logits [N, V] of a pass over these slots."""
