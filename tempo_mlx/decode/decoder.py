@@ -256,7 +256,7 @@ class BatchDecoder:
         sources: list[Source] = []
         if kind in ("auto", "lookup"):
             sources.append(SuffixLookup(text))
-        if kind in ("auto", "recycle"):
+        if kind == "recycle":
             self._table = self._table or FollowerTable(self.model.vocabulary_size)
             request.follower_table = self._table
             sources.append(TokenRecycling(self._table, text))
