@@ -67,8 +67,8 @@ def bench_batch(
     subject.require_room(-(-5 * prompt_tokens // 4), max_tokens)
     visibility = subject.visibility_of_sets
     settings = {
-        SINGLE: Settings(threshold=1.0, max_tokens=max_tokens, visibility=visibility),
-        SETS: Settings(threshold=0.1, max_tokens=max_tokens, visibility=visibility),
+        SINGLE: Settings(threshold=1.0, max_tokens=max_tokens, visibility=visibility, draft="none"),
+        SETS: Settings(threshold=0.1, max_tokens=max_tokens, visibility=visibility, draft="none"),
     }
     batches = {size: _variants(subject, size, prompt_tokens, settings) for size in batch_sizes}
     subject.expect(sum(map(len, batches.values())), 1)
@@ -271,7 +271,12 @@ def _largest_waste(subject: Subject, prompt_tokens: int, max_tokens: int) -> flo
     lengths = rng.integers(2, 2 * prompt_tokens, 24)
     prompts = [prompt_of(subject.tokenizer, int(length)) for length in lengths]
     settings = [
-        Settings(threshold=0.1, max_tokens=int(n), visibility=subject.visibility_of_sets)
+        Settings(
+            threshold=0.1,
+            max_tokens=int(n),
+            visibility=subject.visibility_of_sets,
+            draft="none",
+        )
         for n in rng.integers(2, max_tokens + 1, 24)
     ]
     waste = []

@@ -87,6 +87,8 @@ def bench_decode(
             endless,
             prompt,
             max_tokens=steps,
+            # Drafts have a bench of their own.
+            draft="none",
             threshold=threshold,
             max_parallel=width,
             visibility=visibility,

@@ -59,6 +59,7 @@ def bench_pruning(
     def result_of(n: int, pruning: Pruning | None) -> GenerationResult:
         settings = Settings(
             max_tokens=n,
+            draft="none",
             threshold=ANY,
             max_parallel=siblings,
             pruning=pruning,

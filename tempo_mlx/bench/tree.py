@@ -79,10 +79,11 @@ def bench_tree(subject: Subject, prompt_tokens: int, leaves: int, max_tokens: in
         "beam_width": leaves,
         "max_parallel": leaves,
         "max_tokens": max_tokens,
+        "draft": "none",
     }
 
     def separate() -> Taken:
-        alone = {"threshold": 1.0, "max_tokens": max_tokens}
+        alone = {"threshold": 1.0, "max_tokens": max_tokens, "draft": "none"}
         runs = [_ours(model, endless, prompt, alone) for _ in range(leaves)]
         return Taken(sum(run.seconds for run in runs), sum(run.cache_bytes for run in runs))
 
